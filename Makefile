@@ -1,0 +1,49 @@
+# `make pretrain` and `make test` work on a bare machine: each makes .venv first if it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help pretrain test check slow aot build clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+pretrain: $(VENV)/.train  ## BEiT-L pre-training: a short run on built-in images; ARGS="--data.path ..." for the real one
+	$(BIN)/python recipes/pretrain_beit_large.py $(ARGS)
+
+test: $(VENV)/.dev  ## every test that needs no GPU and is not slow
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(VENV)/.dev  ## the slow tests (installation in clean environments, kills, long kernels)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 and sm_90 and check its costs
+	$(BIN)/python -m pytest -m aot $(ARGS)
+
+build: $(VENV)/.train  ## rebuild beit_fast._C in place after a change in csrc/
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info beit_fast/*.so
+
+# torch comes first and by itself: with it in place nothing else pulls in another build of it.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools pybind11 cmake ninja
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev]'
+	touch $@
