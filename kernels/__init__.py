@@ -1,0 +1,29 @@
+"""The fused operations of BEiT, one folder each: the definition, the dispatch, the Triton kernels.
+
+Installed as `beit_fast.kernels`; every operation runs on CPU (plain torch) and on a GPU (Triton), with the same results.
+"""
+
+if __name__ != "beit_fast.kernels":
+    # Hugging Face has a package named `kernels`; under that name every op here would be registered a second time.
+    raise ImportError("this folder is beit_fast.kernels: write `import beit_fast.kernels`, not `import kernels`")
+
+from .attention.op import biased_attention, packed_attention, prepare_bias
+from .backend import use_backend
+from .gelu.op import bias_gelu
+from .mim_loss.op import masked_cross_entropy
+from .position_bias.op import relative_position_bias
+from .position_bias.reference import relative_position_index
+from .residual_norm.op import residual_add, residual_layer_norm
+
+__all__ = [
+    "bias_gelu",
+    "biased_attention",
+    "masked_cross_entropy",
+    "packed_attention",
+    "prepare_bias",
+    "relative_position_bias",
+    "relative_position_index",
+    "residual_add",
+    "residual_layer_norm",
+    "use_backend",
+]

@@ -1,0 +1,83 @@
+"""Which implementation runs: the one place that probes Triton, xformers and the device.
+
+`auto` (the default) lets every op take its fastest implementation for the tensor's device. The other names force one:
+`reference` the plain formulas everywhere, `triton` our kernels, `sdpa`, `xformers` and `flex` another attention
+(ops that have no such implementation keep their own).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from types import TracebackType
+
+import torch
+
+BACKENDS = ("auto", "reference", "triton", "sdpa", "xformers", "flex")
+_MINIMUM_CAPABILITY = (8, 0)  # older tensor cores: Triton emits no matrix instructions for them
+
+_chosen = "auto"
+
+
+class use_backend:
+    """Chooses the backend of every op: `use_backend("sdpa")` from now on, `with use_backend("sdpa"):` for a while.
+
+    Raises:
+        ValueError: the name is not one of `BACKENDS`, or what it needs is not installed here.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        if name not in BACKENDS:
+            raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        if name == "triton" and not triton_installed():
+            raise ValueError("backend 'triton' needs the triton package: pip install triton")
+        if name == "xformers" and not xformers_installed():
+            raise ValueError("backend 'xformers' needs the xformers package: pip install beit-fast[xformers]")
+        self._previous = _chosen
+        _chosen = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def chosen_backend() -> str:
+    """The name given to `use_backend`, or "auto"."""
+    return _chosen
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def xformers_installed() -> bool:
+    return importlib.util.find_spec("xformers") is not None
+
+
+def interpreting() -> bool:
+    """True where Triton programs run in its Python interpreter on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _device_runs_triton(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= _MINIMUM_CAPABILITY
+
+
+def triton_runs(tensor: torch.Tensor) -> bool:
+    """True if our kernels are to run on this tensor: a GPU of compute capability 8.0 or newer, half precision or fp32.
+
+    With `use_backend("triton")` under TRITON_INTERPRET=1 also on CPU tensors, which is how the kernels are tested.
+    """
+    if _chosen not in ("auto", "triton", "sdpa", "xformers", "flex") or not triton_installed():
+        return False
+    if tensor.device.type == "cuda":
+        return tensor.dtype != torch.float64 and _device_runs_triton(tensor.device.index or 0)
+    return _chosen == "triton" and interpreting() and tensor.device.type == "cpu"
