@@ -1,0 +1,1 @@
+"""Bias and exact GELU, with the bias gradient in the backward pass."""

@@ -1,0 +1,85 @@
+"""`bias_gelu`: schema, dispatch, CPU kernel, autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import chosen_backend, triton_runs
+from . import reference
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """The exact (erf) GELU of x + bias (Hendrycks & Gimpel 2016).
+
+    Args:
+        x: (..., D).
+        bias: (D,) of the linear layer that gave x, where that layer did not add it, or None.
+
+    Returns:
+        (..., D) of the dtype of x.
+    """
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(f"bias must be (D,) = {tuple(x.shape[-1:])}, got {tuple(bias.shape)}")
+    if chosen_backend() == "reference":
+        return reference.bias_gelu(x, bias)
+    return torch.ops.beit_fast.bias_gelu(x, bias)
+
+
+def _biased(x: Tensor, bias: Tensor) -> Tensor:
+    """x + bias, in at least fp32 where the two are not of one dtype."""
+    return x + bias if bias.dtype == x.dtype else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
+
+
+@torch.library.custom_op("beit_fast::bias_gelu", mutates_args=())
+def _bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    if triton_runs(x):
+        from . import kernel
+
+        return kernel.bias_gelu_forward(x, bias)
+    if bias is None:
+        return torch.ops.aten.gelu(x)
+    return torch.ops.aten.gelu_(_biased(x, bias)).to(x.dtype)
+
+
+@_bias_gelu.register_fake
+def _(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("beit_fast::bias_gelu_backward", mutates_args=())
+def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of bias, the latter (D,) in at least fp32, empty unless `need_bias`."""
+    grad, x = grad.contiguous(), x.contiguous()
+    if triton_runs(x):
+        from . import kernel
+
+        return kernel.bias_gelu_backward(grad, x, bias, need_bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    before = x if bias is None else _biased(x, bias)
+    grad_x = torch.ops.aten.gelu_backward(grad.to(before.dtype), before)
+    if not need_bias:
+        return grad_x.to(x.dtype), grad_x.new_empty(0, dtype=wide)
+    return grad_x.to(x.dtype), grad_x.flatten(0, -2).sum(0, dtype=wide)
+
+
+@_bias_gelu_backward.register_fake
+def _(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_bias else 0, dtype=wide)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    need_bias = bias is not None and ctx.needs_input_grad[1]
+    grad_x, grad_bias = torch.ops.beit_fast.bias_gelu_backward(grad, x, bias, need_bias)
+    return grad_x, grad_bias.to(bias.dtype) if need_bias else None
+
+
+_bias_gelu.register_autograd(_autograd, setup_context=_setup)

@@ -1,0 +1,1 @@
+"""Residual connection and LayerNorm in one pass: LayerScale, stochastic depth, sum, norm."""
