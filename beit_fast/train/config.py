@@ -1,0 +1,128 @@
+"""Configuration: frozen dataclasses. A field's docstring is its `--help`; a default exists once.
+
+`RunConfig` is what the engine needs; every task's configuration derives from it.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def free(default: Any) -> Any:
+    """A field that may differ when a run is resumed: it changes speed, reports or length, not the result of a step."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule (paper, tables 12 and 13)."""
+
+    lr: float = 1.5e-3
+    """Peak learning rate, for the whole global batch. It is never scaled by batch size or world size."""
+    min_lr: float = 1e-5
+    """Learning rate that the schedule approaches at the end."""
+    warmup_lr: float = 0.0
+    """Learning rate of the first step; linear from there to the peak."""
+    warmup_epochs: float = 10.0
+    """Length of the warm-up in epochs."""
+    warmup_steps: int | None = None
+    """Length of the warm-up in optimizer steps, in place of epochs."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay. Exempt are 1-D parameters, biases, pos_embed and cls_token."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Coefficients of AdamW's running averages."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    clip_grad: float | None = 3.0
+    """Largest gradient norm (of all parameters together); None does not clip."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay, e.g. 0.9999."""
+    impl: Literal["torch", "apex"] = "torch"
+    """`torch`: fused AdamW. `apex`: NVIDIA apex's FusedAdam, which has to be installed from source."""
+    max_skipped_steps: int = field(default=20, metadata={"free": True})
+    """Stop the run after this many steps in a row whose gradient was not finite. Each is skipped and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is written, and how much of it is kept."""
+
+    every_steps: int = free(1000)
+    """Optimizer steps between checkpoints. The last step and a SIGTERM are always saved."""
+    keep: int = free(2)
+    """Newest checkpoints to keep, at least 2, so that a damaged one has a predecessor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is reported, and how often."""
+
+    every_steps: int = free(20)
+    """Optimizer steps per line of metrics.jsonl and of the terminal."""
+    progress: Literal["auto", "bar", "lines", "none"] = free("auto")
+    """`bar`: a live bar. `lines`: one line per interval. `auto`: a bar on a terminal, lines otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has: length, batch, precision, folder."""
+
+    output_dir: Path = field(default=Path("runs/run"), metadata={"free": True})
+    """Run folder: config, environment, metrics, checkpoints, pictures. A run found there is continued."""
+    fresh: bool = free(False)
+    """Start anew: a run found in the folder is moved aside (to <folder>.1, .2, ...), not continued."""
+    dry_run: bool = free(False)
+    """Print parameters, FLOPs, memory, steps, disk and time on this device, and train nothing."""
+    seed: int = 0
+    """Decides the initial weights and, with epoch and sample, everything random."""
+    epochs: float = 800.0
+    """Length of the run and of the schedule, in epochs."""
+    steps: int | None = None
+    """Length of the run and of the schedule in optimizer steps, in place of epochs."""
+    max_steps: int | None = free(None)
+    """Stop after this many optimizer steps in all; the schedule keeps its full length."""
+    batch_size: int = 2048
+    """Global batch: samples per optimizer step over all devices. Accumulation follows from it."""
+    batch_per_device: int = free(64)
+    """Samples per device that go forward and backward at once; does not change results, only memory and speed."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast type. fp16 scales the loss (the paper's V100 way); weights and optimizer state are fp32 always."""
+    device: str = free("auto")
+    """`auto`: cuda where there is one, else cpu."""
+    eval_every: int | None = free(None)
+    """Optimizer steps between held-out evaluations; None evaluates after the last step only."""
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The configuration as JSON values: paths become strings, tuples lists."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {str(k): plain(v) for k, v in value.items()}
+        return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+    result = plain(config)
+    assert isinstance(result, dict)
+    return result
+
+
+def free_fields(config: Any, prefix: str = "") -> set[str]:
+    """Dotted names of the fields that may differ between a run and its continuation."""
+    names: set[str] = set()
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.metadata.get("free"):
+            names.add(prefix + f.name)
+        elif dataclasses.is_dataclass(value):
+            names |= free_fields(value, f"{prefix}{f.name}.")
+    return names

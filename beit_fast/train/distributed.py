@@ -1,0 +1,147 @@
+"""Processes and devices: torchrun's environment, the process groups, and the stop signal that all ranks agree on."""
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: its rank among `size` processes, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks, in place; without waiting for the device where there is one process or NCCL."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; waits for all ranks."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device; ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device cuda: torch sees no CUDA device here; use --device cpu")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device cuda:{index}: this machine has {torch.cuda.device_count()} CUDA devices")
+        return torch.device("cuda", index)
+    return device
+
+
+def start_world(device: str) -> World:
+    """Join the processes torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or stand alone.
+
+    A worker dies with its launcher: an orphan would hold its device and its port.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        alone = resolve_device(device)
+        if alone.type == "cuda":
+            torch.cuda.set_device(alone)
+        return World(0, 1, alone)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    place = resolve_device(device, local_rank)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if place.type == "cuda" else None)
+    return World(rank, size, place)
+
+
+def end_world(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """DistributedDataParallel where there is more than one process."""
+    if world.size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+class StopSignal:
+    """SIGTERM or SIGUSR1 asks all ranks to stop at the same step; a second signal ends the process at once.
+
+    The ranks agree through a CPU process group of its own: what is sent at one step is read at the next, so nothing
+    waits for a device.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.received: int | None = None
+        self._world = world
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
+        self._pending: tuple[Tensor, dist.Work] | None = None
+        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+
+    def poll(self) -> bool:
+        """Whether to stop after this step; the same answer on every rank. Call once per step."""
+        if self._group is None:
+            return self.received is not None
+        stop = False
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            stop = bool(flag.item())
+        flag = torch.tensor(int(self.received is not None))
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = (flag, work)
+        return stop
+
+    def close(self) -> None:
+        """Give the signals back to who had them."""
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,117 @@
+"""What is trained. A task owns model, data and loss; the engine owns optimizer, clock and disk.
+
+Pre-training, tokenizer training, fine-tuning, segmentation and probes are tasks of the same engine:
+
+    engine.run(task, config)
+
+Calls, in order: `build` once; then for every step `num_targets` of each micro-batch, and per micro-batch `prepare` (no
+gradient, no autocast) and `loss` (under autocast); `after_step` once the optimizer has stepped; at intervals
+`summarise` and `evaluate`; `finish` after the last step; `close` always.
+
+Determinism is a contract: everything random must be a function of (seed, epoch, sample), or be drawn from torch's
+default generator, which the engine seeds from (seed, step, rank, micro-batch) before `prepare` and `loss`. State that
+changes while training lives in the module returned by `build` (parameters and buffers): that is what is saved.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from beit_fast.train.optim import decay_groups
+
+if TYPE_CHECKING:
+    from beit_fast.train.config import RunConfig
+    from beit_fast.train.distributed import World
+
+
+class Request(NamedTuple):
+    """One micro-batch that the engine asks for: `positions` int64 (b,) within the shuffled order of `epoch`."""
+
+    epoch: int
+    positions: NDArray[np.int64]
+
+
+class StepOutput(NamedTuple):
+    """`loss`: 0-d, a sum over this micro-batch's targets divided by the `num_targets` that was handed in.
+
+    `sums`: 0-d tensors that add up over micro-batches, ranks and steps (e.g. `num_correct`, `num_masked`); the same
+    names at every step. They stay on the device; `Task.summarise` sees their totals once per interval.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+
+
+class Task:
+    """Base class of every task; `build`, `num_samples`, `batches` and `loss` are required, the rest has defaults."""
+
+    name: str = "task"
+    """Names the run in progress lines and in the run folder."""
+
+    sample_noun: str = "images"
+    """Unit of throughput: `images` gives `images_per_s`."""
+
+    def build(self, config: "RunConfig", world: "World") -> nn.Module:
+        """Open the data, load what is frozen, and return the module to train, on `world.device`, in fp32.
+
+        The engine has just called `torch.manual_seed(config.seed)`. Raise ValueError or OSError with one clear line
+        where the configuration cannot work.
+        """
+        raise NotImplementedError
+
+    def num_samples(self) -> int:
+        """Samples in one epoch; asked after `build`. Steps per epoch are `num_samples() // config.batch_size`."""
+        raise NotImplementedError
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
+        """One batch per request, in order, on the device. Read ahead at will; `requests` ends with the run."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any, num_targets: Tensor) -> StepOutput:
+        """Loss of one micro-batch, by calling `model` (it may be wrapped by DDP: call it, once) under autocast.
+
+        Divide the *sum* of the per-target losses by `num_targets` (0-d float: targets in the global batch / world
+        size), not by the local count; then results do not depend on how the global batch was split.
+        """
+        raise NotImplementedError
+
+    def num_targets(self, batch: Any) -> Tensor | int:
+        """Number of terms the loss of this micro-batch sums over: masked patches, or (the default) samples."""
+        return len(batch[0])
+
+    def prepare(self, batch: Any, step: int) -> Any:
+        """What needs no gradient and no autocast, e.g. the tokenizer. `step` counts from 0."""
+        return batch
+
+    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: `params`, `names` (lists), `weight_decay`, and optionally `lr_scale` (layer decay)."""
+        return decay_groups(model, weight_decay)
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """After the optimizer's step number `step` (from 0): e.g. codebook updates. `model` is the bare module."""
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        """Metrics of an interval from the totals of `StepOutput.sums`, units in the names; `loss` is the engine's."""
+        return {}
+
+    def counters(self) -> dict[str, float]:
+        """Host-side numbers for the metrics line, e.g. `bad_images`; cheap, no device sync."""
+        return {}
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Held-out metrics of the bare module (in eval mode, under no_grad and autocast); `{}` = there is none."""
+        return {}
+
+    def finish(self, model: nn.Module, run_dir: Path) -> None:
+        """After the last step, on rank 0: export weights, pictures. `model` is the bare module, or its EMA."""
+
+    def plan(self, config: "RunConfig") -> dict[str, float]:
+        """For --dry-run: `flops_per_sample` (forward and backward) and, apart, e.g. `tokenizer_flops_per_sample`."""
+        return {}
+
+    def close(self) -> None:
+        """Stop threads, close files. Called once, also after an error."""
