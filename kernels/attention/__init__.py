@@ -1,0 +1,1 @@
+"""Attention with a learned additive bias, and the gradient of queries, keys, values and bias."""
