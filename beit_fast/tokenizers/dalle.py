@@ -1,0 +1,178 @@
+"""The discrete VAE of DALL-E (Ramesh et al., 2021, appendix A.2), BEiT's tokenizer: 8192 visual tokens of 8 x 8 pixels.
+
+Parameter names are those of OpenAI's released files (`blocks.*.w`, `blocks.*.b`), so their tensors load unchanged.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Tokenizer, TokenizerError
+
+__all__ = ["DalleDecoder", "DalleEncoder", "DalleTokenizer", "map_pixels", "unmap_pixels"]
+
+_EPS = 0.1  # keeps pixels away from 0 and 1, where the logit-Laplace density has its poles
+_GROUPS = 4
+
+
+def map_pixels(images: Tensor) -> Tensor:
+    """[0, 1] -> [0.1, 0.9]."""
+    return (1 - 2 * _EPS) * images + _EPS
+
+
+def unmap_pixels(images: Tensor) -> Tensor:
+    """[0.1, 0.9] -> [0, 1], clamped."""
+    return ((images - _EPS) / (1 - 2 * _EPS)).clamp(0, 1)
+
+
+class _Conv2d(nn.Module):
+    """A stride-1 "same" convolution whose parameters are called w and b; they give the precision it runs in."""
+
+    def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(n_out, n_in, kernel, kernel).normal_(std=(n_in * kernel**2) ** -0.5))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.to(self.w.dtype), self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class _Block(nn.Module):
+    """id(x) + gain * res(x): four convolutions, each after a ReLU; the identity path sees the raw input."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        hidden = n_out // 4
+        self.gain = gain
+        self.id_path = _Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        sizes = (n_in, hidden, hidden, hidden, n_out)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels, start=1):
+            layers[f"relu_{i}"] = nn.ReLU()
+            layers[f"conv_{i}"] = _Conv2d(sizes[i - 1], sizes[i], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
+
+
+def _groups(
+    widths: list[int], blocks: int, kernels: tuple[int, int, int, int], name: str, between: nn.Module
+) -> OrderedDict[str, nn.Module]:
+    """Groups of residual blocks; widths[0] enters the first group and `between` follows all but the last."""
+    gain = 1 / (_GROUPS * blocks) ** 2
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    for g in range(1, _GROUPS + 1):
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(1, blocks + 1):
+            layers[f"block_{i}"] = _Block(widths[g - 1] if i == 1 else widths[g], widths[g], kernels, gain)
+        if g < _GROUPS:
+            layers[name] = between
+        groups[f"group_{g}"] = nn.Sequential(layers)
+    return groups
+
+
+class DalleEncoder(nn.Module):
+    """Mapped pixels (B, 3, H, W) -> logits (B, V, H/8, W/8). 53,786,240 parameters at the released size."""
+
+    def __init__(self, n_hid: int = 256, vocab_size: int = 8192, blocks: int = 2) -> None:
+        super().__init__()
+        self.width = n_hid
+        widths = [n_hid, n_hid, 2 * n_hid, 4 * n_hid, 8 * n_hid]
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv2d(3, n_hid, 7))
+        layers.update(_groups(widths, blocks, (3, 3, 3, 1), "pool", nn.MaxPool2d(2)))
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv2d(widths[-1], vocab_size, 1)))
+        self.blocks = nn.Sequential(layers)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 8 n_hid, H/8, W/8): everything but the output convolution."""
+        for name, layer in self.blocks.named_children():
+            if name != "output":
+                x = layer(x)
+        return F.relu(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class DalleDecoder(nn.Module):
+    """One-hot or soft tokens (B, V, h, w) -> (B, 6, 8h, 8w): mean and log-scale of a logit-Laplace density per channel.
+
+    43,829,766 parameters at the released size.
+    """
+
+    def __init__(self, n_init: int = 128, n_hid: int = 256, vocab_size: int = 8192, blocks: int = 2) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        widths = [n_init, 8 * n_hid, 4 * n_hid, 2 * n_hid, n_hid]
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv2d(vocab_size, n_init, 1))
+        layers.update(_groups(widths, blocks, (1, 3, 3, 3), "upsample", nn.Upsample(scale_factor=2, mode="nearest")))
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv2d(n_hid, 6, 1)))
+        self.blocks = nn.Sequential(layers)
+
+    def forward_ids(self, ids: Tensor) -> Tensor:
+        """The same for hard tokens, ids (B, h, w): the first convolution of a one-hot is a row look-up."""
+        conv = self.blocks.get_submodule("input")
+        assert isinstance(conv, _Conv2d)
+        x = (F.embedding(ids, conv.w[:, :, 0, 0].t()) + conv.b).permute(0, 3, 1, 2)
+        for name, layer in self.blocks.named_children():
+            if name != "input":
+                x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+class DalleTokenizer(Tokenizer):
+    """Encoder and, where its file is at hand, decoder of DALL-E's dVAE.
+
+    As in the original, on a GPU all convolutions but the output one run in fp16 (`dtype` changes that).
+    """
+
+    stride = 8
+
+    def __init__(self, encoder: DalleEncoder | None, decoder: DalleDecoder | None = None) -> None:
+        super().__init__()
+        if encoder is None and decoder is None:
+            raise ValueError("encoder or decoder must be given")
+        self.encoder, self.decoder = encoder, decoder
+        if encoder is not None:
+            self.vocab_size, self.width = self.head()[0].shape[0], encoder.width
+        elif decoder is not None:
+            self.vocab_size, self.width = decoder.vocab_size, 0
+
+    def to_precision(self, dtype: torch.dtype) -> "DalleTokenizer":
+        """Run every convolution but the encoder's output (and the decoder's input) in `dtype`; channels last."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in (self.encoder, self.decoder):
+            for name, conv in module.named_modules() if module is not None else ():
+                fp32 = name == ("blocks.output.conv" if module is self.encoder else "blocks.input")
+                if isinstance(conv, _Conv2d):
+                    conv.to(torch.float32 if fp32 else dtype)
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        if self.encoder is None:
+            raise TokenizerError("this DALL-E tokenizer has no encoder: put encoder.pkl beside decoder.pkl")
+        return self.encoder.features(map_pixels(images).contiguous(memory_format=torch.channels_last))
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        if self.encoder is None:
+            raise TokenizerError("this DALL-E tokenizer has no encoder: put encoder.pkl beside decoder.pkl")
+        conv = self.encoder.blocks.get_submodule("output.conv")
+        assert isinstance(conv, _Conv2d)
+        return conv.w[:, :, 0, 0], conv.b
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids int64 (B, h, w) -> images float32 (B, 3, 8h, 8w) in [0, 1], the mode of the predicted density."""
+        if self.decoder is None:
+            raise TokenizerError(
+                "this DALL-E tokenizer has no decoder: put decoder.pkl beside encoder.pkl, "
+                'or load_tokenizer("dalle", decoder=True)'
+            )
+        self._check_ids(ids)
+        return unmap_pixels(torch.sigmoid(self.decoder.forward_ids(ids)[:, :3].float()))

@@ -1,0 +1,85 @@
+"""The small discrete VAE BEiT's authors call the customised tokenizer; the demo tokenizer has the same layout.
+
+State-dict keys are those of their `pytorch_model.bin`: `codebook.weight`, `encoder.{0,2,4}.0.*`,
+`encoder.{1,3,5}.net.{0,2,4}.*`, `encoder.6.*`, and the mirror of them under `decoder`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .base import Tokenizer
+
+__all__ = ["DiscreteVAE"]
+
+
+class _ResBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + x
+
+
+class DiscreteVAE(Tokenizer):
+    """Strided convolutions and residual blocks; the last convolution gives logits over the vocabulary.
+
+    num_tokens V, codebook_dim, hidden_dim and num_layers (each halves the resolution: stride 2 ** num_layers).
+    The default sizes are the official file's: 20,081,411 parameters. Pixels enter as (x - 0.5) / 0.5.
+    """
+
+    def __init__(
+        self, num_tokens: int = 8192, codebook_dim: int = 512, hidden_dim: int = 256, num_layers: int = 3
+    ) -> None:
+        super().__init__()
+        self.vocab_size, self.stride, self.width = num_tokens, 2**num_layers, hidden_dim
+        self.codebook = nn.Embedding(num_tokens, codebook_dim)
+        encoder: list[nn.Module] = []
+        decoder: list[nn.Module] = []
+        for layer in range(num_layers):
+            down = nn.Conv2d(hidden_dim if layer else 3, hidden_dim, 4, stride=2, padding=1)
+            up = nn.ConvTranspose2d(hidden_dim if layer else codebook_dim, hidden_dim, 4, stride=2, padding=1)
+            encoder += [nn.Sequential(down, nn.ReLU()), _ResBlock(hidden_dim)]
+            decoder += [nn.Sequential(up, nn.ReLU()), _ResBlock(hidden_dim)]
+        self.encoder = nn.Sequential(*encoder, nn.Conv2d(hidden_dim, num_tokens, 1))
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden_dim, 3, 1))
+
+    def to_precision(self, dtype: torch.dtype) -> "DiscreteVAE":
+        """Run every convolution but the encoder's output in `dtype`, channels last."""
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.encoder[:-1].to(dtype)
+        self.decoder.to(dtype)
+        return self
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+    def features(self, images: Tensor) -> Tensor:
+        x = ((images - 0.5) / 0.5).to(self._dtype())
+        return self.encoder[:-1](x.contiguous(memory_format=torch.channels_last))
+
+    def head(self) -> tuple[Tensor, Tensor]:
+        conv = self.encoder[-1]
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        return conv.weight[:, :, 0, 0], conv.bias
+
+    def logits(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> logits (B, V, h, w), with gradient: for training with a relaxation."""
+        return self.encoder[-1](self.features(images))
+
+    def reconstruct(self, embeddings: Tensor) -> Tensor:
+        """Code vectors (B, codebook_dim, h, w), hard or mixed -> pixels around [0, 1], unclamped, with gradient."""
+        return self.decoder(embeddings.to(self._dtype())).float() * 0.5 + 0.5
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids int64 (B, h, w) -> images (B, 3, H, W) in [0, 1]."""
+        self._check_ids(ids)
+        return self.reconstruct(self.codebook(ids).permute(0, 3, 1, 2)).clamp(0, 1)
