@@ -7,7 +7,7 @@ if __name__ != "beit_fast.kernels":
     # Hugging Face has a package named `kernels`; under that name every op here would be registered a second time.
     raise ImportError("this folder is beit_fast.kernels: write `import beit_fast.kernels`, not `import kernels`")
 
-from .attention.op import biased_attention, packed_attention, prepare_bias
+from .attention.op import Bias, biased_attention, packed_attention, prepare_bias
 from .backend import use_backend
 from .gelu.op import bias_gelu
 from .mim_loss.op import masked_cross_entropy
@@ -16,6 +16,7 @@ from .position_bias.reference import relative_position_index
 from .residual_norm.op import residual_add, residual_layer_norm
 
 __all__ = [
+    "Bias",
     "bias_gelu",
     "biased_attention",
     "masked_cross_entropy",

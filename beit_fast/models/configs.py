@@ -1,0 +1,118 @@
+"""The architecture of a BEiT as one frozen dataclass, and the sizes and presets that have names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Size = Literal["tiny", "small", "base", "large"]
+Preset = Literal["plain", "plus"]
+
+_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 192, "depth": 12, "num_heads": 3},
+    "small": {"width": 384, "depth": 12, "num_heads": 6},
+    "base": {"width": 768, "depth": 12, "num_heads": 12},
+    "large": {"width": 1024, "depth": 24, "num_heads": 16},
+}
+_LAYER_SCALE_INIT = {"tiny": 0.1, "small": 0.1, "base": 0.1, "large": 1e-5}
+
+
+@dataclass(frozen=True)
+class BeitConfig:
+    """Architecture and initialisation of a BEiT.
+
+    Raises:
+        ValueError: a size is not positive, the image is not a multiple of the patch, or the width of the heads.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    """Side in pixels, or (height, width)."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    in_chans: int = 3
+    """Colour channels."""
+    width: int = 768
+    """D, the size of a token."""
+    depth: int = 12
+    """L, the number of blocks."""
+    num_heads: int = 12
+    """H."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over D."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of every LayerNorm."""
+    use_abs_pos_emb: bool = False
+    """Learned absolute position embedding (preset `plain`)."""
+    relative_position_bias: Literal["none", "shared", "per_block"] = "shared"
+    """One table for all blocks (pre-training, preset `plus`), one for each (fine-tuning), or none (`plain`)."""
+    layer_scale_init: float | None = 0.1
+    """Start value of LayerScale; None leaves it out (preset `plain`)."""
+    drop_path_rate: float = 0.0
+    """Drop rate of the last block; the rate grows linearly from 0 at the first."""
+    vocab_size: int = 8192
+    """V, the number of visual tokens."""
+    num_classes: int = 1000
+    """Outputs of the classifier; 0 leaves its head out."""
+    global_pool: Literal["avg", "token", ""] = "avg"
+    """What the classifier reads: the mean of the patch tokens, the CLS token, or all tokens."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    head_init_scale: float = 0.001
+    """Factor on the classifier's initial weights."""
+
+    def __post_init__(self) -> None:
+        height, width = self.image_hw
+        for name in ("patch_size", "in_chans", "width", "depth", "num_heads", "vocab_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if height <= 0 or width <= 0 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image_size {height}x{width} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), the patches down and across."""
+        height, width = self.image_hw
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @staticmethod
+    def from_preset(size: Size, preset: Preset = "plus", **overrides: Any) -> BeitConfig:
+        """The configuration for pre-training.
+
+        `plain` is that of the paper's main tables: absolute position embedding, no LayerScale, no relative bias.
+        `plus` is that of the paper's appendix A and of the released ImageNet-22k weights: LayerScale and a relative
+        position bias, one table shared by all blocks.
+
+        Raises:
+            ValueError: the size or the preset is unknown.
+        """
+        if size not in _SIZES:
+            raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(_SIZES)}")
+        if preset not in ("plain", "plus"):
+            raise ValueError(f"preset {preset!r} is unknown; choose plain or plus")
+        plus = preset == "plus"
+        values: dict[str, Any] = {
+            **_SIZES[size],
+            "use_abs_pos_emb": not plus,
+            "relative_position_bias": "shared" if plus else "none",
+            "layer_scale_init": _LAYER_SCALE_INIT[size] if plus else None,
+        }
+        return BeitConfig(**{**values, **overrides})
+
+    def for_classification(self, num_classes: int = 1000, **overrides: Any) -> BeitConfig:
+        """The same architecture as it is fine-tuned: a shared table becomes one table for each block."""
+        tables = "per_block" if self.relative_position_bias == "shared" else self.relative_position_bias
+        values: dict[str, Any] = {"num_classes": num_classes, "relative_position_bias": tables}
+        return replace(self, **{**values, **overrides})

@@ -1,0 +1,131 @@
+"""Masked image modelling: predict the visual tokens of masked patches (paper sections 2.2 to 2.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from beit_fast import kernels
+
+from .beit import BeitTrunk, init_for_pretraining
+from .configs import BeitConfig
+
+
+@dataclass
+class MaskedImageModelingOutput:
+    """Result of one forward pass; all tensors are 0-d and stay on the device."""
+
+    loss: Tensor
+    """Cross-entropy over the masked positions, float32; the mean, unless `num_targets` said otherwise."""
+    accuracy: Tensor
+    """Share of masked positions whose most probable token is the right one, float32."""
+    num_masked: int
+    """M, the masked positions of this batch."""
+    num_correct: Tensor
+    """Masked positions predicted right, int64."""
+
+
+class BeitForMaskedImageModeling(BeitTrunk):
+    """BEiT in pre-training: a mask token in place of each masked patch, a linear head over the visual vocabulary.
+
+    Only masked positions go through the head, and in the last block only they go through everything behind the
+    attention: nothing reads the others, so the loss and all gradients are the same.
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__(config)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.width, config.vocab_size)
+        init_for_pretraining(self, self.mask_token)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        visual_tokens: Tensor,
+        sample_keys: Tensor | None = None,
+        num_targets: Tensor | None = None,
+        masked_rows: Tensor | None = None,
+    ) -> MaskedImageModelingOutput:
+        """Loss and accuracy of predicting the visual tokens at the masked positions.
+
+        Args:
+            images: (B, C, S, S), normalised.
+            mask: bool (B, N-1) or (B, h, w), true where a patch is hidden.
+            visual_tokens: int64; of all patches, (B, N-1) or (B, h, w), or of the masked ones in row order, (M,) or
+                (B, M/B).
+            sample_keys: int64 (B,), makes drop path a function of the sample (see `nn.drop_path_scales`).
+            num_targets: 0-d; the sum of losses is divided by it instead of M, which makes the gradient independent
+                of how a global batch was split.
+            masked_rows: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
+
+        Raises:
+            ValueError: nothing is masked, or the shapes do not fit.
+        """
+        mask, rows = self._masked_rows(images, mask, masked_rows)
+        targets = self._targets_at(visual_tokens, rows, mask)
+        hidden = self._hidden_at(images, mask, rows, sample_keys)
+        loss, num_correct = kernels.masked_cross_entropy(
+            hidden,
+            torch.arange(rows.shape[0], device=rows.device),
+            targets,
+            self.norm.weight,
+            self.norm.bias,
+            self.lm_head.weight,
+            self.lm_head.bias,
+            self.norm.eps,
+            num_targets,
+        )
+        num_masked = rows.shape[0]
+        return MaskedImageModelingOutput(loss, num_correct.float() / num_masked, num_masked, num_correct)
+
+    def predict_tokens(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Logits (M, V) at the masked positions, in row order."""
+        mask, rows = self._masked_rows(images, mask, None)
+        return self.lm_head(self.norm(self._hidden_at(images, mask, rows, None)))
+
+    def _masked_rows(self, images: Tensor, mask: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mask as (B, N-1) and the indices of its true entries in the flattened mask."""
+        batch, patches = images.shape[0], self._patches_of(images)
+        mask = mask.flatten(1)
+        if mask.shape != (batch, patches) or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool ({batch}, {patches}), got {mask.dtype} {tuple(mask.shape)}")
+        if rows is None:
+            rows = mask.flatten().nonzero().squeeze(1)
+        if rows.shape[0] == 0:
+            raise ValueError("the mask hides no patch, so there is nothing to predict: mask at least one")
+        return mask, rows
+
+    def _patches_of(self, images: Tensor) -> int:
+        patch = self.config.patch_size
+        return (images.shape[-2] // patch) * (images.shape[-1] // patch)
+
+    def _targets_at(self, visual_tokens: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+        flat = visual_tokens.flatten()
+        if flat.shape[0] == mask.numel():
+            return flat[rows]
+        if flat.shape[0] == rows.shape[0]:
+            return flat
+        raise ValueError(
+            f"visual_tokens has {flat.shape[0]} entries; give one for each of the {mask.numel()} patches or for each "
+            f"of the {rows.shape[0]} masked ones"
+        )
+
+    def _hidden_at(self, images: Tensor, mask: Tensor, rows: Tensor, sample_keys: Tensor | None) -> Tensor:
+        """(M, D): the residual stream after the last block at the masked positions, before the final norm."""
+        biases = self._attention_biases(images)
+        drop_path = self.drop_path(images.shape[0], sample_keys)
+        x = self._embed(images, mask, self.mask_token)
+        *_, last = self.layers()
+        x, normed = self._run_blocks(x, biases, drop_path, len(self.blocks) - 1, last.norm1)
+        assert normed is not None
+        # The last block: attention over all tokens, the rest at the masked positions, each a sample of one token.
+        sample = torch.div(rows, mask.shape[1], rounding_mode="floor")
+        at = rows + sample + 1  # every sample has one CLS token in front of its patches
+        mixed = last.attn.mix(normed, biases[-1]).flatten(0, 1).index_select(0, at)
+        hidden = x.flatten(0, 1).index_select(0, at).unsqueeze(1)
+        factors = None if drop_path is None else drop_path[-1].index_select(1, sample)
+        return last.finish(hidden, mixed.unsqueeze(1), factors).squeeze(1)

@@ -1,0 +1,95 @@
+"""One transformer block, written so that every residual sum and the LayerNorm after it are one op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit_fast import kernels
+from beit_fast.kernels import Bias
+
+from .attention import Attention
+from .mlp import Mlp
+
+
+class Block(nn.Module):
+    """x + gamma_1 * attention(norm1(x)), then x + gamma_2 * mlp(norm2(x)), each with drop path (paper section 2.3).
+
+    Args:
+        width, num_heads, mlp_ratio: D, H, hidden width of the MLP over D.
+        eps: of both LayerNorms.
+        layer_scale_init: start value of gamma_1 and gamma_2; None or 0 leaves them out (preset `plain`).
+        window_size: patch grid of the block's own relative position table; None where it has none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        eps: float,
+        layer_scale_init: float | None,
+        window_size: tuple[int, int] | None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, num_heads, window_size)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        if layer_scale_init:
+            self.gamma_1 = nn.Parameter(torch.full((width,), float(layer_scale_init)))
+            self.gamma_2 = nn.Parameter(torch.full((width,), float(layer_scale_init)))
+        else:
+            self.register_parameter("gamma_1", None)
+            self.register_parameter("gamma_2", None)
+
+    def forward(self, x: Tensor, bias: Bias = None, drop_path: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `bias` (H, N, N) prepared, plain or None; `drop_path` (2, B) factors or None."""
+        return self.chain(x, self.norm1(x), bias, drop_path, None)[0]
+
+    def chain(
+        self, x: Tensor, normed: Tensor, bias: Bias, drop_path: Tensor | None, next_norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block between its neighbours: takes norm1(x) ready made, gives `next_norm` of its output along with it.
+
+        Args:
+            x, normed: (B, N, D) residual stream and its norm1.
+            next_norm: the LayerNorm that reads this block's output next; None if there is none.
+
+        Returns:
+            (B, N, D) residual stream, and its `next_norm` or None.
+        """
+        x, normed = self._add_attention(x, self.attn.mix(normed, bias), drop_path)
+        return self._add_mlp(x, normed, drop_path, next_norm)
+
+    def finish(self, x: Tensor, mixed: Tensor, drop_path: Tensor | None) -> Tensor:
+        """All of the block behind the mixing of tokens, which works on any subset of them.
+
+        Args:
+            x, mixed: (B, N, D) residual stream and `attn.mix` of its norm1; any tokens, as long as both are the same.
+            drop_path: (2, B) factors or None.
+        """
+        x, normed = self._add_attention(x, mixed, drop_path)
+        return self._add_mlp(x, normed, drop_path, None)[0]
+
+    def _add_attention(self, x: Tensor, mixed: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual sum behind the attention and its norm2."""
+        proj, norm = self.attn.proj, self.norm2
+        factors = None if drop_path is None else drop_path[0]
+        branch = F.linear(mixed, proj.weight)
+        return kernels.residual_layer_norm(
+            x, branch, self.gamma_1, factors, norm.weight, norm.bias, norm.eps, proj.bias
+        )
+
+    def _add_mlp(
+        self, x: Tensor, normed: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual sum behind the MLP and its `next_norm`."""
+        branch, bias = self.mlp.branch(normed), self.mlp.fc2.bias
+        factors = None if drop_path is None else drop_path[1]
+        if next_norm is None:
+            return kernels.residual_add(x, branch, self.gamma_2, factors, bias), None
+        return kernels.residual_layer_norm(
+            x, branch, self.gamma_2, factors, next_norm.weight, next_norm.bias, next_norm.eps, bias
+        )

@@ -1,0 +1,73 @@
+"""Stochastic depth whose decisions depend on the sample, not on the batch it happens to be in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Constants of the splitmix64 finaliser, as signed 64-bit integers (torch has no unsigned arithmetic).
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; torch's own on int64 copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _splitmix64(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def drop_path_scales(rates: Tensor, sample_keys: Tensor | None, batch_size: int) -> Tensor:
+    """Factor of every residual branch of every sample: 0 where it is dropped, 1/(1-rate) where it is kept.
+
+    One tensor for all blocks, made on the device without a host sync, so that a step can be captured in a CUDA graph.
+
+    Args:
+        rates: (L,) float32, the drop rate of each block (both of its branches share it).
+        sample_keys: (B,) int64, a hash of (seed, epoch, sample); the same keys give the same factors whatever the
+            batch split or world size. None draws from torch's generator instead.
+        batch_size: B.
+
+    Returns:
+        (L, 2, B) float32.
+    """
+    blocks = rates.shape[0]
+    if sample_keys is None:
+        uniform = torch.rand(blocks, 2, batch_size, device=rates.device)
+    else:
+        branch = torch.arange(1, 2 * blocks + 1, device=rates.device, dtype=torch.int64).view(blocks, 2, 1)
+        mixed = _splitmix64(sample_keys.view(1, 1, -1) + branch * _GOLDEN)
+        uniform = _shift_right(mixed, 40).to(torch.float32) * 2.0**-24
+    keep = (1.0 - rates).view(blocks, 1, 1)
+    return (uniform < keep).to(torch.float32) / keep
+
+
+class DropPathRates(torch.nn.Module):
+    """The linear ramp of drop rates over the blocks, `linspace(0, rate, depth)` (spec of Huang et al. as BEiT uses it).
+
+    Raises:
+        ValueError: rate outside [0, 1).
+    """
+
+    rates: Tensor
+
+    def __init__(self, rate: float, depth: int) -> None:
+        super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {rate}")
+        self.rate = rate
+        self.register_buffer("rates", torch.linspace(0.0, rate, depth), persistent=False)
+
+    def forward(self, batch_size: int, sample_keys: Tensor | None = None) -> Tensor | None:
+        """(L, 2, B) factors, or None where nothing can be dropped (evaluation, rate 0)."""
+        if not self.training or self.rate == 0.0:
+            return None
+        return drop_path_scales(self.rates, sample_keys, batch_size)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"

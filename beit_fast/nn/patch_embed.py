@@ -1,0 +1,34 @@
+"""Patch embedding: a strided convolution in name and keys, one matrix product in fact."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cuts an image into patches and projects each to the model width (paper section 2.1).
+
+    The parameter is that of `Conv2d(in_chans, width, patch_size, stride=patch_size)`, so checkpoints of the official
+    code, timm and transformers fit; the work is done as a reshape and a matrix product, which is faster and whose
+    weight gradient is deterministic.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, h*P, w*P) -> (B, h*w, D), patches in row-major order.
+
+        Raises:
+            ValueError: the image's sides are not multiples of the patch size.
+        """
+        p = self.patch_size
+        batch, channels, height, width = images.shape
+        if height % p or width % p:
+            raise ValueError(f"image sides must be multiples of the patch size {p}, got {height}x{width}")
+        patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -1,0 +1,137 @@
+"""The masked image modelling loss against a plain formulation of the whole model."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
+from beit_fast.nn import drop_path_scales
+
+
+def plain_loss(model, images, mask, tokens, keys=None):
+    """The model again, in ordinary torch and float64, over all tokens of all blocks."""
+    w = {name: p.double() for name, p in model.named_parameters()}
+    config = model.config
+    D, H = config.width, config.num_heads
+    x = F.conv2d(images.double(), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=config.patch_size)
+    h, width = x.shape[-2:]
+    x = x.flatten(2).transpose(1, 2)
+    m = mask.flatten(1).double().unsqueeze(-1)
+    x = x * (1 - m) + w["mask_token"] * m
+    x = torch.cat((w["cls_token"].expand(len(x), -1, -1), x), 1)
+    if "pos_embed" in w:
+        x = x + w["pos_embed"]
+    B, N, _ = x.shape
+    bias = torch.zeros(H, N, N, dtype=torch.float64)
+    if model.rel_pos_bias is not None:
+        table = w["rel_pos_bias.relative_position_bias_table"]
+        for i in range(N):
+            for j in range(N):
+                if i and j:
+                    (ri, ci), (rj, cj) = divmod(i - 1, width), divmod(j - 1, width)
+                    row = (ri - rj + h - 1) * (2 * width - 1) + ci - cj + width - 1
+                else:
+                    row = len(table) - (1 if i == j == 0 else 3 if i == 0 else 2)
+                bias[:, i, j] = table[row]
+    factors = torch.ones(config.depth, 2, B, dtype=torch.float64)
+    if keys is not None:
+        factors = drop_path_scales(model.drop_path.rates, keys, B).double()
+    for i in range(config.depth):
+        p = {name.split(".", 2)[2]: v for name, v in w.items() if name.startswith(f"blocks.{i}.")}
+        y = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"], 1e-6)
+        qkv_bias = torch.cat((p["attn.q_bias"], torch.zeros(D, dtype=torch.float64), p["attn.v_bias"]))
+        q, k, v = F.linear(y, p["attn.qkv.weight"], qkv_bias).reshape(B, N, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        attention = ((q * (D // H) ** -0.5) @ k.transpose(-2, -1) + bias).softmax(-1)
+        y = F.linear((attention @ v).transpose(1, 2).reshape(B, N, D), p["attn.proj.weight"], p["attn.proj.bias"])
+        x = x + factors[i, 0].view(-1, 1, 1) * p.get("gamma_1", torch.ones(D)) * y
+        y = F.layer_norm(x, (D,), p["norm2.weight"], p["norm2.bias"], 1e-6)
+        y = F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
+        y = F.linear(y, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
+        x = x + factors[i, 1].view(-1, 1, 1) * p.get("gamma_2", torch.ones(D)) * y
+    x = F.layer_norm(x, (D,), w["norm.weight"], w["norm.bias"], 1e-6)[:, 1:]
+    logits = F.linear(x[mask.flatten(1)], w["lm_head.weight"], w["lm_head.bias"])
+    labels = tokens.flatten(1)[mask.flatten(1)]
+    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+
+
+def make(preset, depth=3, **overrides):
+    torch.manual_seed(0)
+    config = BeitConfig.from_preset(
+        "tiny", preset, width=32, depth=depth, num_heads=2, patch_size=8, image_size=(32, 40), vocab_size=50,
+        init_std=0.2, **overrides,
+    )  # fmt: skip
+    model = BeitForMaskedImageModeling(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "table" in name:
+                parameter.normal_(std=0.3)
+    images = torch.randn(3, 3, 32, 40)
+    mask = torch.rand(3, 4, 5) < 0.4
+    tokens = torch.randint(0, 50, (3, 4, 5))
+    return model, images, mask, tokens
+
+
+@pytest.mark.parametrize(("preset", "depth"), [("plain", 3), ("plus", 3), ("plus", 1)])
+def test_loss_and_every_gradient_equal_the_plain_model(preset, depth):
+    model, images, mask, tokens = make(preset, depth, drop_path_rate=0.4)
+    keys = torch.tensor([5, 17, 99])
+    model.train()
+    output = model(images, mask, tokens, sample_keys=keys)
+    loss, correct = plain_loss(model, images, mask, tokens, keys)
+    torch.testing.assert_close(output.loss.double(), loss, rtol=1e-5, atol=1e-6)
+    assert output.num_correct == correct
+    assert output.num_masked == mask.sum()
+    assert output.accuracy.item() == pytest.approx(correct.item() / mask.sum().item())
+    ours = torch.autograd.grad(output.loss, list(model.parameters()))
+    theirs = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
+        assert (a - b).norm() <= 2e-5 * b.norm() + 1e-8, name
+
+
+def test_tokens_of_all_patches_or_of_masked_ones_alone():
+    model, images, mask, tokens = make("plus")
+    losses = [
+        model(images, mask, tokens).loss,
+        model(images, mask.flatten(1), tokens.flatten(1)).loss,
+        model(images, mask, tokens[mask]).loss,
+        model(images, mask, tokens, masked_rows=mask.flatten().nonzero().squeeze(1)).loss,
+    ]
+    for loss in losses[1:]:
+        assert torch.equal(loss, losses[0])
+
+
+def test_global_count_makes_gradients_independent_of_the_split():
+    model, images, mask, tokens = make("plus")
+    whole = torch.autograd.grad(model(images, mask, tokens).loss, list(model.parameters()))
+    total = mask.sum()
+    parts = [
+        torch.autograd.grad(
+            model(images[i : i + 1], mask[i : i + 1], tokens[i : i + 1], num_targets=total).loss,
+            list(model.parameters()),
+        )
+        for i in range(3)
+    ]
+    for one, three in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(one, sum(three), rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_mask_is_an_error_not_a_nan():
+    model, images, mask, tokens = make("plus")
+    with pytest.raises(ValueError, match="hides no patch"):
+        model(images, torch.zeros_like(mask), tokens)
+
+
+def test_misfitting_inputs_are_named():
+    model, images, mask, tokens = make("plus")
+    with pytest.raises(ValueError, match="mask must be bool"):
+        model(images, mask[:, :3], tokens)
+    with pytest.raises(ValueError, match="mask must be bool"):
+        model(images, mask.long(), tokens)
+    with pytest.raises(ValueError, match="visual_tokens has 3 entries"):
+        model(images, mask, tokens[:, 0, 0])
+
+
+def test_predicted_tokens_are_those_of_the_loss():
+    model, images, mask, tokens = make("plus")
+    logits = model.predict_tokens(images, mask)
+    torch.testing.assert_close(F.cross_entropy(logits, tokens[mask]), model(images, mask, tokens).loss)
