@@ -32,7 +32,7 @@ def imported_folders(module, source):
         elif isinstance(node, ast.ImportFrom):
             base = node.module.split(".") if node.module else []
             if node.level:
-                base = module[: len(module) - node.level] + base
+                base = [*module[: len(module) - node.level], *base]
             names = [[*base, alias.name] for alias in node.names]
         for name in names:
             if name[0] == "beit_fast" and len(name) > 1:
