@@ -88,8 +88,9 @@ class RunConfig:
     """Global batch: samples per optimizer step over all devices. Accumulation follows from it."""
     batch_per_device: int = free(64)
     """Samples per device that go forward and backward at once; does not change results, only memory and speed."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast type. fp16 scales the loss (the paper's V100 way); weights and optimizer state are fp32 always."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type; weights and optimizer state are fp32 always. fp16 scales the loss (the paper's V100 way). `auto`:
+    bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU."""
     device: str = free("auto")
     """`auto`: cuda where there is one, else cpu."""
     eval_every: int | None = free(None)

@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 TIMEOUT = timedelta(minutes=10)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ECHO_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,9 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 asks all ranks to stop at the same step; a second signal ends the process at once.
+    """SIGTERM, SIGUSR1 or Ctrl-C asks all ranks to stop at the same step; a second signal ends the process at once.
+
+    A launcher and a scheduler often deliver the same wish twice, so what comes within `ECHO_S` seconds is one signal.
 
     The ranks agree through a CPU process group of its own: what is sent at one step is read at the next, so nothing
     waits for a device.
@@ -113,15 +118,17 @@ class StopSignal:
 
     def __init__(self, world: World) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self._world = world
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._pending: tuple[Tensor, dist.Work] | None = None
-        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._previous = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+        elif time.monotonic() - self._received_at > ECHO_S:
             os._exit(128 + number)
-        self.received = number
 
     def poll(self) -> bool:
         """Whether to stop after this step; the same answer on every rank. Call once per step."""
@@ -138,10 +145,13 @@ class StopSignal:
         self._pending = (flag, work)
         return stop
 
-    def close(self) -> None:
-        """Give the signals back to who had them."""
+    def drain(self) -> None:
+        """Wait for the last exchange; every rank calls it after its last `poll`."""
         if self._pending is not None:
             self._pending[1].wait()
             self._pending = None
+
+    def close(self) -> None:
+        """Give the signals back to who had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

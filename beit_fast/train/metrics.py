@@ -1,0 +1,117 @@
+"""Numbers of a run: summed on the device, read once per interval, one JSON object per line of metrics.jsonl."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_fast.train.distributed import World
+
+
+class Interval:
+    """Sums since the last line, on the device in fp64, without a host sync until `read`.
+
+    Steps that were skipped (found_inf) count as skipped and add nothing else.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._names: list[str] = []
+        self._shared: Tensor | None = None  # [steps, skipped, gradient norm]: the same on every rank
+        self._summed: Tensor | None = None  # [loss / world size, sums ...]: to be added over ranks
+        self.consecutive_skipped = torch.zeros((), dtype=torch.float64, device=world.device)
+        self._longest = torch.zeros_like(self.consecutive_skipped)
+
+    def add(self, loss: Tensor, sums: Mapping[str, Tensor], norm: Tensor, found_inf: Tensor) -> None:
+        """One optimizer step: `loss` and `sums` of this rank (totals over its micro-batches)."""
+        self._names = list(sums)
+        skipped = found_inf.double()
+        values = torch.stack([loss.detach().double() / self._world.size, *(v.detach().double() for v in sums.values())])
+        values = torch.where(skipped > 0, torch.zeros_like(values), values)
+        shared = torch.stack([torch.ones_like(skipped), skipped, torch.where(skipped > 0, skipped * 0, norm.double())])
+        self._summed = values if self._summed is None else self._summed + values
+        self._shared = shared if self._shared is None else self._shared + shared
+        self.consecutive_skipped = (self.consecutive_skipped + 1) * skipped
+        self._longest = torch.maximum(self._longest, self.consecutive_skipped)
+
+    def state(self) -> dict[str, Any]:
+        """The sums over all ranks so far, for the checkpoint; waits for the device, and for the other ranks."""
+        if self._summed is None or self._shared is None:
+            return {"consecutive_skipped": float(self.consecutive_skipped)}
+        return {
+            "names": self._names,
+            "summed": self._world.sum(self._summed.clone()).tolist(),
+            "shared": self._shared.tolist(),
+            "consecutive_skipped": float(self.consecutive_skipped),
+            "longest": float(self._longest),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.consecutive_skipped.fill_(state["consecutive_skipped"])
+        if "summed" in state:
+            self._names = list(state["names"])
+            summed = torch.tensor(state["summed"], dtype=torch.float64, device=self._world.device)
+            self._summed = summed if self._world.is_main else torch.zeros_like(summed)
+            self._shared = torch.tensor(state["shared"], dtype=torch.float64, device=self._world.device)
+            self._longest.fill_(state["longest"])
+
+    def read(self) -> dict[str, Any]:
+        """Totals since the last call: steps, skipped, longest_skipped, means of loss and grad_norm, and `sums`."""
+        assert self._summed is not None
+        assert self._shared is not None
+        summed = self._world.sum(self._summed).tolist()
+        steps, skipped, norm, longest = torch.cat([self._shared, self._longest[None]]).tolist()
+        self._summed = self._shared = None
+        self._longest = torch.zeros_like(self._longest)
+        clean = steps - skipped
+        return {
+            "steps": int(steps),
+            "skipped": int(skipped),
+            "longest_skipped": int(longest),
+            "loss": summed[0] / clean if clean else math.nan,
+            "grad_norm": norm / clean if clean else math.nan,
+            "sums": dict(zip(self._names, summed[1:], strict=True)),
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl: opened at a step, what lies beyond it (written before a kill) is dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
+        work = path.with_name(path.name + ".tmp")
+        with work.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+        self._file = path.open("a")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one object; NaN and infinities become null, which is JSON."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Sequence[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a last line cut short by a kill is left out. Empty where there is no file."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            try:
+                value = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                lines.append(value)
+    return lines

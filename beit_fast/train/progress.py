@@ -1,0 +1,75 @@
+"""What a run shows: a live bar on a terminal, one line per interval elsewhere."""
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `5 h 02 min`, `3 d 04 h`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86400} d {s % 86400 // 3600:02d} h"
+
+
+class Progress:
+    """Progress of a run from `step` to `target`; silent on ranks other than 0 and with mode `none`."""
+
+    def __init__(self, mode: Literal["auto", "bar", "lines", "none"], name: str, step: int, target: int) -> None:
+        self.mode = mode if mode != "auto" else ("bar" if sys.stdout.isatty() else "lines")
+        self._name, self._target = name, target
+        self._bar: Bar | None = None
+        if self.mode == "bar":
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                refresh_per_second=2,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=target, completed=step, text="starting")
+
+    def advance(self, step: int) -> None:
+        """`step` optimizer steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def interval(self, line: Mapping[str, Any], noun: str, eta_s: float) -> None:
+        """A line of metrics was written."""
+        text = f"loss {line['loss']:.4f}"
+        if "accuracy" in line:
+            text += f"  accuracy {100 * line['accuracy']:.2f} %"
+        text += (
+            f"  lr {line['lr']:.2e}  {line[f'{noun}_per_s']:.4g} {noun}/s"
+            f"  data wait {100 * line['data_wait_share']:.0f} %  ETA {duration(eta_s)}"
+        )
+        if line["skipped_steps"]:
+            text += f"  skipped {line['skipped_steps']} steps"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["step"], text=text)
+        elif self.mode == "lines":
+            print(f"step {line['step']}/{self._target}  epoch {line['epoch']:.2f}  {text}", flush=True)
+
+    def say(self, text: str) -> None:
+        """A message of its own line, above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self.mode != "none":
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

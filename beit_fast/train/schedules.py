@@ -1,0 +1,49 @@
+"""Learning-rate schedules as closed forms of the step: nothing to save, nothing to restore.
+
+The numbers are the official code's per-step arrays: warm-up includes both ends (first step `warmup_lr`, last step the
+peak), so the peak occurs twice, and the minimum is approached but not reached.
+"""
+
+import math
+from collections.abc import Callable
+
+from beit_fast.train.config import OptimConfig, RunConfig
+
+
+def learning_rate(step: int, config: OptimConfig, total_steps: int, warmup_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`, before any layer decay."""
+    if step < warmup_steps:
+        if warmup_steps == 1:
+            return config.warmup_lr
+        return config.warmup_lr + (config.lr - config.warmup_lr) * step / (warmup_steps - 1)
+    done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    remaining: dict[str, Callable[[], float]] = {
+        "cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * done)),
+        "linear": lambda: 1.0 - done,
+        "constant": lambda: 1.0,
+    }
+    return config.min_lr + (config.lr - config.min_lr) * remaining[config.schedule]()
+
+
+def run_length(config: RunConfig, num_samples: int) -> tuple[int, int, int]:
+    """(steps per epoch, steps of the whole schedule, warm-up steps) for a data set of `num_samples`.
+
+    The last, incomplete batch of an epoch is dropped, as officially. ValueError where no step fits.
+    """
+    steps_per_epoch = num_samples // config.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"the data holds {num_samples} samples, less than one batch of {config.batch_size}; lower --batch-size"
+        )
+    total = config.steps if config.steps is not None else round(config.epochs * steps_per_epoch)
+    warmup = config.optim.warmup_steps
+    if warmup is None:
+        warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+    if total < 1:
+        raise ValueError(f"the run is {total} steps long; raise --epochs or --steps")
+    if warmup > total:
+        raise ValueError(
+            f"the warm-up of {warmup} steps is longer than the run of {total} steps; "
+            "lower --optim.warmup-epochs or set --optim.warmup-steps"
+        )
+    return steps_per_epoch, total, warmup

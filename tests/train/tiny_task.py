@@ -1,0 +1,120 @@
+"""The engine's test task: a real, small network on data that is a function of (seed, epoch, position).
+
+As a program it is a recipe: `python tiny_task.py --output-dir runs/x --steps 12`.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free
+from beit_fast.train.engine import seed_of
+from beit_fast.train.task import StepOutput, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig(RunConfig):
+    """A run of the tiny task."""
+
+    samples: int = 40
+    """Samples per epoch."""
+    width: int = 16
+    """Hidden width."""
+    dropout: float = 0.0
+    """Dropout, which draws from torch's generator."""
+    bad_steps: tuple[int, ...] = field(default=(), metadata={"free": True})
+    """Steps whose loss is not finite."""
+    step_s: float = free(0.0)
+    """Seconds to sleep per step."""
+    signal_at: int | None = free(None)
+    """Step at which the process sends itself SIGTERM."""
+
+
+class TinyTask(Task):
+    """Each sample has one to four targets, so the split of a batch would show in a loss normalised per micro-batch."""
+
+    name = "tiny"
+    sample_noun = "samples"
+
+    def __init__(self, config):
+        self.config = config
+        self.closed = False
+        self.seen = []
+
+    def build(self, config, world):
+        self.world = world
+        layers = [nn.Linear(8, config.width), nn.LayerNorm(config.width), nn.GELU(), nn.Dropout(config.dropout)]
+        model = nn.Sequential(*layers, nn.Linear(config.width, 10))
+        model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        return model.to(world.device)
+
+    def num_samples(self):
+        return self.config.samples
+
+    def batches(self, requests):
+        for request in requests:
+            samples = [self.sample(request.epoch, int(p)) for p in request.positions]
+            self.seen.append((request.epoch, request.positions.tolist()))
+            yield torch.cat([s[0] for s in samples]), torch.cat([s[1] for s in samples]), len(samples)
+
+    def sample(self, epoch, position):
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, epoch, position))
+        targets = int(torch.randint(1, 5, (), generator=generator))
+        features = torch.randn(targets, 8, generator=generator)
+        return features, (features @ torch.linspace(-1, 1, 8) * 2).long().clamp(-4, 5) + 4
+
+    def num_targets(self, batch):
+        return len(batch[1])
+
+    def prepare(self, batch, step):
+        assert not torch.is_grad_enabled()
+        if self.config.step_s:
+            time.sleep(self.config.step_s)
+        if step == self.config.signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.bad = step in self.config.bad_steps
+        return batch
+
+    def loss(self, model, batch, num_targets):
+        features, targets, _ = batch
+        logits = model(features)
+        loss = cross_entropy(logits.float(), targets, reduction="sum") / num_targets
+        if self.bad:
+            loss = loss * float("nan")
+        correct = (logits.argmax(-1) == targets).sum()
+        return StepOutput(loss, {"correct": correct, "targets": torch.tensor(len(targets))})
+
+    def after_step(self, model, step):
+        model.steps += 1
+
+    def summarise(self, sums):
+        return {"accuracy": sums["correct"] / sums["targets"]}
+
+    def evaluate(self, model, step):
+        assert not model.training
+        features, targets = self.sample(10**6, 0)
+        return {"held_out_loss": float(cross_entropy(model(features).float(), targets))}
+
+    def close(self):
+        self.closed = True
+
+
+RECIPE = TinyConfig(
+    batch_size=8,
+    batch_per_device=8,
+    steps=12,
+    optim=OptimConfig(lr=1e-2, warmup_epochs=0.4),
+    checkpoint=CheckpointConfig(every_steps=3),
+    log=LogConfig(every_steps=2, progress="lines"),
+)
+
+if __name__ == "__main__":
+    from beit_fast.train.cli import main
+
+    torch.set_num_threads(1)
+    main(RECIPE, TinyTask)
