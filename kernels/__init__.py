@@ -1,19 +1,25 @@
 """The fused operations of BEiT, one folder each: the definition, the dispatch, the Triton kernels.
 
-Installed as `beit_fast.kernels`; every operation runs on CPU (plain torch) and on a GPU (Triton), with the same results.
+Installed as `beit_fast.kernels`; every operation runs on CPU (plain torch) and on a GPU (Triton), with equal results.
 """
 
-if __name__ != "beit_fast.kernels":
-    # Hugging Face has a package named `kernels`; under that name every op here would be registered a second time.
-    raise ImportError("this folder is beit_fast.kernels: write `import beit_fast.kernels`, not `import kernels`")
+if __name__ == "beit_fast.kernels":
+    from .attention.op import Bias, biased_attention, packed_attention, prepare_bias
+    from .backend import use_backend
+    from .gelu.op import bias_gelu
+    from .mim_loss.op import masked_cross_entropy
+    from .position_bias.op import relative_position_bias
+    from .position_bias.reference import relative_position_index
+    from .residual_norm.op import residual_add, residual_layer_norm
+else:
+    # Seen from the root of a clone this folder takes the name of a package of Hugging Face's, which transformers looks
+    # for by importing it: that must succeed. But nothing may be had here, or the ops would be registered once more.
+    __path__ = []
 
-from .attention.op import Bias, biased_attention, packed_attention, prepare_bias
-from .backend import use_backend
-from .gelu.op import bias_gelu
-from .mim_loss.op import masked_cross_entropy
-from .position_bias.op import relative_position_bias
-from .position_bias.reference import relative_position_index
-from .residual_norm.op import residual_add, residual_layer_norm
+    def __getattr__(name: str) -> object:
+        kind = AttributeError if name.startswith("__") else ImportError
+        raise kind(f"this folder is beit_fast.kernels: write `import beit_fast.kernels`, not `import kernels` ({name})")
+
 
 __all__ = [
     "Bias",

@@ -67,10 +67,18 @@ def test_importing_the_package_takes_none_of_the_heavy_ones():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_kernels_folder_refuses_another_name():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize("statement", ["from kernels import bias_gelu", "import kernels; kernels.bias_gelu"])
+def test_the_kernels_folder_gives_nothing_under_another_name(statement):
+    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0
     assert "import beit_fast.kernels" in done.stderr
+
+
+def test_the_kernels_folder_does_not_pass_for_hugging_faces_package():
+    """transformers imports a package named `kernels` to see whether it is there; from the root it finds this folder."""
+    code = "import kernels; assert getattr(kernels, '__version__', 'none') == 'none'; import kernels.backend"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "No module named 'kernels.backend'" in done.stderr
 
 
 def test_no_file_is_too_long_to_hold_at_once():
