@@ -9,15 +9,14 @@ import contextlib
 import copy
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from beit_fast.train import checkpoint
+from beit_fast.train.batching import accumulation, requests_of, seed_of
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed import StopSignal, World, end_world, start_world, wrap
@@ -34,7 +33,7 @@ from beit_fast.train.optim import (
 from beit_fast.train.progress import Progress, duration
 from beit_fast.train.run_folder import RunFolder
 from beit_fast.train.schedules import learning_rate, run_length
-from beit_fast.train.task import Request, Task
+from beit_fast.train.task import Task
 
 EXIT_RESUME = 75
 """EX_TEMPFAIL of sysexits.h: saved on a signal; the same command continues."""
@@ -105,38 +104,6 @@ def precision_of(config: RunConfig, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def requests_of(
-    first_step: int, last_step: int, steps_per_epoch: int, config: RunConfig, rank: int, size: int
-) -> Iterator[Request]:
-    """The micro-batches of steps [first_step, last_step) that rank `rank` of `size` computes, in order.
-
-    The global batch of a step is a run of positions in the epoch's order; every rank takes a contiguous share, in
-    `accumulation` nearly equal parts.
-    """
-    local = config.batch_size // size
-    for step in range(first_step, last_step):
-        epoch, within = divmod(step, steps_per_epoch)
-        start = within * config.batch_size + rank * local
-        for part in np.array_split(np.arange(start, start + local, dtype=np.int64), accumulation(config, size)):
-            yield Request(epoch, part)
-
-
-def accumulation(config: RunConfig, size: int) -> int:
-    """Micro-batches per step and device."""
-    return -(-(config.batch_size // size) // config.batch_per_device)
-
-
-def seed_of(*numbers: int) -> int:
-    """A 63-bit seed that depends on every number (splitmix64's finaliser, chained)."""
-    mask, value = (1 << 64) - 1, 0
-    for number in numbers:
-        value = (value + number + 0x9E3779B97F4A7C15) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        value ^= value >> 31
-    return value >> 1
-
-
 class _Run:
     """State of one run in one process."""
 
@@ -175,12 +142,14 @@ class _Run:
         torch.manual_seed(config.seed)
         self.bare = self.task.build(config, world)
         samples = self.task.num_samples()
-        if found is not None and found.state["num_samples"] != samples:
+        self.identity = {"num_samples": samples, **self.task.identity()}
+        before = self.identity if found is None else found.state["identity"]
+        if changed := [name for name in before if before[name] != self.identity.get(name)]:
+            pairs = ", ".join(f"{name} {before[name]}, now {self.identity.get(name)}" for name in changed)
             raise ValueError(
-                f"the run in {self.folder.path} began with {found.state['num_samples']} samples, the data now holds "
-                f"{samples}; restore the data, or start anew with --fresh"
+                f"the run in {self.folder.path} began with {pairs}; restore what it was trained on, or start anew with "
+                "--fresh"
             )
-        self.num_samples = samples
         self.steps_per_epoch, self.total, self.warmup = run_length(config, samples)
         self.target = min(self.total, config.max_steps or self.total)
         self.model = wrap(self.bare, world)
@@ -363,7 +332,7 @@ class _Run:
         began = time.perf_counter()
         state = {
             "total_steps": self.total,
-            "num_samples": self.num_samples,
+            "identity": self.identity,
             "epoch": self.step // self.steps_per_epoch,
             "world_size": self.world.size,
             "precision": self.precision,

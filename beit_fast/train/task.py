@@ -67,6 +67,10 @@ class Task:
         """Samples in one epoch; asked after `build`. Steps per epoch are `num_samples() // config.batch_size`."""
         raise NotImplementedError
 
+    def identity(self) -> dict[str, Any]:
+        """JSON values that a run and its continuation must share, e.g. fingerprints of data and tokenizer."""
+        return {}
+
     def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
         """One batch per request, in order, on the device. Read ahead at will; `requests` ends with the run."""
         raise NotImplementedError

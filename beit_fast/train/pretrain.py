@@ -1,0 +1,299 @@
+"""Masked image modelling as a task: views -> visual tokens -> BEiT -> loss (paper, section 2)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from beit_fast.data import builtin, sources
+from beit_fast.data.pretrain_views import PretrainBatch, PretrainViews
+from beit_fast.data.sampling import BlockwiseMasking, ViewSampling
+from beit_fast.data.screening import BadImages
+from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
+from beit_fast.models.configs import Preset, Size
+from beit_fast.tokenizers import Tokenizer, load_tokenizer
+from beit_fast.train.config import RunConfig, free
+from beit_fast.train.distributed import World
+from beit_fast.train.task import Request, StepOutput, Task
+
+NORMALIZATION = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images and their views."""
+
+    path: str | None = None
+    """Folder of images (any depth; class folders need no naming), or tar shards: a folder of them, `/d/train-*.tar`,
+    `/d/train-{000..146}.tar`. None: built-in images, rendered on this machine; a functional check, not ImageNet."""
+    builtin_images: int = 512
+    """Number of built-in images where there is no path."""
+    builtin_size: int = 256
+    """Side of a built-in image in pixels."""
+    cache_dir: str | None = free(None)
+    """Where built-in images are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
+    normalization: Literal["imagenet", "half"] = "imagenet"
+    """Mean and standard deviation of the model's view: ImageNet's (ImageNet-1k runs), or 0.5 (ImageNet-22k runs)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop, as a share of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the random crop."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.4
+    """Strength of brightness, contrast and saturation jitter."""
+    max_bad_share: float = free(0.01)
+    """Stop the run when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
+    decoder: Literal["auto", "dali", "dali-gpu", "pil"] = free("auto")
+    """Who decodes JPEGs."""
+    threads: int | None = free(None)
+    """Threads that make views; None: the cores of this process, at most 8."""
+    prefetch: int = free(2)
+    """Batches made ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The BEiT to train."""
+
+    size: Size = "base"
+    """Width, depth and heads."""
+    preset: Preset = "plus"
+    """`plus`: LayerScale and a shared relative position bias (the released weights; paper, appendix A). `plain`:
+    absolute position embedding only (the paper's main tables)."""
+    image_size: int = 224
+    """Side of the model's view in pixels."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block; linear from 0 at the first."""
+    width: int | None = None
+    """In place of the size's token width."""
+    depth: int | None = None
+    """In place of the size's number of blocks."""
+    num_heads: int | None = None
+    """In place of the size's number of heads."""
+    use_abs_pos_emb: bool | None = None
+    """In place of the preset's choice of an absolute position embedding."""
+    layer_scale_init: float | None = None
+    """In place of the preset's LayerScale start value; 0 leaves LayerScale out."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    grad_checkpointing: bool = free(False)
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def architecture(self, vocab_size: int) -> BeitConfig:
+        """The model's configuration for a tokenizer with `vocab_size` tokens; ValueError where it cannot be."""
+        overrides: dict[str, Any] = {
+            name: value
+            for name in ("width", "depth", "num_heads", "use_abs_pos_emb")
+            if (value := getattr(self, name)) is not None
+        }
+        if self.layer_scale_init is not None:
+            overrides["layer_scale_init"] = self.layer_scale_init or None
+        return BeitConfig.from_preset(
+            self.size, self.preset, image_size=self.image_size, patch_size=self.patch_size, vocab_size=vocab_size,
+            drop_path_rate=self.drop_path_rate, init_std=self.init_std, **overrides,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Which patches are hidden (paper, section 2.3 and algorithm 1)."""
+
+    num_masked: int = 75
+    """Masked patches per image; about 40 % in the paper."""
+    mode: Literal["exact", "official", "random"] = "exact"
+    """`exact`: blockwise, always `num_masked`. `official`: blockwise, stops a patch or two short in a third of the
+    images. `random`: without blocks (an ablation of table 4)."""
+    min_num_patches: int = 16
+    """Smallest block, in patches."""
+    min_aspect: float = 0.3
+    """Smallest ratio of a block's sides; the largest is its inverse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What turns images into visual tokens (paper, section 2.1)."""
+
+    name: str = "dalle"
+    """`dalle`: OpenAI's dVAE, as in the paper (fetched at first use, or put there by hand). `demo`: the small one that
+    comes along. Or a file: encoder.pkl, .safetensors, .pth, .bin."""
+    sha256: str | None = None
+    """Demand this hash of the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out images: masked loss, the entropy it has to beat, and the loss without the right context."""
+
+    images: int = free(0)
+    """Number of held-out images; 0 evaluates nothing."""
+    path: str | None = free(None)
+    """Folder or shards of held-out images; None: built-in images of another seed, without photographs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """BEiT pre-training."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+class MaskedImageModeling(Task):
+    """Predict the visual tokens of masked patches from the others."""
+
+    name = "pretrain"
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+        self.tokenizer: Tokenizer
+        self.views: PretrainViews | None = None
+        self.held_out: PretrainViews | None = None
+        self.bad_images: BadImages | None = None
+
+    def build(self, config: RunConfig, world: World) -> nn.Module:
+        c, data = self.config, self.config.data
+        self.world = world
+        side = c.model.image_size // c.model.patch_size
+        masking = BlockwiseMasking(
+            (side, side), c.masking.num_masked, c.masking.mode, c.masking.min_num_patches, None, c.masking.min_aspect
+        )
+        source = (
+            sources.open_source(data.path)
+            if data.path is not None
+            else builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
+        )
+        self.tokenizer = load_tokenizer(c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device)
+        self.source = source
+        self.bad_images = BadImages(
+            len(source), c.output_dir / "bad_files.tsv" if c.output_dir.is_dir() else None, data.max_bad_share
+        )
+        self.views = self._views(source, masking, self.bad_images)
+        if c.evaluation.images:
+            held_out = (
+                sources.open_source(c.evaluation.path)
+                if c.evaluation.path is not None
+                else builtin.builtin_source(
+                    data.cache_dir, c.evaluation.images, c.seed + 1, data.builtin_size, photograph_share=0.0
+                )
+            )
+            self.held_out = self._views(held_out, masking, BadImages(len(held_out), None, data.max_bad_share))
+        torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
+        model = BeitForMaskedImageModeling(c.model.architecture(self.tokenizer.vocab_size))
+        model.set_grad_checkpointing(c.model.grad_checkpointing)
+        return model.to(world.device)
+
+    def _views(self, source: sources.ImageSource, masking: BlockwiseMasking, bad: BadImages) -> PretrainViews:
+        data = self.config.data
+        mean, std = NORMALIZATION[data.normalization]
+        jitter = data.jitter
+        sampling = ViewSampling(data.scale, data.ratio, data.flip_probability, jitter, jitter, jitter)
+        return PretrainViews(
+            source, masking, sampling, seed=self.config.seed, image_size=self.config.model.image_size,
+            token_image_size=masking.grid[0] * self.tokenizer.stride, mean=mean, std=std, device=self.world.device,
+            decoder=data.decoder, bad_images=bad, threads=data.threads, prefetch=data.prefetch,
+        )  # fmt: skip
+
+    def num_samples(self) -> int:
+        return len(self.source)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": sources.fingerprint(self.source), "tokenizer_sha256": self.tokenizer.sha256}
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[PretrainBatch]:
+        assert self.views is not None
+        return self.views.batches(requests)
+
+    def num_targets(self, batch: PretrainBatch) -> Tensor | int:
+        if self.config.masking.mode == "official":
+            return batch.mask.sum()
+        return len(batch) * self.config.masking.num_masked
+
+    def prepare(self, batch: PretrainBatch, step: int) -> tuple[PretrainBatch, Tensor]:
+        """The visual tokens at the masked positions, int64 (M,)."""
+        return batch, self.tokenizer.encode(batch.token_images, batch.mask)
+
+    def loss(self, model: nn.Module, batch: tuple[PretrainBatch, Tensor], num_targets: Tensor) -> StepOutput:
+        views, tokens = batch
+        output = model(views.images, views.mask, tokens, views.sample_keys, num_targets)
+        masked = torch.as_tensor(output.num_masked, dtype=torch.float64, device=tokens.device)
+        return StepOutput(output.loss, {"num_correct": output.num_correct, "num_masked": masked})
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        return {"accuracy": sums["num_correct"] / sums["num_masked"]}
+
+    def counters(self) -> dict[str, float]:
+        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Held-out images under the training views and fixed masks, in nats per masked patch:
+
+        `held_out_loss`; `token_entropy_nats`, the entropy of the tokens' distribution over all held-out patches, which
+        is what a model that ignores its input can reach at best; `other_context_loss`, with the visible patches taken
+        from another image, which is what a model that ignores the context would reach too.
+        """
+        if self.held_out is None:
+            return {}
+        count, size = self.config.evaluation.images, min(self.config.batch_per_device, self.config.evaluation.images)
+        if size < 2:
+            raise ValueError("--evaluation.images and --batch-per-device must be at least 2: the context is exchanged")
+        sums = torch.zeros(4, dtype=torch.float64)
+        histogram = torch.zeros(self.tokenizer.vocab_size, dtype=torch.float64)
+        positions = np.array_split(np.arange(count, dtype=np.int64), max(count // size, 1))
+        for batch in self.held_out.batches(Request(0, part) for part in positions):
+            with torch.autocast(self.world.device.type, enabled=False):
+                tokens = self.tokenizer.encode(batch.token_images)
+            histogram += torch.bincount(tokens.flatten().cpu(), minlength=len(histogram))
+            right = model(batch.images, batch.mask, tokens)
+            wrong = model(batch.images.roll(1, 0), batch.mask, tokens)
+            masked = right.num_masked
+            sums += torch.tensor(
+                [masked, *(float(v) for v in (right.num_correct, right.loss * masked, wrong.loss * masked))]
+            )
+        share = histogram[histogram > 0] / histogram.sum()
+        masked, correct, right_sum, wrong_sum = sums.tolist()
+        return {
+            "held_out_loss": right_sum / masked,
+            "held_out_accuracy": correct / masked,
+            "token_entropy_nats": float(-(share * share.log()).sum()),
+            "other_context_loss": wrong_sum / masked,
+            "held_out_images": count,
+        }
+
+    def plan(self, config: RunConfig) -> dict[str, float]:
+        architecture = self.config.model.architecture(self.tokenizer.vocab_size)
+        forward = 2.0 * multiply_adds(architecture, self.config.masking.num_masked)
+        return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
+
+    def close(self) -> None:
+        for views in (self.views, self.held_out):
+            if views is not None:
+                views.close()
+
+    def finish(self, model: nn.Module, run_dir: Path) -> None:
+        if self.bad_images is not None and len(self.bad_images):
+            print(f"{len(self.bad_images)} images could not be used: {run_dir / 'bad_files.tsv'}", flush=True)
+
+
+def multiply_adds(config: BeitConfig, num_masked: int) -> float:
+    """Multiply-adds of one image's forward pass: patches, blocks on all tokens, head on the masked ones.
+
+    18.03e9 for BEiT-B with 75 masked patches. What this implementation saves in the last block is not subtracted, so
+    that throughputs compare with others'.
+    """
+    n, d = config.num_patches + 1, config.width
+    block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d
+    patches = config.num_patches * d * config.in_chans * config.patch_size**2
+    return patches + config.depth * block + num_masked * d * config.vocab_size
