@@ -154,41 +154,31 @@ def _branch_gradients(
         scale = _scale(gamma, drop_path)
         grad_branch = grad.to(branch_dtype, copy=True) if scale is None else (grad * scale).to(branch_dtype)
     if need_gamma or need_bias:
-        columns = grad.sum(1) if drop_path is not None else grad.sum((0, 1))  # (B, D) or (D,)
+        factors = grad.new_ones(grad.shape[:2].numel())
         if drop_path is not None:
-            columns = drop_path.to(grad.dtype) @ columns
+            factors = drop_path.to(grad.dtype).repeat_interleave(grad.shape[1])
+        rows = grad.flatten(0, 1)
+        columns = factors @ rows if need_bias or branch_bias is not None else None  # faster than a sum over rows
         if need_gamma:
             assert branch is not None
-            weighted = _weighted_column_sum(grad, branch.contiguous().to(grad.dtype), drop_path)
-            if branch_bias is not None:
-                weighted = weighted + columns * branch_bias
-            grad_gamma = weighted
+            grad_gamma = _weighted_column_sum(rows, branch.flatten(0, 1).to(grad.dtype), factors)
+            if columns is not None and branch_bias is not None:
+                grad_gamma += columns * branch_bias
         if need_bias:
+            assert columns is not None
             grad_bias = columns if gamma is None else columns * gamma
     return [grad_branch, grad_gamma, grad_bias]
 
 
-def _weighted_column_sum(grad: Tensor, branch: Tensor, drop_path: Tensor | None) -> Tensor:
-    """The sum over b and n of drop_path[b] * grad[b, n] * branch[b, n], without a temporary of their size.
+def _weighted_column_sum(grad: Tensor, branch: Tensor, factors: Tensor) -> Tensor:
+    """The sum over rows of factors * grad * branch, all (R, D), without a temporary of their size.
 
-    It is the weight gradient of a LayerNorm with mean 0 and 1/std drop_path, which torch reduces in one pass.
+    It is the weight gradient of a LayerNorm of mean 0 and 1/std `factors`, which torch reduces in one pass.
     """
-    tokens = grad.shape[:2].numel()
-    zeros = grad.new_zeros(tokens)
-    factors = torch.ones_like(zeros)
-    if drop_path is not None:
-        factors = drop_path.to(grad.dtype).repeat_interleave(grad.shape[1])
     width = grad.shape[-1]
-    weight = grad.new_ones(width)
+    zeros, weight = torch.zeros_like(factors), grad.new_ones(width)
     _, weighted, _ = torch.ops.aten.native_layer_norm_backward(
-        grad.view(tokens, width),
-        branch.view(tokens, width),
-        [width],
-        zeros,
-        factors,
-        weight,
-        None,
-        [False, True, False],
+        grad, branch, [width], zeros, factors, weight, None, [False, True, False]
     )
     return weighted
 
