@@ -195,7 +195,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, T
                     raise ValueError(
                         f"optimizer state {name}.{slot} has shape {tuple(saved.shape)}, not {tuple(parameter.shape)}"
                     )
-                slots[slot] = saved.to(device=parameter.device, dtype=torch.float32, copy=True)
+                # strides of the parameter (channels last): the fused step walks all of them as flat memory
+                slots[slot] = torch.empty_like(parameter, dtype=torch.float32).copy_(saved)
             if not per_group:
                 slots["step"] = state[f"{name}.step"].to(device=parameter.device, dtype=torch.float32, copy=True)
             optimizer.state[parameter] = slots

@@ -1,0 +1,273 @@
+"""Train a tokenizer: `DiscreteVAE` weights from images.
+
+The objective here is nearest-code quantisation with a codebook of moving averages: it gives a usable vocabulary within
+minutes, where Gumbel relaxation of the same small networks collapses to a handful of codes. Another objective is
+another Task beside `TrainTokenizer`; export, measurement and data stay.
+"""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from beit_fast.tokenizers import Tokenizer
+from beit_fast.train.config import RunConfig
+from beit_fast.train.schedules import run_length
+from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.vector_quantizer import QuantizedAutoencoder
+
+if TYPE_CHECKING:
+    from beit_fast.data.pretrain_views import PretrainBatch
+    from beit_fast.train.distributed import World
+
+__all__ = ["QuantizerConfig", "TokenizerConfig", "TokenizerDataConfig", "TrainTokenizer", "held_out_images", "measure"]
+
+HELD_OUT_SEED = 1_000_003
+"""Seed of the built-in images on which tokenizers are measured; they hold no photographs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerDataConfig:
+    """Images to learn from."""
+
+    path: Path | None = None
+    """Folder or tar shards with images; None takes the built-in ones."""
+    builtin_images: int = 2000
+    """Number of built-in images to draw where no path is given."""
+    cache_dir: Path | None = field(default=None, metadata={"free": True})
+    """Where built-in images are kept; None is the user's cache folder."""
+    view_sizes: tuple[int, ...] = (64, 112)
+    """Pixels per side of the training views; steps take them in turn, so that one tokenizer serves several scales."""
+    threads: int = field(default=1, metadata={"free": True})
+    """Threads that decode and crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """The codebook (van den Oord et al., 2017, appendix A.1), with k-means start and re-seeding of dead codes."""
+
+    live_codes: int = 1024
+    """Codes that exist. The rest of the vocabulary never wins; fewer codes are learnt faster by a small BEiT."""
+    init_latents: int = 16384
+    """Latents that k-means starts from, at least 4 per code."""
+    kmeans_rounds: int = 4
+    """Rounds of k-means at the start."""
+    autoencoder_steps: int = 300
+    """Steps without quantisation, before k-means."""
+    decay: float = 0.99
+    """Decay of the moving averages per step."""
+    commitment: float = 0.25
+    """Weight of the loss that keeps latents near their codes."""
+    reseed_every_steps: int = 20
+    """Steps between looks for dead codes."""
+    reseed_after_steps: int = 200
+    """A code that won nothing for so many steps is dead and moves onto a current latent."""
+    reseed_share: float = 0.8
+    """Share of the run during which dead codes are re-seeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(RunConfig):
+    """A run that trains a tokenizer."""
+
+    vocab_size: int = 8192
+    """Entries of the vocabulary."""
+    hidden_dim: int = 32
+    """Channels of the convolutions; 256 in the official tokenizer."""
+    codebook_dim: int = 16
+    """Dimensions of a code."""
+    smooth_l1_beta: float = 0.1
+    """Where the reconstruction loss turns from squared to absolute; pixels lie in [-1, 1]."""
+    held_out_images: int = field(default=200, metadata={"free": True})
+    """Held-out built-in images to measure on (only where data.path is None)."""
+    data: TokenizerDataConfig = TokenizerDataConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+
+
+class TrainTokenizer(Task):
+    """Trains a `QuantizedAutoencoder`; leaves `tokenizer.safetensors` and pictures in the run folder."""
+
+    name = "train_tokenizer"
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        self.config = config
+        self.views: Any = None
+
+    def build(self, config: RunConfig, world: "World") -> nn.Module:
+        from beit_fast.data.builtin import builtin_source
+        from beit_fast.data.pretrain_views import PretrainViews
+        from beit_fast.data.sampling import BlockwiseMasking, ViewSampling
+        from beit_fast.data.sources import open_source
+
+        own, data = self.config, self.config.data
+        if own.quantizer.live_codes > own.vocab_size:
+            raise ValueError(f"--quantizer.live-codes {own.quantizer.live_codes} exceeds --vocab-size {own.vocab_size}")
+        if not data.view_sizes or any(size < 8 or size % 8 for size in data.view_sizes):
+            raise ValueError(f"--data.view-sizes must be multiples of 8 pixels, not {data.view_sizes}")
+        model = QuantizedAutoencoder(
+            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
+        ).to(world.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if data.path is None:
+            self.source: Any = builtin_source(data.cache_dir, data.builtin_images)
+        else:
+            self.source = open_source(data.path)
+        self.total_steps = run_length(own, len(self.source))[1]
+        self.views = PretrainViews(
+            self.source,
+            BlockwiseMasking((1, 1), 0, mode="none"),
+            ViewSampling(),
+            seed=own.seed,
+            image_size=16,  # the view for the transformer has no use here
+            token_image_size=max(data.view_sizes),
+            device=world.device.type,
+            threads=data.threads,
+        )
+        return model
+
+    def num_samples(self) -> int:
+        return len(self.source)
+
+    def batches(self, requests: Iterator[Request]) -> Iterator["PretrainBatch"]:
+        return self.views.batches(requests)
+
+    def prepare(self, batch: "PretrainBatch", step: int) -> tuple[Tensor, bool]:
+        size = self.config.data.view_sizes[step % len(self.config.data.view_sizes)]
+        images = _resized(batch.token_images, size).contiguous(memory_format=torch.channels_last)
+        return images, step >= self.config.quantizer.autoencoder_steps
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, bool], num_targets: Tensor) -> StepOutput:
+        images, quantize = batch
+        reconstruction, commitment = model(images, quantize)
+        target = images * 2 - 1
+        per_image = F.smooth_l1_loss(
+            reconstruction.float(), target, beta=self.config.smooth_l1_beta, reduction="none"
+        ).mean((1, 2, 3))
+        loss = (per_image + self.config.quantizer.commitment * commitment).sum() / num_targets
+        error = (reconstruction.detach().float().clamp(-1, 1) - target) / 2
+        sums = {
+            "images": torch.tensor(float(len(images)), device=images.device),
+            "absolute_error": error.abs().mean((1, 2, 3)).sum(),
+            "squared_error": error.square().mean((1, 2, 3)).sum(),
+            "commitment": commitment.detach().sum(),
+        }
+        return StepOutput(loss, sums)
+
+    def num_targets(self, batch: "PretrainBatch") -> int:
+        return len(batch.token_images)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        assert isinstance(model, QuantizedAutoencoder)
+        config, quantizer = self.config.quantizer, model.quantizer
+        latents, ids = model.take_recent()
+        if step < config.autoencoder_steps:
+            quantizer.collect(latents)
+            if step == config.autoencoder_steps - 1:
+                quantizer.initialise(config.kmeans_rounds)
+            return
+        quantizer.update(latents, ids, config.decay)
+        if step % config.reseed_every_steps == 0 and step < config.reseed_share * self.total_steps:
+            quantizer.reseed(latents, config.reseed_after_steps)
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        images = sums["images"]
+        return {
+            "mae": sums["absolute_error"] / images,
+            "psnr_db": -10 * math.log10(sums["squared_error"] / images),
+            "commitment": sums["commitment"] / images,
+        }
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Error, perplexity and used codes on held-out built-in images; nothing while there are no codes yet."""
+        assert isinstance(model, QuantizedAutoencoder)
+        config = self.config
+        if config.data.path is not None or not config.held_out_images or step <= config.quantizer.autoencoder_steps:
+            return {}
+        tokenizer = model.to_discrete_vae(config.vocab_size)
+        result: dict[str, float] = {}
+        for size in config.data.view_sizes:
+            images = held_out_images(config.held_out_images, size)
+            result |= {f"held_out_{k}_{size}px": v for k, v in measure(tokenizer, images).items()}
+        return result
+
+    def finish(self, model: nn.Module, run_dir: Path) -> None:
+        from beit_fast.data.builtin import NOTICE
+
+        assert isinstance(model, QuantizedAutoencoder)
+        tokenizer = model.to_discrete_vae(self.config.vocab_size)
+        metadata = {
+            "command": shlex.join(["python", *sys.argv]),
+            "data": NOTICE if self.config.data.path is None else str(self.config.data.path),
+            "live_codes": str(self.config.quantizer.live_codes),
+            "measured": json.dumps(self.evaluate(model, self.total_steps)),
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
+        save_file(tensors, run_dir / "tokenizer.safetensors", metadata=metadata)
+        for size in self.config.data.view_sizes:
+            sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
+            sheet.save(run_dir / f"reconstructions_{size}px.png")
+
+    def close(self) -> None:
+        if self.views is not None:
+            self.views.close()
+
+
+@lru_cache(maxsize=4)
+def held_out_images(count: int, size: int) -> Tensor:
+    """Built-in images that no training set contains, float32 (count, 3, size, size) in [0, 1], drawn at 256 pixels."""
+    from beit_fast.data.builtin import render
+
+    drawn = np.stack([render(index, HELD_OUT_SEED, 256, 0.0) for index in range(count)])
+    return _resized(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255, size)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+@torch.no_grad()
+def measure(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
+    """Reconstruction error and use of the vocabulary on images (B, 3, H, W) in [0, 1].
+
+    mae: mean absolute error; psnr_db: of the mean squared error over all pixels; perplexity: exp of the entropy of the
+    tokens' histogram, at most the number of tokens; used_codes.
+    """
+    ids = tokenizer.encode(images)
+    error = tokenizer.decode(ids) - images
+    counts = torch.bincount(ids.flatten(), minlength=tokenizer.vocab_size).double()
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "mae": float(error.abs().mean()),
+        "psnr_db": -10 * math.log10(float(error.square().mean())),
+        "perplexity": float(torch.exp(-(share * share.log()).sum())),
+        "used_codes": float(len(share)),
+    }
+
+
+def reconstruction_sheet(tokenizer: Tokenizer, images: Tensor, columns: int = 8) -> Any:
+    """A PIL image: rows of originals, each above its reconstructions."""
+    from PIL import Image
+
+    decoded = tokenizer.decode(tokenizer.encode(images))
+    rows: Sequence[Tensor] = [
+        torch.cat(list(part), dim=2)
+        for start in range(0, len(images), columns)
+        for part in (images[start : start + columns], decoded[start : start + columns])
+        if len(part) == columns
+    ]
+    pixels = (torch.cat(list(rows), dim=1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.cpu().numpy())

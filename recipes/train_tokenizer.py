@@ -1,0 +1,29 @@
+"""Train a small image tokenizer: 8192 visual tokens of 8 x 8 pixels, 2.4 MB.
+
+    python recipes/train_tokenizer.py                                        # the demo tokenizer, on built-in images
+    python recipes/train_tokenizer.py --data.path /data/images --steps 20000 --hidden-dim 128
+
+Not the paper's tokenizer: BEiT uses DALL-E's (`load_tokenizer("dalle")`), which took 64 V100 to train. This one shows
+the whole pipeline without a download, and is a start for data that DALL-E's has never seen.
+Hardware: one CPU core is enough. Result: beit_fast/tokenizers/weights/MODEL_CARD.md.
+"""
+
+from pathlib import Path
+
+from beit_fast.train.cli import main
+from beit_fast.train.config import CheckpointConfig, OptimConfig
+from beit_fast.train.tokenizer import TokenizerConfig, TrainTokenizer
+
+config = TokenizerConfig(
+    output_dir=Path("runs/train_tokenizer"),
+    steps=1500,
+    batch_size=8,
+    batch_per_device=8,
+    precision="fp32",
+    eval_every=500,
+    optim=OptimConfig(lr=2e-3, min_lr=1e-5, warmup_steps=50, weight_decay=1e-4, clip_grad=1.0),
+    checkpoint=CheckpointConfig(every_steps=200),
+)
+
+if __name__ == "__main__":
+    main(config, TrainTokenizer)
