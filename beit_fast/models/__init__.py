@@ -3,6 +3,7 @@
 from .beit import Beit
 from .configs import BeitConfig
 from .create import create_model, list_models
+from .key_names import convert_state_dict
 from .mim import BeitForMaskedImageModeling, MaskedImageModelingOutput
 from .resize import resize_position_embedding, resize_relative_position_bias_table
 
@@ -11,6 +12,7 @@ __all__ = [
     "BeitConfig",
     "BeitForMaskedImageModeling",
     "MaskedImageModelingOutput",
+    "convert_state_dict",
     "create_model",
     "list_models",
     "resize_position_embedding",

@@ -124,9 +124,9 @@ class Beit(BeitTrunk):
     def __init__(self, config: BeitConfig) -> None:
         super().__init__(config)
         width, eps = config.width, config.layer_norm_eps
-        mean_pooling = config.global_pool == "avg"
-        self.norm = nn.Identity() if mean_pooling else nn.LayerNorm(width, eps=eps)
-        self.fc_norm = nn.LayerNorm(width, eps=eps) if mean_pooling else nn.Identity()
+        after = config.norm_after_pooling
+        self.norm = nn.Identity() if after else nn.LayerNorm(width, eps=eps)
+        self.fc_norm = nn.LayerNorm(width, eps=eps) if after else nn.Identity()
         self.head = nn.Linear(width, config.num_classes) if config.num_classes > 0 else nn.Identity()
         init_for_fine_tuning(self)
 

@@ -55,6 +55,8 @@ class BeitConfig:
     """Outputs of the classifier; 0 leaves its head out."""
     global_pool: Literal["avg", "token", ""] = "avg"
     """What the classifier reads: the mean of the patch tokens, the CLS token, or all tokens."""
+    use_fc_norm: bool | None = None
+    """Normalise after pooling (`fc_norm`) instead of before (`norm`); None: where the pooling is by the mean."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
     head_init_scale: float = 0.001
@@ -76,6 +78,11 @@ class BeitConfig:
             return self.image_size, self.image_size
         height, width = self.image_size
         return height, width
+
+    @property
+    def norm_after_pooling(self) -> bool:
+        """Whether the classifier has an `fc_norm` (and no `norm`)."""
+        return self.global_pool == "avg" if self.use_fc_norm is None else self.use_fc_norm
 
     @property
     def grid(self) -> tuple[int, int]:
