@@ -44,8 +44,9 @@ def parse(default: Config, arguments: Sequence[str]) -> Config:
         if not wrong.startswith("--"):
             fail(f"unexpected argument {unknown[0]!r}; options look like --optim.lr 1e-3, --help lists them", code=2)
         leaves = {name.rsplit(".", 1)[-1].lstrip("-"): name for name in options}
-        near = difflib.get_close_matches(wrong, options, n=1, cutoff=0.6)
-        near = near or [leaves[n] for n in difflib.get_close_matches(wrong.lstrip("-").rsplit(".", 1)[-1], leaves, n=1)]
+        leaf = wrong.rsplit(".", 1)[-1].lstrip("-")
+        near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(wrong, options, n=1)
+        near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
         fail(f"unknown option {wrong}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"), code=2)
     return config
 

@@ -258,9 +258,14 @@ class _Run:
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def log(self) -> None:
-        """Read the interval (the only wait for the device), write its line."""
-        values = self.interval.read()
-        self.skipped += values["skipped"]
+        """Read the interval (the only wait for the device), write its line.
+
+        A run that stops inside an interval reports it, but hands it on unread to whoever continues.
+        """
+        complete = self.step % self.config.log.every_steps == 0
+        values = self.interval.read(reset=complete)
+        if complete:
+            self.skipped += values["skipped"]
         now = time.perf_counter()
         seconds, self.interval_started = now - self.interval_started, now
         waited, self.waited = self.waited, 0.0

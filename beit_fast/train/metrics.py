@@ -60,14 +60,15 @@ class Interval:
             self._shared = torch.tensor(state["shared"], dtype=torch.float64, device=self._world.device)
             self._longest.fill_(state["longest"])
 
-    def read(self) -> dict[str, Any]:
-        """Totals since the last call: steps, skipped, longest_skipped, means of loss and grad_norm, and `sums`."""
+    def read(self, reset: bool = True) -> dict[str, Any]:
+        """Totals since the last reset: steps, skipped, longest_skipped, means of loss and grad_norm, and `sums`."""
         assert self._summed is not None
         assert self._shared is not None
-        summed = self._world.sum(self._summed).tolist()
+        summed = self._world.sum(self._summed.clone()).tolist()
         steps, skipped, norm, longest = torch.cat([self._shared, self._longest[None]]).tolist()
-        self._summed = self._shared = None
-        self._longest = torch.zeros_like(self._longest)
+        if reset:
+            self._summed = self._shared = None
+            self._longest = torch.zeros_like(self._longest)
         clean = steps - skipped
         return {
             "steps": int(steps),

@@ -93,6 +93,7 @@ class RunFolder:
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
+        self.release()
         self.path.rename(target)
         print(f"--fresh: the run found in {self.path} was moved to {target}", flush=True)
         self._create()

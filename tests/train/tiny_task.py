@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free
 from beit_fast.train.batching import seed_of
+from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free
 from beit_fast.train.task import StepOutput, Task
 
 
