@@ -47,7 +47,7 @@ class PilDecoder:
                 image = Image.fromarray(gray.astype(np.uint8))
                 image.getexif().update(exif)
             image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(image.crop((left, top, left + width, top + height)))
+            return np.array(image.crop((left, top, left + width, top + height)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return Rejection(DAMAGED)
 

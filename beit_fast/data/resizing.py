@@ -36,7 +36,7 @@ class Resizer(Protocol):
 def has_uint8_lanczos() -> bool:
     """Whether this torch resizes bytes with a Lanczos filter (2.13 does, on the CPU)."""
     try:
-        functional.interpolate(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), size=(1, 1), mode="lanczos", antialias=True)
+        functional.interpolate(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), size=(4, 4), mode="lanczos", antialias=True)
     except (NotImplementedError, RuntimeError, ValueError):
         return False
     return True
