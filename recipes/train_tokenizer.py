@@ -12,9 +12,9 @@ from pathlib import Path
 
 from beit_fast.train.cli import main
 from beit_fast.train.config import CheckpointConfig, OptimConfig
-from beit_fast.train.tokenizer import TokenizerConfig, TrainTokenizer
+from beit_fast.train.tokenizer import TrainTokenizer, TrainTokenizerConfig
 
-config = TokenizerConfig(
+config = TrainTokenizerConfig(
     output_dir=Path("runs/train_tokenizer"),
     steps=1500,
     batch_size=8,

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from beit_fast.data.pretrain_views import PretrainBatch
     from beit_fast.train.distributed import World
 
-__all__ = ["QuantizerConfig", "TokenizerConfig", "TokenizerDataConfig", "TrainTokenizer", "held_out_images", "measure"]
+__all__ = [
+    "QuantizerConfig",
+    "TokenizerDataConfig",
+    "TrainTokenizer",
+    "TrainTokenizerConfig",
+    "held_out_images",
+    "measure",
+]
 
 HELD_OUT_SEED = 1_000_003
 """Seed of the built-in images on which tokenizers are measured; they hold no photographs."""
@@ -78,7 +85,7 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(RunConfig):
+class TrainTokenizerConfig(RunConfig):
     """A run that trains a tokenizer."""
 
     vocab_size: int = 8192
@@ -100,7 +107,7 @@ class TrainTokenizer(Task):
 
     name = "train_tokenizer"
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: TrainTokenizerConfig) -> None:
         self.config = config
         self.views: Any = None
 
@@ -246,13 +253,18 @@ def measure(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
     mae: mean absolute error; psnr_db: of the mean squared error over all pixels; perplexity: exp of the entropy of the
     tokens' histogram, at most the number of tokens; used_codes.
     """
-    ids = tokenizer.encode(images)
-    error = tokenizer.decode(ids) - images
-    counts = torch.bincount(ids.flatten(), minlength=tokenizer.vocab_size).double()
+    absolute = squared = 0.0
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.float64)
+    for part in images.split(32):
+        ids = tokenizer.encode(part)
+        error = (tokenizer.decode(ids) - part).double()
+        absolute += float(error.abs().sum())
+        squared += float(error.square().sum())
+        counts += torch.bincount(ids.flatten().cpu(), minlength=tokenizer.vocab_size)
     share = counts[counts > 0] / counts.sum()
     return {
-        "mae": float(error.abs().mean()),
-        "psnr_db": -10 * math.log10(float(error.square().mean())),
+        "mae": absolute / images.numel(),
+        "psnr_db": -10 * math.log10(squared / images.numel()),
         "perplexity": float(torch.exp(-(share * share.log()).sum())),
         "used_codes": float(len(share)),
     }

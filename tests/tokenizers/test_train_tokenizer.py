@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train import engine
 from beit_fast.train.config import LogConfig, OptimConfig
-from beit_fast.train.tokenizer import QuantizerConfig, TokenizerConfig, TokenizerDataConfig, TrainTokenizer
+from beit_fast.train.tokenizer import QuantizerConfig, TokenizerDataConfig, TrainTokenizer, TrainTokenizerConfig
 
 
-def small(folder: Path, name: str) -> TokenizerConfig:
-    return TokenizerConfig(
+def small(folder: Path, name: str) -> TrainTokenizerConfig:
+    return TrainTokenizerConfig(
         output_dir=folder / name,
         steps=8,
         batch_size=4,
@@ -35,7 +35,7 @@ def small(folder: Path, name: str) -> TokenizerConfig:
     )
 
 
-def run(config: TokenizerConfig) -> engine.RunResult:
+def run(config: TrainTokenizerConfig) -> engine.RunResult:
     return engine.run(TrainTokenizer(config), config)
 
 
