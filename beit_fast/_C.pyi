@@ -1,8 +1,8 @@
 """The compiled module (csrc/): samplers keyed by (seed, epoch, sample) through Philox, and the CPU view transform.
 
 Every draw is a function of (seed, epoch, sample): the same for any batch split, rank, thread count and machine.
-`seed` is in [0, 2**64), `epoch` in [0, 2**32), sample indices are non-negative. Integer arguments take any array or list
-of integers; arrays that are read or written in place are numpy, C-contiguous and of exactly the dtype named (a CPU
+`seed` is in [0, 2**64), `epoch` in [0, 2**32), sample indices are non-negative. Integer arguments take any array or
+list of integers; pixels, factors and outputs are numpy arrays, C-contiguous and of exactly the dtype named (a CPU
 tensor passes as `tensor.numpy()`). A bad argument raises `ValueError` naming it. The GIL is released during the work.
 """
 

@@ -21,7 +21,9 @@ namespace {
 
 using Int64Array = py::array_t<std::int64_t, py::array::c_style>;
 
-[[noreturn]] void refuse(const std::string& name, const std::string& rest) { throw std::invalid_argument(name + " " + rest); }
+[[noreturn]] void refuse(const std::string& name, const std::string& rest) {
+  throw std::invalid_argument(name + " " + rest);
+}
 
 std::string text(py::handle value) { return py::cast<std::string>(py::repr(value)); }
 
@@ -37,11 +39,14 @@ std::uint64_t as_unsigned(const py::object& value, const std::string& name, std:
   const bool failed = PyErr_Occurred() != nullptr;
   PyErr_Clear();
   Py_XDECREF(number);
-  if (failed || result > most) refuse(name, "must be an integer between 0 and " + std::to_string(most) + ", got " + text(value));
+  if (failed || result > most)
+    refuse(name, "must be an integer between 0 and " + std::to_string(most) + ", got " + text(value));
   return result;
 }
 
-std::uint64_t as_seed(const py::object& value) { return as_unsigned(value, "seed", std::numeric_limits<std::uint64_t>::max()); }
+std::uint64_t as_seed(const py::object& value) {
+  return as_unsigned(value, "seed", std::numeric_limits<std::uint64_t>::max());
+}
 
 std::uint32_t as_epoch(const py::object& value) {
   return static_cast<std::uint32_t>(as_unsigned(value, "epoch", std::numeric_limits<std::uint32_t>::max()));
@@ -92,7 +97,8 @@ Int64Array as_int64_vector(const py::object& value, const std::string& name, std
   const char kind = array.dtype().kind();
   if (kind != 'i' && kind != 'u' && array.size() > 0) refuse(name, "must be integers, got " + text(array.dtype()));
   if (batch >= 0 && array.size() != batch) {
-    refuse(name, "must have " + std::to_string(batch) + " entries, one per sample, got " + std::to_string(array.size()));
+    refuse(name,
+           "must have " + std::to_string(batch) + " entries, one per sample, got " + std::to_string(array.size()));
   }
   if (kind == 'u' && array.itemsize() == 8) {  // the cast below would wrap
     const auto wide = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>(array);
@@ -104,8 +110,8 @@ Int64Array as_int64_vector(const py::object& value, const std::string& name, std
   for (py::ssize_t i = 0; i < result.size(); ++i) {
     const std::int64_t entry = result.data()[i];
     if (entry < least || entry > most) {
-      refuse(name, "must be between " + std::to_string(least) + " and " + std::to_string(most) + ", got " + std::to_string(entry) +
-                       " at position " + std::to_string(i));
+      refuse(name, "must be between " + std::to_string(least) + " and " + std::to_string(most) + ", got " +
+                       std::to_string(entry) + " at position " + std::to_string(i));
     }
   }
   return result;
@@ -116,16 +122,21 @@ constexpr std::int64_t kMostSide = std::numeric_limits<std::int32_t>::max();
 
 std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string result = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) result += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    if (i > 0) result += ", ";
+    result += shape[i] < 0 ? std::string("any") : std::to_string(shape[i]);
+  }
   return result + ")";
 }
 
 std::string describe(const py::handle& value) {
-  if (!py::isinstance<py::array>(value)) return py::cast<std::string>(py::str(py::type::handle_of(value).attr("__name__")));
+  if (!py::isinstance<py::array>(value))
+    return py::cast<std::string>(py::str(py::type::handle_of(value).attr("__name__")));
   const py::array array = py::reinterpret_borrow<py::array>(value);
   const bool contiguous = (array.flags() & py::array::c_style) != 0;
   std::vector<std::int64_t> shape(array.shape(), array.shape() + array.ndim());
-  return text(array.dtype()) + " " + shape_text(shape) + (contiguous ? "" : ", not contiguous") + (array.writeable() ? "" : ", read-only");
+  return text(array.dtype()) + " " + shape_text(shape) + (contiguous ? "" : ", not contiguous") +
+         (array.writeable() ? "" : ", read-only");
 }
 
 // A C-contiguous numpy array of one of the `kinds` ("u1", "b1", "f4") and of this shape (-1: any size), used in place.
@@ -135,31 +146,35 @@ py::array as_array(const py::object& value, const std::string& name, const std::
   if (good) {
     const py::array array = py::reinterpret_borrow<py::array>(value);
     bool known = false;
-    for (const std::string& kind : kinds) known = known || array.dtype().is(py::dtype(kind)) || array.dtype().equal(py::dtype(kind));
-    good = known && (array.flags() & py::array::c_style) != 0 && array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
-           (!writeable || array.writeable());
-    for (std::size_t i = 0; good && i < shape.size(); ++i) good = shape[i] < 0 || array.shape(static_cast<py::ssize_t>(i)) == shape[i];
+    for (const std::string& kind : kinds)
+      known = known || array.dtype().is(py::dtype(kind)) || array.dtype().equal(py::dtype(kind));
+    good = known && (array.flags() & py::array::c_style) != 0 &&
+           array.ndim() == static_cast<py::ssize_t>(shape.size()) && (!writeable || array.writeable());
+    for (std::size_t i = 0; good && i < shape.size(); ++i)
+      good = shape[i] < 0 || array.shape(static_cast<py::ssize_t>(i)) == shape[i];
   }
   if (!good) {
     std::string wanted;
     for (const std::string& kind : kinds) wanted += (wanted.empty() ? "" : " or ") + text(py::dtype(kind).attr("name"));
-    refuse(name, "must be a C-contiguous" + std::string(writeable ? ", writeable" : "") + " numpy array of " + wanted + ", shape " +
-                     shape_text(shape) + "; got " + describe(value));
+    refuse(name, "must be a C-contiguous" + std::string(writeable ? ", writeable" : "") + " numpy array of " + wanted +
+                     ", shape " + shape_text(shape) + "; got " + describe(value));
   }
   return py::reinterpret_borrow<py::array>(value);
 }
 
-MaskMode as_mode(const std::string& mode) {
+MaskMode as_mode(const py::object& value) {
+  const std::string mode = py::isinstance<py::str>(value) ? py::cast<std::string>(value) : "";
   if (mode == "exact") return MaskMode::exact;
   if (mode == "official") return MaskMode::official;
   if (mode == "random") return MaskMode::random;
   if (mode == "none") return MaskMode::none;
-  refuse("mode", "must be 'exact', 'official', 'random' or 'none', got '" + mode + "'");
+  refuse("mode", "must be 'exact', 'official', 'random' or 'none', got " + text(value));
 }
 
-py::array py_sample_masks(const py::object& out, const py::object& indices, const py::object& seed, const py::object& epoch,
-                          const py::object& num_masked, const py::object& min_num_patches, const py::object& max_num_patches,
-                          const py::object& min_aspect, const py::object& max_aspect, const std::string& mode) {
+py::array py_sample_masks(const py::object& out, const py::object& indices, const py::object& seed,
+                          const py::object& epoch, const py::object& num_masked, const py::object& min_num_patches,
+                          const py::object& max_num_patches, const py::object& min_aspect, const py::object& max_aspect,
+                          const py::object& mode) {
   const py::array masks = as_array(out, "out", {"uint8", "bool"}, {-1, -1, -1}, true);
   const std::int64_t batch = masks.shape(0);
   const Int64Array samples = as_int64_vector(indices, "indices", 0, kMostIndex, batch);
@@ -170,7 +185,8 @@ py::array py_sample_masks(const py::object& out, const py::object& indices, cons
   parameters.width = masks.shape(2);
   parameters.num_masked = as_int(num_masked, "num_masked");
   parameters.min_num_patches = as_int(min_num_patches, "min_num_patches");
-  parameters.max_num_patches = max_num_patches.is_none() ? parameters.num_masked : as_int(max_num_patches, "max_num_patches");
+  parameters.max_num_patches =
+      max_num_patches.is_none() ? parameters.num_masked : as_int(max_num_patches, "max_num_patches");
   parameters.min_aspect = as_real(min_aspect, "min_aspect");
   parameters.max_aspect = max_aspect.is_none() ? 1 / parameters.min_aspect : as_real(max_aspect, "max_aspect");
   parameters.mode = as_mode(mode);
@@ -178,16 +194,16 @@ py::array py_sample_masks(const py::object& out, const py::object& indices, cons
   py::array_t<std::int32_t> counts(batch);
   {
     py::gil_scoped_release release;
-    sample_masks(parameters, seed_value, epoch_value, pointer<std::int64_t>(samples), batch, pointer<std::uint8_t>(masks),
-                 pointer<std::int32_t>(counts));
+    sample_masks(parameters, seed_value, epoch_value, pointer<std::int64_t>(samples), batch,
+                 pointer<std::uint8_t>(masks), pointer<std::int32_t>(counts));
   }
   return counts;
 }
 
-py::tuple py_sample_views(const py::object& heights, const py::object& widths, const py::object& indices, const py::object& seed,
-                          const py::object& epoch, const py::object& scale, const py::object& ratio,
-                          const py::object& flip_probability, const py::object& brightness, const py::object& contrast,
-                          const py::object& saturation) {
+py::tuple py_sample_views(const py::object& heights, const py::object& widths, const py::object& indices,
+                          const py::object& seed, const py::object& epoch, const py::object& scale,
+                          const py::object& ratio, const py::object& flip_probability, const py::object& brightness,
+                          const py::object& contrast, const py::object& saturation) {
   const Int64Array samples = as_int64_vector(indices, "indices", 0, kMostIndex);
   const std::int64_t batch = samples.size();
   const Int64Array rows = as_int64_vector(heights, "heights", 1, kMostSide, batch);
@@ -216,7 +232,8 @@ py::tuple py_sample_views(const py::object& heights, const py::object& widths, c
   return py::make_tuple(windows, flips, factors);
 }
 
-py::array py_permute(const py::object& positions, const py::object& length, const py::object& seed, const py::object& epoch) {
+py::array py_permute(const py::object& positions, const py::object& length, const py::object& seed,
+                     const py::object& epoch) {
   const std::int64_t n = as_int(length, "length");
   if (n < 1) refuse("length", "must be at least 1, got " + std::to_string(n));
   const Int64Array places = as_int64_vector(positions, "positions", 0, n - 1);
@@ -233,25 +250,29 @@ py::array py_permute(const py::object& positions, const py::object& length, cons
 py::array py_sample_keys(const py::object& indices, const py::object& seed, const py::object& epoch) {
   const Int64Array samples = as_int64_vector(indices, "indices", 0, kMostIndex);
   Int64Array keys(samples.size());
-  sample_keys(as_seed(seed), as_epoch(epoch), pointer<std::int64_t>(samples), samples.size(), pointer<std::int64_t>(keys));
+  sample_keys(as_seed(seed), as_epoch(epoch), pointer<std::int64_t>(samples), samples.size(),
+              pointer<std::int64_t>(keys));
   return keys;
 }
 
 void require_pixels(const py::array& crops) {
-  if (crops.shape(1) < 1 || crops.shape(2) < 1) refuse("crops", "must have at least one pixel per image, got " + describe(crops));
+  if (crops.shape(1) < 1 || crops.shape(2) < 1)
+    refuse("crops", "must have at least one pixel per image, got " + describe(crops));
 }
 
 void require_finite(const py::array& array, const std::string& name, bool negative_too) {
   const float* values = pointer<float>(array);
   for (py::ssize_t i = 0; i < array.size(); ++i) {
     if (!std::isfinite(values[i]) || (!negative_too && values[i] < 0)) {
-      refuse(name, std::string("must be finite") + (negative_too ? "" : " and not negative") + ", got " + std::to_string(values[i]));
+      refuse(name, std::string("must be finite") + (negative_too ? "" : " and not negative") + ", got " +
+                       std::to_string(values[i]));
     }
   }
 }
 
-py::array py_transform_views(const py::object& crops, const py::object& flips, const py::object& factors, const py::object& centers,
-                             const py::object& mean, const py::object& std, const py::object& out, const py::object& threads) {
+py::array py_transform_views(const py::object& crops, const py::object& flips, const py::object& factors,
+                             const py::object& centers, const py::object& mean, const py::object& std,
+                             const py::object& out, const py::object& threads) {
   const py::array images = as_array(crops, "crops", {"uint8"}, {-1, -1, -1, 3});
   require_pixels(images);
   ViewTransform transform{};
@@ -273,9 +294,11 @@ py::array py_transform_views(const py::object& crops, const py::object& flips, c
     transform.std[channel] = stds[channel];
   }
   const std::int64_t thread_count = as_int(threads, "threads");
-  if (thread_count < 1 || thread_count > 1024) refuse("threads", "must be between 1 and 1024, got " + std::to_string(thread_count));
+  if (thread_count < 1 || thread_count > 1024)
+    refuse("threads", "must be between 1 and 1024, got " + std::to_string(thread_count));
   const std::vector<std::int64_t> shape{transform.batch, 3, transform.height, transform.width};
-  const py::array result = out.is_none() ? py::array(py::array_t<float>(shape)) : as_array(out, "out", {"float32"}, shape, true);
+  const py::array result =
+      out.is_none() ? py::array(py::array_t<float>(shape)) : as_array(out, "out", {"float32"}, shape, true);
   transform.crops = pointer<std::uint8_t>(images);
   transform.flips = pointer<std::uint8_t>(flip);
   transform.factors = pointer<float>(factor);
@@ -293,27 +316,32 @@ py::array py_gray_means(const py::object& crops) {
   py::array_t<float> means(images.shape(0));
   {
     py::gil_scoped_release release;
-    gray_means(pointer<std::uint8_t>(images), images.shape(0), images.shape(1) * images.shape(2), pointer<float>(means));
+    gray_means(pointer<std::uint8_t>(images), images.shape(0), images.shape(1) * images.shape(2),
+               pointer<float>(means));
   }
   return means;
 }
 
-py::tuple py_philox(const PhiloxBlock& counter, const PhiloxKey& key) { return py::cast(philox4x32_10(counter, key)).cast<py::tuple>(); }
+py::tuple py_philox(const PhiloxBlock& counter, const PhiloxKey& key) {
+  return py::cast(philox4x32_10(counter, key)).cast<py::tuple>();
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Samplers and CPU view transform of beit_fast; every draw is a function of (seed, epoch, sample). See _C.pyi.";
+  module.doc() =
+      "Samplers and CPU view transform of beit_fast; every draw is a function of (seed, epoch, sample). See _C.pyi.";
   module.def("sample_masks", &py_sample_masks, py::arg("out"), py::arg("indices"), py::arg("seed"), py::arg("epoch"),
              py::arg("num_masked"), py::arg("min_num_patches") = 16, py::arg("max_num_patches") = py::none(),
              py::arg("min_aspect") = 0.3, py::arg("max_aspect") = py::none(), py::arg("mode") = "exact");
-  module.def("sample_views", &py_sample_views, py::arg("heights"), py::arg("widths"), py::arg("indices"), py::arg("seed"),
-             py::arg("epoch"), py::arg("scale") = py::make_tuple(0.08, 1.0), py::arg("ratio") = py::make_tuple(3.0 / 4, 4.0 / 3),
-             py::arg("flip_probability") = 0.5, py::arg("brightness") = 0.4, py::arg("contrast") = 0.4, py::arg("saturation") = 0.4);
+  module.def("sample_views", &py_sample_views, py::arg("heights"), py::arg("widths"), py::arg("indices"),
+             py::arg("seed"), py::arg("epoch"), py::arg("scale") = py::make_tuple(0.08, 1.0),
+             py::arg("ratio") = py::make_tuple(3.0 / 4, 4.0 / 3), py::arg("flip_probability") = 0.5,
+             py::arg("brightness") = 0.4, py::arg("contrast") = 0.4, py::arg("saturation") = 0.4);
   module.def("permute", &py_permute, py::arg("positions"), py::arg("length"), py::arg("seed"), py::arg("epoch"));
   module.def("sample_keys", &py_sample_keys, py::arg("indices"), py::arg("seed"), py::arg("epoch"));
-  module.def("transform_views", &py_transform_views, py::arg("crops"), py::arg("flips"), py::arg("factors"), py::arg("centers"),
-             py::arg("mean"), py::arg("std"), py::arg("out") = py::none(), py::arg("threads") = 1);
+  module.def("transform_views", &py_transform_views, py::arg("crops"), py::arg("flips"), py::arg("factors"),
+             py::arg("centers"), py::arg("mean"), py::arg("std"), py::arg("out") = py::none(), py::arg("threads") = 1);
   module.def("gray_means", &py_gray_means, py::arg("crops"));
   module.def("philox4x32_10", &py_philox, py::arg("counter"), py::arg("key"));
 }

@@ -118,24 +118,26 @@ void check(const MaskParameters& p) {
           "out: the grid must be between 1 x 1 and 64 x 64 patches, got " + grid);
   if (p.mode == MaskMode::none) return;
   const std::int64_t cells = p.height * p.width;
-  require(p.num_masked >= 0 && p.num_masked <= cells,
-          "num_masked must be between 0 and the " + text(cells) + " patches of the " + grid + " grid, got " + text(p.num_masked));
+  require(p.num_masked >= 0 && p.num_masked <= cells, "num_masked must be between 0 and the " + text(cells) +
+                                                          " patches of the " + grid + " grid, got " +
+                                                          text(p.num_masked));
   if (p.mode == MaskMode::random) return;
-  require(p.min_num_patches >= 1 && p.min_num_patches <= cells,
-          "min_num_patches must be between 1 and the " + text(cells) + " patches of the " + grid + " grid, got " +
-              text(p.min_num_patches));
+  require(p.min_num_patches >= 1 && p.min_num_patches <= cells, "min_num_patches must be between 1 and the " +
+                                                                    text(cells) + " patches of the " + grid +
+                                                                    " grid, got " + text(p.min_num_patches));
   require(p.max_num_patches >= p.min_num_patches || p.max_num_patches == p.num_masked,
-          "max_num_patches must be at least min_num_patches = " + text(p.min_num_patches) + ", got " + text(p.max_num_patches));
+          "max_num_patches must be at least min_num_patches = " + text(p.min_num_patches) + ", got " +
+              text(p.max_num_patches));
   // 1e-4 is a block 4096 patches long and one wide, 100 times over.
   require(std::isfinite(p.min_aspect) && p.min_aspect >= 1e-4 && p.min_aspect <= 1e4,
           "min_aspect must be a finite ratio between 1e-4 and 1e4, got " + text(p.min_aspect));
   require(std::isfinite(p.max_aspect) && p.max_aspect >= p.min_aspect && p.max_aspect <= 1e4,
-          "max_aspect must be a finite ratio between min_aspect = " + text(p.min_aspect) + " and 1e4, got " + text(p.max_aspect) +
-              " (it is 1 / min_aspect unless given)");
+          "max_aspect must be a finite ratio between min_aspect = " + text(p.min_aspect) + " and 1e4, got " +
+              text(p.max_aspect) + " (it is 1 / min_aspect unless given)");
 }
 
-void sample_masks(const MaskParameters& parameters, std::uint64_t seed, std::uint32_t epoch, const std::int64_t* indices,
-                  std::int64_t batch, std::uint8_t* out, std::int32_t* counts) {
+void sample_masks(const MaskParameters& parameters, std::uint64_t seed, std::uint32_t epoch,
+                  const std::int64_t* indices, std::int64_t batch, std::uint8_t* out, std::int32_t* counts) {
   const bool blocks = parameters.mode == MaskMode::exact || parameters.mode == MaskMode::official;
   const double log_min_aspect = blocks ? portable_log(parameters.min_aspect) : 0;
   const double log_max_aspect = blocks ? portable_log(parameters.max_aspect) : 0;

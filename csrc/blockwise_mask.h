@@ -29,7 +29,7 @@ struct MaskParameters {
 void check(const MaskParameters& parameters);
 
 // out: (batch, height, width) of 0 and 1; counts: (batch) masked cells. `parameters` has passed check().
-void sample_masks(const MaskParameters& parameters, std::uint64_t seed, std::uint32_t epoch, const std::int64_t* indices,
-                  std::int64_t batch, std::uint8_t* out, std::int32_t* counts);
+void sample_masks(const MaskParameters& parameters, std::uint64_t seed, std::uint32_t epoch,
+                  const std::int64_t* indices, std::int64_t batch, std::uint8_t* out, std::int32_t* counts);
 
 }  // namespace beit_fast

@@ -1,7 +1,7 @@
 // Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011), and the streams drawn from it.
 //
-// Nothing here has state that outlives a sample: a draw is a function of (seed, epoch, sample, purpose, draw number), so the
-// same sample gets the same numbers in any batch, on any rank and in any thread.
+// Nothing here has state that outlives a sample: a draw is a function of (seed, epoch, sample, purpose, draw number),
+// so the same sample gets the same numbers in any batch, on any rank and in any thread.
 #pragma once
 
 #include <array>
@@ -24,8 +24,8 @@ inline PhiloxBlock philox4x32_10(PhiloxBlock counter, PhiloxKey key) {
   return counter;
 }
 
-// Keeps the draws for one purpose apart from those for another. The numbers are part of the format of a run: changing one
-// changes the data of every run that is resumed.
+// Keeps the draws for one purpose apart from those for another. The numbers are part of the format of a run: changing
+// one changes the data of every run that is resumed.
 enum class Purpose : std::uint32_t { mask = 1, window = 2, colour = 3, order = 4, key = 5 };
 
 class SampleStream {

@@ -1,5 +1,5 @@
-// exp, log and rounding from IEEE additions, multiplications and divisions only. libm's own differ in the last bit between
-// machines, and a bit is enough to move the edge of a sampled block.
+// exp, log and rounding from IEEE additions, multiplications and divisions only. libm's own differ in the last bit
+// between machines, and a bit is enough to move the edge of a sampled block.
 #pragma once
 
 #include <bit>

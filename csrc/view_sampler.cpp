@@ -24,8 +24,8 @@ struct LogRange {
 };
 
 // RandomResizedCrop: ten attempts, then the largest centred window whose ratio is in range.
-void sample_window(const ViewParameters& p, LogRange log_ratio, std::int64_t height, std::int64_t width, SampleStream stream,
-                   std::int32_t* window) {
+void sample_window(const ViewParameters& p, LogRange log_ratio, std::int64_t height, std::int64_t width,
+                   SampleStream stream, std::int32_t* window) {
   const double area = static_cast<double>(height) * static_cast<double>(width);
   for (int attempt = 0; attempt < kAttemptsPerWindow; ++attempt) {
     const PhiloxBlock words = stream.next();
@@ -72,9 +72,11 @@ bool hash_bit(std::uint64_t x, std::uint64_t key) {
 void check(const ViewParameters& p) {
   const auto text = [](double value) { return std::to_string(value); };
   require(p.min_scale > 0 && p.min_scale <= p.max_scale && p.max_scale <= 1,
-          "scale must be (low, high) with 0 < low <= high <= 1, got (" + text(p.min_scale) + ", " + text(p.max_scale) + ")");
+          "scale must be (low, high) with 0 < low <= high <= 1, got (" + text(p.min_scale) + ", " + text(p.max_scale) +
+              ")");
   require(p.min_ratio >= 1e-4 && p.min_ratio <= p.max_ratio && p.max_ratio <= 1e4,
-          "ratio must be (low, high) with 1e-4 <= low <= high <= 1e4, got (" + text(p.min_ratio) + ", " + text(p.max_ratio) + ")");
+          "ratio must be (low, high) with 1e-4 <= low <= high <= 1e4, got (" + text(p.min_ratio) + ", " +
+              text(p.max_ratio) + ")");
   require(p.flip_probability >= 0 && p.flip_probability <= 1,
           "flip_probability must be between 0 and 1, got " + text(p.flip_probability));
   const auto strength = [&](double value, const std::string& name) {
@@ -91,7 +93,8 @@ void sample_views(const ViewParameters& p, std::uint64_t seed, std::uint32_t epo
   const LogRange log_ratio{portable_log(p.min_ratio), portable_log(p.max_ratio)};
   for (std::int64_t b = 0; b < batch; ++b) {
     const std::uint64_t sample = static_cast<std::uint64_t>(indices[b]);
-    sample_window(p, log_ratio, heights[b], widths[b], SampleStream(seed, epoch, sample, Purpose::window), windows + 4 * b);
+    sample_window(p, log_ratio, heights[b], widths[b], SampleStream(seed, epoch, sample, Purpose::window),
+                  windows + 4 * b);
     const PhiloxBlock words = SampleStream(seed, epoch, sample, Purpose::colour).next();
     flips[b] = unit(words[0]) < p.flip_probability;
     factors[3 * b] = factor(p.brightness, words[1]);
@@ -100,11 +103,12 @@ void sample_views(const ViewParameters& p, std::uint64_t seed, std::uint32_t epo
   }
 }
 
-void permute(std::uint64_t seed, std::uint32_t epoch, std::int64_t length, const std::int64_t* positions, std::int64_t count,
-             std::int64_t* order) {
+void permute(std::uint64_t seed, std::uint32_t epoch, std::int64_t length, const std::int64_t* positions,
+             std::int64_t count, std::int64_t* order) {
   const std::uint64_t n = static_cast<std::uint64_t>(length);
   SampleStream stream(seed, epoch, 0, Purpose::order);
-  std::vector<ShuffleRound> rounds(32 + 6 * static_cast<std::size_t>(std::bit_width(n)));  // 6 log2(n), and some for short ones
+  std::vector<ShuffleRound> rounds(
+      32 + 6 * static_cast<std::size_t>(std::bit_width(n)));  // 6 log2(n), and some for short ones
   for (ShuffleRound& round : rounds) {
     const PhiloxBlock words = stream.next();
     round.pivot = ((std::uint64_t{words[1]} << 32) | words[0]) % n;
@@ -121,7 +125,8 @@ void permute(std::uint64_t seed, std::uint32_t epoch, std::int64_t length, const
   }
 }
 
-void sample_keys(std::uint64_t seed, std::uint32_t epoch, const std::int64_t* indices, std::int64_t batch, std::int64_t* keys) {
+void sample_keys(std::uint64_t seed, std::uint32_t epoch, const std::int64_t* indices, std::int64_t batch,
+                 std::int64_t* keys) {
   for (std::int64_t b = 0; b < batch; ++b) {
     const PhiloxBlock words = SampleStream(seed, epoch, static_cast<std::uint64_t>(indices[b]), Purpose::key).next();
     keys[b] = std::bit_cast<std::int64_t>((std::uint64_t{words[1]} << 32) | words[0]);

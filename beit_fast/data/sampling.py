@@ -49,8 +49,8 @@ class BlockwiseMasking:
     """Least ratio of rows to columns of a block; the largest is its inverse."""
 
     def __post_init__(self) -> None:
-        if len(self.grid) != 2 or min(self.grid) < 1:
-            raise ValueError(f"grid must be two positive numbers of patches (rows, columns), got {self.grid}")
+        if len(self.grid) != 2 or not all(1 <= side <= 64 for side in self.grid):
+            raise ValueError(f"grid must be two numbers of patches (rows, columns) from 1 to 64, got {self.grid}")
         self.sample(0, 0, [])  # what else is wrong is said now, not in the first batch
 
     def sample(self, seed: int, epoch: int, indices: ArrayLike) -> torch.Tensor:
