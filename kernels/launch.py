@@ -30,12 +30,21 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "residual_norm_forward/4096": {"num_warps": 16, "num_stages": 1},
         "residual_norm_backward": {"PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
         "residual_norm_backward/4096": {"PROGRAMS": 512, "num_warps": 16, "num_stages": 1},
+        "residual_norm_finish": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 1},
         "cross_entropy": {"BLOCK": 8192, "num_warps": 16, "num_stages": 1},
         "gather_norm_forward": {"num_warps": 4, "num_stages": 1},
         "gather_norm_backward": {"PROGRAMS": 256, "num_warps": 8, "num_stages": 1},
     },
     "sm_80": {},
     "sm_90": {},
+    # few and fat programs, each with several turns of its loop: the interpreter's time goes by operations, not elements
+    "interpreter": {
+        "gelu_forward": {"ROWS": 8, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "gelu_backward": {"ROWS": 4, "COLS": 64, "PROGRAMS": 2, "num_warps": 4, "num_stages": 1},
+        "residual_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},
+        "residual_norm_finish": {"ROWS": 2, "COLS": 512, "num_warps": 4, "num_stages": 1},
+        "gather_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},
+    },
 }
 
 
@@ -90,8 +99,8 @@ def _resolve(kernel: str, architecture: str, bucket: str | None) -> Config:
 
 
 def architecture_of(device: torch.device) -> str:
-    """ "sm_90" for an H100, "default" for anything that is not a CUDA device (the interpreter on CPU tensors)."""
-    return _architecture(device.index or 0) if device.type == "cuda" else "default"
+    """ "sm_90" for an H100; "interpreter" for CPU tensors, which is the only way kernels run on them."""
+    return _architecture(device.index or 0) if device.type == "cuda" else "interpreter"
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import AotSpec, launch_config
+from ..rounding import narrow
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def gelu_forward(x_ptr, bias_ptr, y_ptr, R, D, HAS_BIAS: tl.constexpr, ROWS: tl.
     if HAS_BIAS:
         t += tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     y = 0.5 * t * (1.0 + tl.erf(t * 0.7071067811865476))
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + offsets, narrow(y, y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def gelu_backward(
         grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         phi = 0.3989422804014327 * tl.exp(-0.5 * t * t)
         grad *= 0.5 * (1.0 + tl.erf(t * 0.7071067811865476)) + t * phi
-        tl.store(grad_x_ptr + offsets, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_x_ptr + offsets, narrow(grad, grad_x_ptr.dtype.element_ty), mask=inside)
         if NEED_BIAS:
             total += grad
     if NEED_BIAS:

@@ -296,8 +296,9 @@ def _norm_backward(
         from . import kernel
 
         return kernel.residual_layer_norm_backward(
-            grad_total, grad_normed, total, mean, rstd, weight, branch, gamma, drop_path, branch_bias, needs
-        )
+            grad_total, grad_normed, total, mean, rstd, weight, branch, gamma, drop_path, branch_bias,
+            grad_normed.dtype, needs,
+        )  # fmt: skip
     wide = _wide(total.dtype)
     _, need_branch, need_gamma, need_weight, need_bias, need_branch_bias = needs
     weight = weight.to(wide)

@@ -1,0 +1,230 @@
+"""residual_add and residual_layer_norm against their definition, in fp64 and in the dtypes they run in."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit_fast.kernels import residual_add, residual_layer_norm, use_backend
+
+NAMES = ("x", "branch", "gamma", "drop_path", "weight", "bias", "branch_bias")
+Inputs = dict[str, Tensor | None]
+Check = Callable[[str, Tensor, Tensor, Tensor], None]
+presets = pytest.mark.parametrize(
+    ("gamma", "drop", "branch_bias"),
+    [(True, True, True), (True, False, False), (False, True, True), (False, False, True), (False, False, False)],
+    ids=["plus drop bias", "plus", "plain drop bias", "plain bias", "plain"],
+)
+
+
+def make(
+    B: int, N: int, D: int, gamma: bool, drop: bool, branch_bias: bool, device: str = "cpu", seed: int = 0
+) -> Inputs:
+    """fp64 inputs; every third sample is dropped."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    factors = torch.tensor([0.0 if b % 3 == 1 else 1.25 for b in range(B)], dtype=torch.float64, device=device)
+    return {
+        "x": 2 * draw(B, N, D) + 0.5,
+        "branch": draw(B, N, D),
+        "gamma": draw(D) if gamma else None,
+        "drop_path": factors if drop else None,
+        "weight": draw(D),
+        "bias": draw(D),
+        "branch_bias": draw(D) if branch_bias else None,
+    }
+
+
+def cast(inputs: Inputs, stream: torch.dtype, branch: torch.dtype, parameters: torch.dtype) -> Inputs:
+    dtypes = {"x": stream, "branch": branch}
+    return {k: None if v is None else v.to(dtypes.get(k, parameters)) for k, v in inputs.items()}
+
+
+def leaves(inputs: Inputs) -> Inputs:
+    return {
+        k: v.detach().clone().requires_grad_(k != "drop_path") if v is not None else None for k, v in inputs.items()
+    }
+
+
+def run(inputs: Inputs, eps: float = 1e-6, norm: bool = True) -> dict[str, Tensor]:
+    """Both outputs and every gradient, for fixed upstream gradients."""
+    i: Any = leaves(inputs)
+    if norm:
+        outputs = residual_layer_norm(
+            i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], eps, i["branch_bias"]
+        )
+    else:
+        outputs = (residual_add(i["x"], i["branch"], i["gamma"], i["drop_path"], i["branch_bias"]),)
+    generator = torch.Generator().manual_seed(7)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    torch.autograd.backward(outputs, upstream)
+    found = {name: o.detach() for name, o in zip(("sum", "normed"), outputs, strict=False)}
+    return found | {f"d {k}": v.grad for k, v in i.items() if v is not None and v.grad is not None}
+
+
+def compare(inputs: Inputs, stream: torch.dtype, branch: torch.dtype, check: Check, norm: bool = True) -> None:
+    low = cast(inputs, stream, branch, torch.float32)
+    exact_inputs = cast(low, torch.float64, torch.float64, torch.float64)
+    ours = run(low, norm=norm)
+    with use_backend("reference"):
+        eager, exact = run(low, norm=norm), run(exact_inputs, norm=norm)
+    assert ours.keys() == exact.keys()
+    for name in exact:
+        check(name, ours[name], eager[name], exact[name])
+
+
+@presets
+def test_gradients_in_fp64(gamma: bool, drop: bool, branch_bias: bool) -> None:
+    i: Any = leaves(make(3, 4, 6, gamma, drop, branch_bias))
+
+    def norm(x: Tensor, branch: Tensor, gamma: Any, weight: Tensor, bias: Tensor, branch_bias: Any) -> Any:
+        return residual_layer_norm(x, branch, gamma, i["drop_path"], weight, bias, 1e-6, branch_bias)
+
+    def add(x: Tensor, branch: Tensor, gamma: Any, branch_bias: Any) -> Tensor:
+        return residual_add(x, branch, gamma, i["drop_path"], branch_bias)
+
+    assert torch.autograd.gradcheck(norm, [i[k] for k in ("x", "branch", "gamma", "weight", "bias", "branch_bias")])
+    assert torch.autograd.gradcheck(add, [i[k] for k in ("x", "branch", "gamma", "branch_bias")])
+
+
+def test_against_torch_layer_norm() -> None:
+    """The definition itself, by torch's own functions, on an odd batch and a width of the model."""
+    i: Any = make(3, 17, 768, True, True, True)
+    total, normed = residual_layer_norm(
+        i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], 1e-6, i["branch_bias"]
+    )
+    expected = i["x"].clone()
+    for b in range(3):
+        expected[b] += i["drop_path"][b] * i["gamma"] * (i["branch"][b] + i["branch_bias"])
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(normed, F.layer_norm(expected, (768,), i["weight"], i["bias"], 1e-6))
+    assert torch.equal(total, residual_add(i["x"], i["branch"], i["gamma"], i["drop_path"], i["branch_bias"]))
+
+
+@presets
+@pytest.mark.parametrize(
+    ("stream", "branch"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+    ids=["fp32", "mixed", "bf16"],
+)
+def test_accuracy_on_cpu(
+    gamma: bool, drop: bool, branch_bias: bool, stream: torch.dtype, branch: torch.dtype, assert_accurate: Check
+) -> None:
+    inputs = make(4, 50, 192, gamma, drop, branch_bias)
+    compare(inputs, stream, branch, assert_accurate)
+    compare(inputs, stream, branch, assert_accurate, norm=False)
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dispatch(stream: torch.dtype) -> None:
+    i: Any = leaves(cast(make(2, 3, 8, True, True, True), stream, stream, torch.float32))
+    norm = (i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], 1e-6, i["branch_bias"])
+    torch.library.opcheck(torch.ops.beit_fast.residual_layer_norm, norm)
+    torch.library.opcheck(torch.ops.beit_fast.residual_layer_norm, (*norm[:2], None, None, *norm[4:7], None))
+    torch.library.opcheck(
+        torch.ops.beit_fast.residual_add, (i["x"], i["branch"], i["gamma"], i["drop_path"], i["branch_bias"])
+    )
+
+
+@presets
+def test_compiles_without_a_break(gamma: bool, drop: bool, branch_bias: bool) -> None:
+    def two(x: Tensor, branch: Tensor, gamma: Any, factors: Any, weight: Tensor, bias: Tensor, extra: Any) -> Tensor:
+        total, normed = residual_layer_norm(x, branch, gamma, factors, weight, bias, 1e-6, extra)
+        return residual_add(total, normed, gamma, factors, extra)
+
+    inputs = make(3, 5, 8, gamma, drop, branch_bias)
+    results = []
+    for function in (two, torch.compile(two, fullgraph=True, backend="aot_eager")):
+        i: Any = leaves(inputs)
+        out = function(*(i[name] for name in NAMES))
+        out.square().sum().backward()
+        results.append([out, *(v.grad for v in i.values() if v is not None)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(plain, compiled)
+
+
+def test_frozen_inputs_and_unused_outputs() -> None:
+    inputs: Any = make(2, 3, 8, True, True, True)
+    args = (inputs["gamma"], inputs["drop_path"], inputs["weight"], inputs["bias"], 1e-6, inputs["branch_bias"])
+    x = inputs["x"].clone().requires_grad_()
+    residual_layer_norm(x, inputs["branch"], *args)[0].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    branch = inputs["branch"].clone().requires_grad_()
+    residual_layer_norm(inputs["x"], branch, *args)[1].sum().backward()
+    assert branch.grad is not None
+    with torch.no_grad():
+        assert residual_layer_norm(x, branch, *args)[1].grad_fn is None
+
+
+def test_non_contiguous_and_empty() -> None:
+    inputs = make(4, 6, 8, True, True, True)
+    turned = dict(inputs)
+    for name in ("x", "branch"):
+        turned[name] = inputs[name].transpose(0, 1).contiguous().transpose(0, 1)  # type: ignore[union-attr]
+    for name, value in run(inputs).items():
+        torch.testing.assert_close(run(turned)[name], value)
+    found = run(make(0, 6, 8, True, True, True))
+    assert found["normed"].shape == (0, 6, 8)
+    assert torch.equal(found["d gamma"], torch.zeros(8, dtype=torch.float64))
+
+
+def test_a_dropped_sample_is_left_alone() -> None:
+    inputs = cast(make(3, 5, 16, True, True, True), *[torch.float32] * 3)
+    found = run(inputs)
+    assert torch.equal(found["sum"][1], inputs["x"][1])  # type: ignore[index]
+    assert torch.equal(found["d branch"][1], torch.zeros(5, 16))
+
+
+def test_twice_the_same_bits() -> None:
+    inputs = cast(make(3, 33, 96, True, True, True), *[torch.float32] * 3)
+    first, second = run(inputs), run(inputs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_wrong_shapes_are_named() -> None:
+    i: Any = make(2, 3, 8, True, True, True)
+    with pytest.raises(ValueError, match="x and branch"):
+        residual_add(i["x"], i["branch"][:1], None, None)
+    with pytest.raises(ValueError, match="drop_path"):
+        residual_add(i["x"], i["branch"], None, i["gamma"])
+    with pytest.raises(ValueError, match="gamma"):
+        residual_layer_norm(i["x"], i["branch"], i["gamma"][:1], None, i["weight"], i["bias"])
+
+
+@presets
+@pytest.mark.parametrize("D", [8, 48])
+def test_triton(triton_device: str, gamma: bool, drop: bool, branch_bias: bool, D: int, assert_accurate: Check) -> None:
+    inputs = make(3, 2, D, gamma, drop, branch_bias, triton_device)
+    for stream, branch in ((torch.float32, torch.float32), (torch.float32, torch.bfloat16)):
+        compare(inputs, stream, branch, assert_accurate)
+    compare(inputs, torch.bfloat16, torch.bfloat16, assert_accurate, norm=False)
+
+
+@pytest.mark.parametrize("D", [768, 1024, pytest.param(1280, marks=pytest.mark.slow)])
+def test_triton_model_widths(triton_device: str, D: int, assert_accurate: Check) -> None:
+    inputs = make(2, 3, D, True, True, True, triton_device)
+    compare(inputs, torch.float32, torch.bfloat16, assert_accurate)
+    first, second = (run(cast(inputs, torch.float32, torch.bfloat16, torch.float32)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_triton_frozen_and_dirty_memory(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read from buffers that were not written: they arrive full of NaN."""
+    inputs = cast(make(2, 3, 24, True, True, True, triton_device), *[torch.float32] * 3)
+    clean = run(inputs)
+    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: empty(self, *a, **k).fill_(float("nan")))
+    monkeypatch.setattr(torch, "empty_like", lambda t, **k: empty_like(t, **k).fill_(float("nan")))
+    dirty = run(inputs)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+    frozen: Any = dict(inputs)
+    frozen["x"] = frozen["x"].clone().requires_grad_()
+    total, normed = residual_layer_norm(*(frozen[k] for k in NAMES[:-1]), 1e-6, frozen["branch_bias"])
+    (total.sum() + normed.sum()).backward()
+    assert torch.isfinite(frozen["x"].grad).all()
