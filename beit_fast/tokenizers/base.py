@@ -1,7 +1,10 @@
 """What every tokenizer offers: images in [0, 1] to visual tokens and back."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
@@ -72,6 +75,15 @@ class Tokenizer(nn.Module):
             ids.append(_argmax_rows(rows, weight, bias, _LOGIT_BYTES.get(kind, 128 << 20)))
         flat = ids[0] if len(ids) == 1 else torch.cat(ids) if ids else images.new_empty(0, dtype=torch.int64)
         return flat if mask is not None else flat.view(batch, h, w)
+
+    def multiply_adds(self, height: int, width: int, positions: int | None = None) -> int:
+        """Multiply-adds of encoding one image with the output convolution at `positions` (all where None)."""
+        meta = copy.deepcopy(self).to("meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            features = meta.features(torch.empty(1, 3, height, width, device="meta"))
+        weight, _ = meta.head()
+        everywhere = features.shape[2] * features.shape[3]
+        return counter.get_total_flops() // 2 + weight.numel() * (everywhere if positions is None else positions)
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
         s = self.stride

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.tokenizers import Tokenizer
 from beit_fast.train.config import RunConfig
@@ -56,6 +57,8 @@ class TokenizerDataConfig:
     """Where built-in images are kept; None is the user's cache folder."""
     view_sizes: tuple[int, ...] = (64, 112)
     """Pixels per side of the training views; steps take them in turn, so that one tokenizer serves several scales."""
+    max_bad_share: float = field(default=0.01, metadata={"free": True})
+    """Stop when more than this share of the images turns out to be unusable."""
     threads: int = field(default=1, metadata={"free": True})
     """Threads that decode and crop."""
 
@@ -110,11 +113,13 @@ class TrainTokenizer(Task):
     def __init__(self, config: TrainTokenizerConfig) -> None:
         self.config = config
         self.views: Any = None
+        self.bad_images: Any = None
 
     def build(self, config: RunConfig, world: "World") -> nn.Module:
         from beit_fast.data.builtin import builtin_source
         from beit_fast.data.pretrain_views import PretrainViews
         from beit_fast.data.sampling import BlockwiseMasking, ViewSampling
+        from beit_fast.data.screening import BadImages
         from beit_fast.data.sources import open_source
 
         own, data = self.config, self.config.data
@@ -131,6 +136,8 @@ class TrainTokenizer(Task):
         else:
             self.source = open_source(data.path)
         self.total_steps = run_length(own, len(self.source))[1]
+        listing = own.output_dir / "bad_files.tsv" if own.output_dir.is_dir() else None
+        self.bad_images = BadImages(len(self.source), listing, data.max_bad_share)
         self.views = PretrainViews(
             self.source,
             BlockwiseMasking((1, 1), 0, mode="none"),
@@ -139,12 +146,21 @@ class TrainTokenizer(Task):
             image_size=16,  # the view for the transformer has no use here
             token_image_size=max(data.view_sizes),
             device=world.device.type,
+            bad_images=self.bad_images,
             threads=data.threads,
         )
         return model
 
     def num_samples(self) -> int:
         return len(self.source)
+
+    def identity(self) -> dict[str, Any]:
+        from beit_fast.data.sources import fingerprint
+
+        return {"data": fingerprint(self.source)}
+
+    def counters(self) -> dict[str, float]:
+        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
 
     def batches(self, requests: Iterator[Request]) -> Iterator["PretrainBatch"]:
         return self.views.batches(requests)
@@ -209,6 +225,17 @@ class TrainTokenizer(Task):
             result |= {f"held_out_{k}_{size}px": v for k, v in measure(tokenizer, images).items()}
         return result
 
+    def plan(self, config: RunConfig) -> dict[str, float]:
+        own = self.config
+        model = QuantizedAutoencoder(
+            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for size in own.data.view_sizes:
+                model(torch.zeros(1, 3, size, size), True)
+        forward = counter.get_total_flops() / len(own.data.view_sizes)
+        return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
+
     def finish(self, model: nn.Module, run_dir: Path) -> None:
         from beit_fast.data.builtin import NOTICE
 
@@ -225,6 +252,8 @@ class TrainTokenizer(Task):
         for size in self.config.data.view_sizes:
             sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
             sheet.save(run_dir / f"reconstructions_{size}px.png")
+        if self.bad_images is not None and len(self.bad_images):
+            print(f"{len(self.bad_images)} images could not be used: {run_dir / 'bad_files.tsv'}", flush=True)
 
     def close(self) -> None:
         if self.views is not None:
@@ -255,9 +284,12 @@ def measure(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
     """
     absolute = squared = 0.0
     counts = torch.zeros(tokenizer.vocab_size, dtype=torch.float64)
+    device = next(tokenizer.parameters()).device
     for part in images.split(32):
-        ids = tokenizer.encode(part)
-        error = (tokenizer.decode(ids) - part).double()
+        part = part.to(device)
+        with torch.autocast(device.type, enabled=False):  # as it will be used, also inside a bf16 run
+            ids = tokenizer.encode(part)
+            error = (tokenizer.decode(ids) - part).double()
         absolute += float(error.abs().sum())
         squared += float(error.square().sum())
         counts += torch.bincount(ids.flatten().cpu(), minlength=tokenizer.vocab_size)
@@ -274,7 +306,9 @@ def reconstruction_sheet(tokenizer: Tokenizer, images: Tensor, columns: int = 8)
     """A PIL image: rows of originals, each above its reconstructions."""
     from PIL import Image
 
-    decoded = tokenizer.decode(tokenizer.encode(images))
+    images = images.to(next(tokenizer.parameters()).device)
+    with torch.autocast(images.device.type, enabled=False):
+        decoded = tokenizer.decode(tokenizer.encode(images))
     rows: Sequence[Tensor] = [
         torch.cat(list(part), dim=2)
         for start in range(0, len(images), columns)

@@ -142,7 +142,7 @@ class QuantizedAutoencoder(nn.Module):
         """The same tokenizer as a DiscreteVAE of `vocab_size` entries; those beyond the codebook never win."""
         codes = self.quantizer.codes.double()
         live = len(codes)
-        vae = DiscreteVAE(vocab_size, self.codebook_dim, self.hidden_dim)
+        vae = DiscreteVAE(vocab_size, self.codebook_dim, self.hidden_dim).to(codes.device)
         vae.encoder[:-1].load_state_dict(self.trunk.state_dict())
         vae.decoder.load_state_dict(self.decoder.state_dict())
         weight, bias = vae.head()

@@ -70,6 +70,10 @@ def test_released_size() -> None:
     assert names["blocks.group_1.block_1.res_path.conv_1.w"] == (512, 128, 1, 1)
     assert names["blocks.group_3.block_1.res_path.conv_4.w"] == (512, 128, 3, 3)
     assert names["blocks.output.conv.w"] == (6, 256, 1, 1)
+    tokenizer = DalleTokenizer(encoder)
+    assert tokenizer.multiply_adds(112, 112) / 1e9 == pytest.approx(26.06, abs=0.005)
+    assert tokenizer.multiply_adds(224, 224) / 1e9 == pytest.approx(104.24, abs=0.005)
+    assert tokenizer.multiply_adds(112, 112) - tokenizer.multiply_adds(112, 112, 75) == 121 * 2048 * 8192
     assert encoder(torch.empty(2, 3, 112, 112, device="meta")).shape == (2, 8192, 14, 14)
     assert decoder(torch.empty(2, 8192, 14, 14, device="meta")).shape == (2, 6, 112, 112)
 

@@ -43,6 +43,7 @@ def test_official_size_and_keys() -> None:
     with torch.device("meta"):
         model = DiscreteVAE()
     assert sum(p.numel() for p in model.parameters()) == 20_081_411
+    assert model.multiply_adds(112, 112) / 1e9 == pytest.approx(6.60, abs=0.005)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes["codebook.weight"] == (8192, 512)
     assert shapes["encoder.6.weight"] == (8192, 256, 1, 1)

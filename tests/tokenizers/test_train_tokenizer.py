@@ -65,6 +65,18 @@ def test_train_continue_and_load(tmp_path: Path) -> None:
     assert int(ids.max()) < 32
 
 
+def test_plan(tmp_path: Path) -> None:
+    """FLOPs of the first convolution and of the rest, by hand."""
+    config = small(tmp_path, "run")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, view_sizes=(32,)))
+    res = 8 * 8 * (9 + 9 + 1)
+    encoder = 16 * 16 * (48 * 8 + res) + (8 * 8 + 4 * 4) * (16 * 64 + res) + 16 * 8 * 4
+    nearest = 16 * 4 * 32
+    decoder = 4 * 4 * 16 * 4 * 8 + (8 * 8 + 16 * 16) * 16 * 64 + (8 * 8 + 16 * 16 + 32 * 32) * res + 32 * 32 * 8 * 3
+    plan = TrainTokenizer(config).plan(config)
+    assert plan["forward_flops_per_image"] == 2 * (encoder + nearest + decoder)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.cluster.vq import kmeans2
 
+from beit_fast.tokenizers import Tokenizer
 from beit_fast.train.tokenizer import measure
 from beit_fast.train.vector_quantizer import QuantizedAutoencoder, VectorQuantizer
 
@@ -103,17 +104,19 @@ def test_export_is_exact() -> None:
 
 
 def test_measure() -> None:
-    class Four:
+    class Four(Tokenizer):
         vocab_size = 9
 
-        def encode(self, images: torch.Tensor) -> torch.Tensor:
+        def encode(self, images: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
             return torch.tensor([[[0, 0], [3, 3]], [[5, 5], [8, 8]]])
 
         def decode(self, ids: torch.Tensor) -> torch.Tensor:
             return torch.full((2, 3, 16, 16), 0.5)
 
     images = torch.full((2, 3, 16, 16), 0.4)
-    result = measure(Four(), images)  # type: ignore[arg-type]
+    tokenizer = Four()
+    tokenizer.weight = torch.nn.Parameter(torch.zeros(1))
+    result = measure(tokenizer, images)
     assert result["mae"] == pytest.approx(0.1)
     assert result["psnr_db"] == pytest.approx(20)
     assert math.isclose(result["perplexity"], 4, rel_tol=1e-9)
