@@ -77,6 +77,10 @@ class PretrainBatch:
         return len(self.images)
 
 
+_Made = tuple[PretrainBatch, torch.cuda.Event | None]
+"""A batch and, on a GPU, the event after which it is complete."""
+
+
 @dataclass(frozen=True)
 class _Sample:
     """An image that passed the screening."""
@@ -138,11 +142,12 @@ class PretrainViews:
         self.prefetch = prefetch
         self._compiled = compiled_module()
         # Reading waits for disks and networks, so it has threads of its own, and more of them than there are cores.
-        self._readers = ThreadPoolExecutor(max(8, self.threads), thread_name_prefix="beit_fast-read")
+        self._num_readers = max(8, self.threads)
+        self._readers = ThreadPoolExecutor(self._num_readers, thread_name_prefix="beit_fast-read")
         self._workers = ThreadPoolExecutor(self.threads, thread_name_prefix="beit_fast-resize")
         self._resizer = self._make_resizer(decoder)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._running: list[Prefetcher[tuple[PretrainBatch, torch.cuda.Event | None]]] = []
+        self._running: list[Prefetcher[_Made]] = []
         self._one_at_a_time = threading.Lock()  # a decoder has one set of buffers
 
     def batches(self, requests: Iterable[_Request]) -> Iterator[PretrainBatch]:
@@ -192,9 +197,9 @@ class PretrainViews:
         whole = self.jitter_center == "image"
         return CpuViews(on_cpu, self._workers, self.image_size, self.token_image_size, whole)
 
-    def _make_all(self, requests: Iterable[_Request]) -> Iterator[tuple[PretrainBatch, torch.cuda.Event | None]]:
+    def _make_all(self, requests: Iterable[_Request]) -> Iterator[_Made]:
         """Reads the files of one batch while the batch before it is decoded."""
-        reading: deque[tuple[int, list[Future[_Sample]]]] = deque()
+        reading: deque[tuple[int, list[Future[list[_Sample]]]]] = deque()
         for request in requests:
             reading.append((request.epoch, self._start_reading(request)))
             if len(reading) > 1:
@@ -202,9 +207,16 @@ class PretrainViews:
         while reading:
             yield self._make_ready(*reading.popleft())
 
-    def _start_reading(self, request: _Request) -> list[Future[_Sample]]:
-        positions = np.asarray(request.positions, np.int64).tolist()
-        return [self._readers.submit(self._find, request.epoch, position) for position in positions]
+    def _start_reading(self, request: _Request) -> list[Future[list[_Sample]]]:
+        positions = np.asarray(request.positions, np.int64)
+        # A task per image would cost as much as reading it from the page cache.
+        if positions.ndim != 1 or len(positions) == 0:
+            raise ValueError(f"positions must be a row of at least one place, got shape {positions.shape}")
+        parts = np.array_split(positions, min(len(positions), 2 * self._num_readers))
+        return [self._readers.submit(self._find_all, request.epoch, part.tolist()) for part in parts]
+
+    def _find_all(self, epoch: int, positions: list[int]) -> list[_Sample]:
+        return [self._find(epoch, position) for position in positions]
 
     def _find(self, epoch: int, position: int) -> _Sample:
         """The first image that passes the screening at or after a position of the epoch's order."""
@@ -219,8 +231,8 @@ class PretrainViews:
             self.bad_images.add(self.source.name(index), found.reason)
         raise ValueError(_NOTHING_USABLE)
 
-    def _make_ready(self, epoch: int, reading: list[Future[_Sample]]) -> tuple[PretrainBatch, torch.cuda.Event | None]:
-        samples = [future.result() for future in reading]
+    def _make_ready(self, epoch: int, reading: list[Future[list[_Sample]]]) -> _Made:
+        samples = [sample for future in reading for sample in future.result()]
         if self._stream is None:
             return self._make(epoch, samples), None
         with torch.cuda.stream(self._stream):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from beit_fast.data.decoding import DAMAGED, Crop, DaliPipeline, Decoder, Windows
+from beit_fast.data.sampling import compiled_module
 from beit_fast.data.screening import Header, Rejection
 
 
@@ -85,8 +86,7 @@ class CpuViews:
                 return
             if centers is not None:
                 top, left, height, width = windows[number]
-                red, green, blue = crop.mean(axis=(0, 1), dtype=np.float64)
-                centers[number] = 0.299 * red + 0.587 * green + 0.114 * blue
+                centers[number] = float(compiled_module().gray_means(np.ascontiguousarray(crop)[None])[0])
                 crop = crop[top : top + height, left : left + width]
             resize(crop, self.image_size, "bicubic", views[number])
             resize(crop, self.token_image_size, "lanczos", token_views[number])

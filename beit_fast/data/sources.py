@@ -156,10 +156,10 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
 
     Files whose name starts with a dot are left out. ValueError, in one line, where there is nothing to train on.
     """
-    text = os.fspath(path)
+    text = os.path.expanduser(os.fspath(path))
     if "://" in text:
         raise ValueError(f"{text}: only local paths can be read; mount or copy the data first")
-    if text.endswith(".tar") or any(sign in text for sign in "*?[{"):
+    if not os.path.isdir(text) and (text.endswith(".tar") or any(sign in text for sign in "*?[{")):
         shards = [Path(name) for pattern in _expand_braces(text) for name in sorted(glob.glob(pattern)) or [pattern]]
         missing = [shard for shard in shards if not shard.is_file()]
         if missing:
@@ -201,8 +201,14 @@ def _open_folder(root: Path) -> FolderSource:
     def refuse(error: OSError) -> None:
         raise error
 
+    entered = {os.path.realpath(root)}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:
+            target = os.path.realpath(os.path.join(folder, name))
+            if target in entered or str(root.resolve()).startswith(target + os.sep):  # a link in a circle
+                subfolders.remove(name)
+            entered.add(target)
         relative = os.path.relpath(folder, root)
         for name in sorted(files):
             if _is_image(name):

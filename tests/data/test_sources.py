@@ -53,7 +53,14 @@ def test_links_to_folders_are_followed(tmp_path):
     write(tmp_path / "disk", ["a.jpg"])
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "class").symlink_to(tmp_path / "disk")
-    assert len(open_source(tmp_path / "data")) == 1
+    (tmp_path / "data" / "class" / "circle").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "upwards").symlink_to(tmp_path)
+    assert contents(open_source(tmp_path / "data")) == ["a.jpg"]
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    write(tmp_path / "data[1].tar", ["a.jpg"])
+    assert contents(open_source(tmp_path / "data[1].tar")) == ["a.jpg"]
 
 
 def test_wrong_paths_are_said_in_one_line(tmp_path):
