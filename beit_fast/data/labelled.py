@@ -1,0 +1,151 @@
+"""Labelled data sets: what a path holds, its classes, and that training and validation agree on them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from beit_fast.data import builtin, scenes
+from beit_fast.data.cifar import is_cifar100, read_cifar100
+from beit_fast.data.sources import ArraySource, FolderSource, ImageSource, open_source
+
+VALIDATION_FOLDERS = ("val", "validation", "test")
+VALIDATION_SEED = 2_000_003
+"""Set of built-in scenes that is never trained on."""
+BuiltinSet = Literal["scenes", "digits"]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """A source with one class per image."""
+
+    source: ImageSource
+    labels: NDArray[np.int64]
+    """(n,), in [0, len(classes))."""
+    classes: tuple[str, ...]
+    """Their names, in the order of the labels."""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def open_training(path: str | os.PathLike[str]) -> LabelledImages:
+    """The training images that `path` names.
+
+    A folder with `train` in it, class folders, tar shards with `.cls` entries, or CIFAR-100 (extracted, binary or
+    python version). ValueError, in one line, where there are no labels.
+    """
+    cifar = _cifar_folder(path)
+    if cifar is not None:
+        return _cifar(cifar, train=True)
+    inner = Path(path) / "train"
+    return _labelled(inner if inner.is_dir() else path)
+
+
+def open_validation(
+    path: str | os.PathLike[str], classes: Sequence[str], validation_path: str | os.PathLike[str] | None = None
+) -> LabelledImages:
+    """The validation images beside the training images `path`, or those of `validation_path`.
+
+    `classes` are the training classes, which the validation set has to share.
+    """
+    cifar = _cifar_folder(validation_path if validation_path is not None else path)
+    if cifar is not None:
+        found = _cifar(cifar, train=False)
+    elif validation_path is not None:
+        inner = [Path(validation_path) / name for name in VALIDATION_FOLDERS]
+        found = _labelled(next((folder for folder in inner if folder.is_dir()), validation_path))
+    else:
+        root = Path(path)
+        homes = [root, root.parent] if root.name == "train" else [root]
+        folder = next((h / name for h in homes for name in VALIDATION_FOLDERS if (h / name).is_dir()), None)
+        if folder is None:
+            raise ValueError(
+                f"no validation images: {path} has no folder {', '.join(VALIDATION_FOLDERS)}; give "
+                "--data.validation-path, or --no-data.validate to train without"
+            )
+        found = _labelled(folder)
+    return _with_classes(found, classes, validation_path if validation_path is not None else path)
+
+
+def builtin_labelled(
+    name: BuiltinSet, cache_dir: str | os.PathLike[str] | None, count: int, size: int, train: bool, seed: int = 0
+) -> LabelledImages:
+    """Built-in data: `scenes`, drawn, 24 classes = 6 shapes x 4 textures, or `digits`, scikit-learn's 1797.
+
+    Training and validation scenes have different seeds and share no image. Of the digits every fifth is for
+    validation; `count` and `size` do not apply to them (they are 8 x 8 pixels).
+    """
+    if name == "digits":
+        return _digits(train)
+    source = builtin.builtin_source(cache_dir, count, seed if train else VALIDATION_SEED + seed, size, labelled=True)
+    classes = tuple(f"{t.__name__} {s.__name__}" for s in scenes.SHAPES for t in scenes.TEXTURES)
+    return LabelledImages(source, _labels(source, "built-in scenes"), classes)
+
+
+def _labelled(path: str | os.PathLike[str]) -> LabelledImages:
+    source = open_source(path)
+    labels = _labels(source, str(path))
+    if not isinstance(source, FolderSource):
+        return LabelledImages(source, labels, tuple(str(number) for number in range(int(labels.max()) + 1)))
+    names: dict[int, str] = {}
+    for index in np.unique(labels, return_index=True)[1].tolist():
+        relative = os.path.relpath(source.name(index), source.root)
+        names[int(labels[index])] = relative.split(os.sep, 1)[0]
+    return LabelledImages(source, labels, tuple(names[number] for number in sorted(names)))
+
+
+def _labels(source: ImageSource, path: str) -> NDArray[np.int64]:
+    found = [source.label(index) for index in range(len(source))]
+    missing = [index for index, label in enumerate(found) if label is None]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(found)} images have no label, e.g. {source.name(missing[0])}; labels are "
+            "first-level folders, or a .cls entry beside every image of a tar shard"
+        )
+    labels = np.array(found, np.int64)
+    if labels.min() < 0:
+        raise ValueError(f"{path}: label {labels.min()} of {source.name(int(labels.argmin()))}; labels start at 0")
+    return labels
+
+
+def _with_classes(found: LabelledImages, classes: Sequence[str], path: str | os.PathLike[str]) -> LabelledImages:
+    """`found` with its labels numbered as the training classes are."""
+    unknown = [name for name in found.classes if name not in set(classes)]
+    if unknown:
+        raise ValueError(
+            f"validation images of {path}: {len(unknown)} of {len(found.classes)} classes do not occur in training, "
+            f"e.g. {unknown[0]!r}; classes need the same names (in tar shards: numbers) in both"
+        )
+    number = {name: place for place, name in enumerate(classes)}
+    moved = np.array([number[name] for name in found.classes], np.int64)
+    return LabelledImages(found.source, moved[found.labels], tuple(classes))
+
+
+def _cifar_folder(path: str | os.PathLike[str]) -> Path | None:
+    root = Path(path)
+    candidates = (root, root / "cifar-100-binary", root / "cifar-100-python")
+    return next((folder for folder in candidates if folder.is_dir() and is_cifar100(folder)), None)
+
+
+def _cifar(folder: Path, train: bool) -> LabelledImages:
+    images, labels, classes = read_cifar100(folder, train)
+    return LabelledImages(ArraySource(images, labels.tolist()), labels, classes)
+
+
+def _digits(train: bool) -> LabelledImages:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ModuleNotFoundError("built-in digits come with scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    chosen = (np.arange(len(digits.target)) % 5 != 0) == train
+    images = np.clip(digits.images[chosen] * (255 / 16), 0, 255).round().astype(np.uint8)
+    labels = digits.target[chosen].astype(np.int64)
+    return LabelledImages(ArraySource(images, labels.tolist()), labels, tuple("0123456789"))
