@@ -143,5 +143,7 @@ def resize_with_dali(crops: Any, image_size: int, token_image_size: int) -> tupl
 def _copy_from_dali(outputs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
+    stream = torch.cuda.current_stream(tensors[0].device)
     for output, tensor in zip(outputs, tensors, strict=True):
-        feed_ndarray(output.as_tensor(), tensor)  # on torch's current stream; returns when the copy is done
+        feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
+    stream.synchronize()  # the next run of the pipeline writes into the same buffers
