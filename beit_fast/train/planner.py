@@ -1,9 +1,154 @@
-"""What a run will take, without training: --dry-run."""
+"""What a run will take, measured on this device without training: --dry-run.
 
+Opens the data, loads the tokenizer and builds the model, as the run would, so what would stop the run stops the plan.
+Then one micro-batch goes forward and backward; nothing is stepped or saved.
+"""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_fast.train import engine
+from beit_fast.train.batching import accumulation, requests_of
+from beit_fast.train.checkpoint import mib, tensor_bytes
 from beit_fast.train.config import RunConfig
+from beit_fast.train.distributed import World, end_world, start_world
+from beit_fast.train.optim import expected_optimizer_bytes
+from beit_fast.train.progress import duration
+from beit_fast.train.schedules import run_length
 from beit_fast.train.task import Task
 
 
-def plan(task: Task, config: RunConfig) -> None:
-    """Print parameters, FLOPs, memory, steps, disk and time of a run."""
-    raise NotImplementedError
+class SavedForBackward:
+    """Counts the bytes that autograd keeps between forward and backward; a storage that is kept twice counts once."""
+
+    def __init__(self, parameters: Iterator[Tensor]) -> None:
+        self._seen = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "SavedForBackward":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+
+def plan(task: Task, config: RunConfig) -> dict[str, float]:
+    """Print parameters, FLOPs, memory, steps, disk and time of a run, and return the numbers printed."""
+    engine.check(config)
+    world = start_world(config.device)
+    try:
+        engine.check_world(config, world)
+        with closing(task):
+            numbers = _measure(task, config, world)
+        if world.is_main:
+            _print(task, config, world, numbers)
+        return numbers
+    finally:
+        end_world(world)
+
+
+def _measure(task: Task, config: RunConfig, world: World) -> dict[str, float]:
+    device = world.device
+    torch.manual_seed(config.seed)
+    model = task.build(config, world).train()
+    steps_per_epoch, total, _ = run_length(config, task.num_samples())
+    target = min(total, config.max_steps or total)
+    groups = task.parameter_groups(model, config.optim.weight_decay)
+    precision = engine.precision_of(config, device)
+    dtype = engine.DTYPES[precision]
+    micro = accumulation(config, world.size)
+    repeats = 1 if device.type == "cpu" else 4  # a GPU's first passes compile and allocate
+    steps = -(-repeats // micro)
+    batches = iter(task.batches(requests_of(0, steps, steps_per_epoch, config, world.rank, world.size)))
+    seconds = {"data": 0.0, "prepare": 0.0, "train": 0.0}
+    kept = 0
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    for _ in range(repeats):
+        times = [clock()]
+        batch = next(batches)
+        times.append(clock())
+        targets = torch.as_tensor(task.num_targets(batch), dtype=torch.float32, device=device)
+        with torch.no_grad():
+            ready = task.prepare(batch, 0)
+        times.append(clock())
+        with SavedForBackward(model.parameters()) as saved:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                output = task.loss(model, ready, targets)
+            kept = saved.bytes
+        output.loss.backward()
+        times.append(clock())
+        seconds = dict(zip(seconds, (b - a for a, b in pairwise(times)), strict=True))
+    local = config.batch_size // world.size
+    share = -(-local // micro)  # samples of the micro-batch that was timed
+    weights = tensor_bytes(model.state_dict())
+    moments = expected_optimizer_bytes(groups)
+    averages = weights if config.optim.ema_decay is not None else 0
+    saved_bytes = weights + moments + averages
+    step_s = (max(seconds["data"], seconds["prepare"] + seconds["train"])) * local / share
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
+        "samples": task.num_samples(),
+        "steps_per_epoch": steps_per_epoch,
+        "schedule_steps": total,
+        "steps": target,
+        "micro_batch": share,
+        "accumulation": micro,
+        "state_bytes": 2 * weights + moments + averages,  # weights, gradients, moments, averages
+        "activation_bytes": kept,
+        "checkpoint_bytes": saved_bytes,
+        "disk_bytes": saved_bytes * (config.checkpoint.keep + 1),
+        "data_ms_per_sample": 1000 * seconds["data"] / share,
+        "prepare_ms_per_sample": 1000 * seconds["prepare"] / share,
+        "train_ms_per_sample": 1000 * seconds["train"] / share,
+        "run_s": step_s * target,
+        **task.plan(config),
+    }
+
+
+def _print(task: Task, config: RunConfig, world: World, n: dict[str, float]) -> None:
+    where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    parent = next(p for p in [config.output_dir, *config.output_dir.absolute().parents] if Path(p).exists())
+    noun = task.sample_noun
+    rows = [
+        ("device", f"{world.size} x {where}, {engine.precision_of(config, world.device)}"),
+        ("parameters", f"{n['parameters']:,.0f} ({n['trained_parameters']:,.0f} trained)"),
+        *((name.replace("_", " ").replace("flops", "FLOPs"), f"{value / 1e9:,.2f}e9")
+          for name, value in n.items() if "flops" in name),
+        ("data", f"{n['samples']:,.0f} {noun}, {n['steps_per_epoch']:,.0f} steps per epoch"),
+        ("steps", f"{n['steps']:,.0f} of a schedule of {n['schedule_steps']:,.0f}"),
+        ("batch", f"{config.batch_size} = {world.size} devices x {n['accumulation']:.0f} x {n['micro_batch']:.0f}"),
+        ("memory per device", f"{mib(int(n['state_bytes'] + n['activation_bytes']))} = "
+         f"{mib(int(n['state_bytes']))} for weights, gradients and optimizer + "
+         f"{mib(int(n['activation_bytes']))} for {n['micro_batch']:.0f} {noun}"),
+        ("disk", f"{mib(int(n['checkpoint_bytes']))} per checkpoint, {mib(int(n['disk_bytes']))} in all; "
+         f"{mib(shutil.disk_usage(parent).free)} free"),
+        (f"time per {noun.rstrip('s')}", f"{n['train_ms_per_sample']:,.1f} ms forward and backward, "
+         f"{n['prepare_ms_per_sample']:,.1f} ms before it, {n['data_ms_per_sample']:,.1f} ms of data beside it"),
+        ("time", f"{duration(n['run_s'])} on {world.size} of this device (from one micro-batch)"),
+    ]  # fmt: skip
+    print(f"plan of {task.name}; nothing is trained")
+    for name, value in rows:
+        print(f"  {name:<26} {value}")

@@ -1,5 +1,7 @@
 """Masked image modelling as a task: views -> visual tokens -> BEiT -> loss (paper, section 2)."""
 
+import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin, sources
 from beit_fast.data.pretrain_views import PretrainBatch, PretrainViews
@@ -275,7 +278,10 @@ class MaskedImageModeling(Task):
     def plan(self, config: RunConfig) -> dict[str, float]:
         architecture = self.config.model.architecture(self.tokenizer.vocab_size)
         forward = 2.0 * multiply_adds(architecture, self.config.masking.num_masked)
-        return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
+        side = self.config.model.image_size // self.config.model.patch_size * self.tokenizer.stride
+        with FlopCounterMode(display=False) as counter:
+            self.tokenizer.encode(torch.zeros(1, 3, side, side, device=self.world.device))
+        return {"flops_per_image": 3 * forward, "tokenizer_flops_per_image": float(counter.get_total_flops())}
 
     def close(self) -> None:
         for views in (self.views, self.held_out):
@@ -297,3 +303,21 @@ def multiply_adds(config: BeitConfig, num_masked: int) -> float:
     block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d
     patches = config.num_patches * d * config.in_chans * config.patch_size**2
     return patches + config.depth * block + num_masked * d * config.vocab_size
+
+
+def demo_banner(paper: PretrainConfig, demo: PretrainConfig) -> str:
+    """What the built-in demo is and is not, and the command of the real run."""
+    program = Path(sys.argv[0])
+    with contextlib.suppress(ValueError):
+        program = program.resolve().relative_to(Path.cwd())
+    steps = demo.max_steps or demo.steps
+    line = "-" * 100
+    return f"""{line}
+Built-in demo: the real BEiT ({demo.model.size}), {steps} steps of {demo.batch_size} images that are rendered on this
+machine, with the small tokenizer that comes along. It shows that everything works; its numbers do not compare with
+ImageNet's. The real run, {paper.epochs:g} epochs at batch {paper.batch_size}, DALL-E's tokenizer fetched at first use:
+
+    torchrun --nproc-per-node 8 {program} --data.path /path/to/imagenet/train
+
+What that takes: the same with --dry-run. To go on with this demo: --max-steps {10 * (steps or 1)}
+{line}"""
