@@ -63,7 +63,7 @@ def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias:
         # the gradient takes the place of x + bias: page faults of another buffer would cost more than the arithmetic
         grad_x = _biased(x, bias)
         torch.ops.aten.gelu_backward.grad_input(grad.to(grad_x.dtype), grad_x, grad_input=grad_x)
-    grad_bias = _column_sum(grad_x.flatten(0, -2), wide) if need_bias else grad_x.new_empty(0, dtype=wide)
+    grad_bias = _column_sum(grad_x.view(-1, x.shape[-1]), wide) if need_bias else grad_x.new_empty(0, dtype=wide)
     return grad_x.to(x.dtype), grad_bias
 
 

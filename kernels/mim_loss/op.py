@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..backend import chosen_backend, triton_runs
-from . import reference
-
-IGNORED = -100  # the target of a row that only pads `rows` to a fixed length
+from . import cpu, reference
+from .cpu import IGNORED
 
 
 def masked_cross_entropy(
@@ -21,6 +20,7 @@ def masked_cross_entropy(
     head_bias: Tensor,
     eps: float = 1e-6,
     num_targets: Tensor | None = None,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of BEiT pre-training (Bao et al. 2021, eq. 2) at the masked positions, and its accuracy.
 
@@ -35,6 +35,8 @@ def masked_cross_entropy(
         eps: of the LayerNorm.
         num_targets: 0-d tensor that divides the sum, such as the mean over ranks of the number of targets;
             None: the number of targets other than -100 here.
+        chunk_rows: work on that many rows at a time, so that at most (chunk_rows, V) logits exist; the gradients of
+            the head are then made in the forward pass. None: all rows at once, which is faster on a GPU.
 
     Returns:
         loss, 0-d, at least fp32; and the number of rows predicted right, 0-d int64. No host synchronisation.
@@ -50,21 +52,41 @@ def masked_cross_entropy(
         return reference.masked_cross_entropy(
             hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, eps, num_targets
         )
+    compute = head_weight.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         compute = torch.get_autocast_dtype(hidden.device.type)
-        head_weight, head_bias = head_weight.to(compute), head_bias.to(compute)
     if num_targets is None:
         num_targets = (targets != IGNORED).sum()
     learned = (hidden, norm_weight, norm_bias, head_weight, head_bias)
     with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
-    loss, num_correct, *_ = torch.ops.beit_fast.masked_cross_entropy(
-        hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, eps, num_targets, with_gradient
-    )
+    common = (hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, eps, num_targets, compute)
+    if chunk_rows is None:
+        loss, num_correct, *_ = torch.ops.beit_fast.masked_cross_entropy(*common, with_gradient)
+    else:
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+        loss, num_correct, *_ = torch.ops.beit_fast.chunked_masked_cross_entropy(*common, chunk_rows, with_gradient)
     return loss, num_correct
+
+
+def _steps(hidden: Tensor) -> Any:
+    """The module whose `gather_norm`, `cross_entropy_` and `scatter_norm_backward` serve this tensor."""
+    if not triton_runs(hidden):
+        return cpu
+    from . import kernel
+
+    return kernel
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
+    """left @ right as `wide`; on a GPU its fp32 sums are then never rounded to the half precision of the factors."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=wide)
+    return (left @ right).to(wide)
 
 
 @torch.library.custom_op("beit_fast::masked_cross_entropy", mutates_args=())
@@ -78,40 +100,17 @@ def _loss(
     head_bias: Tensor,
     eps: float,
     num_targets: Tensor,
+    compute: torch.dtype,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, num_correct; for backward d(sum)/d(logits) (M, V), the normed rows (M, D), their mean and 1/std (M,)."""
-    if triton_runs(hidden):
-        from . import kernel
-
-        return kernel.masked_cross_entropy_forward(
-            hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, eps, num_targets, with_gradient
-        )
-    wide, compute = _wide(hidden.dtype), head_weight.dtype
-    normed, mean, rstd = torch.native_layer_norm(
-        hidden.index_select(0, rows).to(wide), hidden.shape[-1:], norm_weight.to(wide), norm_bias.to(wide), eps
-    )
-    normed = normed.to(compute)
-    logits = torch.addmm(head_bias, normed, head_weight.t())
-    valid = targets != IGNORED
-    index = targets.where(valid, 0)[:, None]
-    at_target = logits.gather(1, index).to(wide).squeeze(1)
-    largest, best = logits.max(1)
-    num_correct = ((best == targets) & valid).sum()
-    if with_gradient:
-        # in place: from here on `logits` holds the probabilities, then the gradient
-        logits = torch.softmax(logits, 1, out=logits)
-        # the largest probability is 1 / sum(exp(logit - largest)): the log-sum-exp without another pass
-        log_sum = largest.to(wide) - logits.gather(1, best[:, None]).squeeze(1).to(wide).log()
-        logits.scatter_add_(1, index, -torch.ones_like(index, dtype=compute))
-        logits.masked_fill_(~valid[:, None], 0)
-    else:
-        log_sum = torch.logsumexp(logits.to(wide), 1)
-    loss = (log_sum - at_target).masked_fill(~valid, 0).sum() / num_targets
+    steps = _steps(hidden)
+    normed, mean, rstd = steps.gather_norm(hidden, rows, norm_weight, norm_bias, eps, compute)
+    logits = torch.addmm(head_bias.to(compute), normed, head_weight.to(compute).t())
+    losses, hits = steps.cross_entropy_(logits, targets, with_gradient)
     if not with_gradient:
-        logits, normed, mean, rstd = (logits.new_empty(0) for _ in range(4))
-        mean, rstd = mean.to(wide), rstd.to(wide)
-    return loss, num_correct, logits, normed, mean.flatten(), rstd.flatten()
+        logits, normed, mean, rstd = (tensor.new_empty(0) for tensor in (logits, normed, mean, rstd))
+    return losses.sum() / num_targets.to(losses.dtype), hits.sum(), logits, normed, mean, rstd
 
 
 @_loss.register_fake
@@ -125,18 +124,19 @@ def _(
     head_bias: Tensor,
     eps: float,
     num_targets: Tensor,
+    compute: torch.dtype,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide, M = _wide(hidden.dtype), rows.shape[0]
-    loss, num_correct = hidden.new_empty((), dtype=wide), rows.new_empty(())
-    if not with_gradient:
-        logits, normed = (head_weight.new_empty(0) for _ in range(2))
-        mean, rstd = (hidden.new_empty(0, dtype=wide) for _ in range(2))
-        return loss, num_correct, logits, normed, mean, rstd
-    logits = head_weight.new_empty(M, head_weight.shape[0])
-    normed = head_weight.new_empty(M, hidden.shape[1])
-    mean, rstd = (hidden.new_empty(M, dtype=wide) for _ in range(2))
-    return loss, num_correct, logits, normed, mean, rstd
+    shape, saved = ((M, head_weight.shape[0]), (M, hidden.shape[1])), (M,)
+    return (
+        hidden.new_empty((), dtype=_wide(compute)),
+        rows.new_empty(()),
+        hidden.new_empty(shape[0] if with_gradient else 0, dtype=compute),
+        hidden.new_empty(shape[1] if with_gradient else 0, dtype=compute),
+        hidden.new_empty(saved if with_gradient else 0, dtype=wide),
+        hidden.new_empty(saved if with_gradient else 0, dtype=wide),
+    )
 
 
 @torch.library.custom_op("beit_fast::masked_cross_entropy_backward", mutates_args=())
@@ -153,26 +153,18 @@ def _loss_backward(
     head_weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, norm_weight, norm_bias, head_weight, head_bias); factor = d(loss) / num_targets."""
-    if triton_runs(hidden):
-        from . import kernel
-
-        return kernel.masked_cross_entropy_backward(
-            factor, grad_logits, normed, mean, rstd, hidden, rows, targets, norm_weight, head_weight
-        )
-    wide, compute = _wide(hidden.dtype), head_weight.dtype
-    # the factor multiplies the two small matrices, never the (M, V) one
-    grad_head_weight = grad_logits.t() @ (normed * factor.to(compute))
+    # the factor multiplies the smallest matrix there is, but none in half precision: that would be one more rounding
+    wide = _wide(normed.dtype)
+    if normed.dtype == wide:
+        grad_head_weight = grad_logits.t() @ (normed * factor)
+    else:
+        grad_head_weight = _product(grad_logits.t(), normed, wide).mul_(factor)
     grad_head_bias = grad_logits.sum(0, dtype=wide) * factor
-    grad_normed = (grad_logits @ head_weight).to(wide) * factor
-    grad_rows, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_normed, hidden.index_select(0, rows).to(wide), hidden.shape[-1:], mean[:, None], rstd[:, None],
-        norm_weight.to(wide), norm_weight.to(wide), [True, True, True],
-    )  # fmt: skip
-    # padding rows may repeat a row that has a target: they go to a row of their own, which is then cut off
-    T = hidden.shape[0]
-    grad_hidden = hidden.new_zeros(T + 1, hidden.shape[1])
-    grad_hidden.index_copy_(0, rows.where(targets != IGNORED, T), grad_rows.to(hidden.dtype))
-    return grad_hidden[:T], grad_norm_weight, grad_norm_bias, grad_head_weight, grad_head_bias
+    grad_normed = grad_logits @ head_weight.to(normed.dtype)
+    grad_hidden, grad_norm_weight, grad_norm_bias = _steps(hidden).scatter_norm_backward(
+        grad_normed, factor, hidden, rows, targets, mean, rstd, norm_weight
+    )
+    return grad_hidden, grad_norm_weight, grad_norm_bias, grad_head_weight, grad_head_bias
 
 
 @_loss_backward.register_fake
@@ -188,44 +180,160 @@ def _(
     norm_weight: Tensor,
     head_weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, (V, D) = _wide(hidden.dtype), head_weight.shape
+    V, D = head_weight.shape
     return (
         hidden.new_empty(hidden.shape),
-        hidden.new_empty(D, dtype=wide),
-        hidden.new_empty(D, dtype=wide),
-        head_weight.new_empty(V, D),
-        hidden.new_empty(V, dtype=wide),
+        hidden.new_empty(D, dtype=_wide(hidden.dtype)),
+        hidden.new_empty(D, dtype=_wide(hidden.dtype)),
+        hidden.new_empty((V, D), dtype=_wide(normed.dtype)),
+        hidden.new_empty(V, dtype=_wide(normed.dtype)),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, _, num_targets, _ = inputs
+    hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, _, num_targets, *_ = inputs
     _, num_correct, grad_logits, normed, mean, rstd = output
     ctx.mark_non_differentiable(num_correct, grad_logits, normed, mean, rstd)
-    ctx.dtypes = norm_bias.dtype, head_bias.dtype
+    ctx.dtypes = [tensor.dtype for tensor in (hidden, norm_weight, norm_bias, head_weight, head_bias)]
     ctx.save_for_backward(grad_logits, normed, mean, rstd, hidden, rows, targets, norm_weight, head_weight, num_targets)
 
 
 def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logits, normed, mean, rstd, hidden, rows, targets, norm_weight, head_weight, num_targets = ctx.saved_tensors
-    d_hidden, d_norm_weight, d_norm_bias, d_head_weight, d_head_bias = (
-        torch.ops.beit_fast.masked_cross_entropy_backward(
-            grad_loss / num_targets, grad_logits, normed, mean, rstd, hidden, rows, targets, norm_weight, head_weight
-        )
-    )
-    norm_bias_dtype, head_bias_dtype = ctx.dtypes
-    return (
-        d_hidden,
-        None,
-        None,
-        d_norm_weight.to(norm_weight.dtype),
-        d_norm_bias.to(norm_bias_dtype),
-        d_head_weight,
-        d_head_bias.to(head_bias_dtype),
-        None,
-        None,
-        None,
-    )
+    *saved, num_targets = ctx.saved_tensors
+    found = torch.ops.beit_fast.masked_cross_entropy_backward(grad_loss / num_targets, *saved)
+    hidden, *others = (grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
+    return hidden, None, None, *others, None, None, None, None
 
 
 _loss.register_autograd(_autograd, setup_context=_setup)
+
+
+# A chunk of rows at a time
+
+
+@torch.library.custom_op("beit_fast::chunked_masked_cross_entropy", mutates_args=())
+def _chunked(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    eps: float,
+    num_targets: Tensor,
+    compute: torch.dtype,
+    chunk_rows: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, num_correct; the gradients of the sum by the normed rows (M, D), head_weight, head_bias; mean, 1/std."""
+    steps, wide = _steps(hidden), _wide(compute)
+    normed, mean, rstd = steps.gather_norm(hidden, rows, norm_weight, norm_bias, eps, compute)
+    head_weight, head_bias = head_weight.to(compute), head_bias.to(compute)
+    grad_weight = head_weight.new_zeros(head_weight.shape if with_gradient else 0, dtype=wide)
+    grad_bias = head_weight.new_zeros(head_weight.shape[0] if with_gradient else 0, dtype=wide)
+    losses, hits = [], []
+    for some, target in zip(normed.split(chunk_rows), targets.split(chunk_rows), strict=True):
+        logits = torch.addmm(head_bias, some, head_weight.t())
+        loss, hit = steps.cross_entropy_(logits, target, with_gradient)
+        losses.append(loss)
+        hits.append(hit)
+        if with_gradient:
+            grad_bias += logits.sum(0, dtype=wide)
+            if compute == wide:
+                grad_weight.addmm_(logits.t(), some)
+            else:
+                grad_weight += _product(logits.t(), some, wide)
+            some.copy_(logits @ head_weight)  # these rows are not read again
+    grad_normed = normed
+    if not with_gradient:
+        grad_normed, mean, rstd = (tensor.new_empty(0) for tensor in (normed, mean, rstd))
+    loss, num_correct = torch.cat(losses).sum() / num_targets.to(wide), torch.cat(hits).sum()
+    return loss, num_correct, grad_normed, grad_weight, grad_bias, mean, rstd
+
+
+@_chunked.register_fake
+def _(
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    eps: float,
+    num_targets: Tensor,
+    compute: torch.dtype,
+    chunk_rows: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide, M = _wide(compute), rows.shape[0]
+    shapes: list[Any] = [(M, hidden.shape[1]), head_weight.shape, head_weight.shape[:1], (M,), (M,)]
+    dtypes = [compute, wide, wide, _wide(hidden.dtype), _wide(hidden.dtype)]
+    saved = (
+        hidden.new_empty(shape if with_gradient else 0, dtype=dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    )
+    grad_normed, grad_weight, grad_bias, mean, rstd = saved
+    return hidden.new_empty((), dtype=wide), rows.new_empty(()), grad_normed, grad_weight, grad_bias, mean, rstd
+
+
+@torch.library.custom_op("beit_fast::chunked_masked_cross_entropy_backward", mutates_args=())
+def _chunked_backward(
+    factor: Tensor,
+    grad_normed: Tensor,
+    grad_head_weight: Tensor,
+    grad_head_bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (hidden, norm_weight, norm_bias, head_weight, head_bias); factor = d(loss) / num_targets."""
+    grad_hidden, grad_norm_weight, grad_norm_bias = _steps(hidden).scatter_norm_backward(
+        grad_normed, factor, hidden, rows, targets, mean, rstd, norm_weight
+    )
+    return grad_hidden, grad_norm_weight, grad_norm_bias, grad_head_weight * factor, grad_head_bias * factor
+
+
+@_chunked_backward.register_fake
+def _(
+    factor: Tensor,
+    grad_normed: Tensor,
+    grad_head_weight: Tensor,
+    grad_head_bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    norm_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    D, wide = hidden.shape[1], _wide(hidden.dtype)
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(D, dtype=wide),
+        hidden.new_empty(D, dtype=wide),
+        grad_head_weight.new_empty(grad_head_weight.shape),
+        grad_head_bias.new_empty(grad_head_bias.shape),
+    )
+
+
+def _chunked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, _, num_targets, *_ = inputs
+    _, num_correct, *saved = output
+    ctx.mark_non_differentiable(num_correct, *saved)
+    ctx.dtypes = [tensor.dtype for tensor in (hidden, norm_weight, norm_bias, head_weight, head_bias)]
+    ctx.save_for_backward(*saved, hidden, rows, targets, norm_weight, num_targets)
+
+
+def _chunked_autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, num_targets = ctx.saved_tensors
+    found = torch.ops.beit_fast.chunked_masked_cross_entropy_backward(grad_loss / num_targets, *saved)
+    hidden, *others = (grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
+    return hidden, None, None, *others, None, None, None, None, None
+
+
+_chunked.register_autograd(_chunked_autograd, setup_context=_chunked_setup)

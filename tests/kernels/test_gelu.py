@@ -1,0 +1,119 @@
+"""bias_gelu against its definition, and against torch's exact GELU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit_fast.kernels import bias_gelu, use_backend
+
+Check = Callable[[str, Tensor, Tensor, Tensor], None]
+Inputs = tuple[Tensor, Tensor | None]
+
+
+def make(shape: tuple[int, ...], bias: bool, device: str = "cpu") -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    b = torch.randn(shape[-1:], generator=generator, dtype=torch.float64)
+    return x.to(device), b.to(device) if bias else None
+
+
+def run(inputs: Inputs) -> dict[str, Tensor]:
+    x, bias = (None if t is None else t.detach().clone().requires_grad_() for t in inputs)
+    assert x is not None
+    y = bias_gelu(x, bias)
+    y.backward(torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape).to(y))
+    found = {"y": y.detach(), "d x": x.grad}
+    if bias is not None:
+        found["d bias"] = bias.grad
+    return found  # type: ignore[return-value]
+
+
+def compare(inputs: Inputs, dtype: torch.dtype, parameters: torch.dtype, check: Check) -> None:
+    x, bias = inputs[0].to(dtype), None if inputs[1] is None else inputs[1].to(parameters)
+    ours = run((x, bias))
+    with use_backend("reference"):
+        eager = run((x, bias))
+        exact = run((x.double(), None if bias is None else bias.double()))
+    for name in exact:
+        check(name, ours[name], eager[name], exact[name])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_torch_in_fp64(bias: bool) -> None:
+    x, b = make((2, 5, 24), bias)
+    torch.testing.assert_close(bias_gelu(x, b), F.gelu(x if b is None else x + b))
+    leaf = x.clone().requires_grad_()
+    extra = () if b is None else (b.clone().requires_grad_(),)
+    assert torch.autograd.gradcheck(lambda t, *u: bias_gelu(t, *u or (None,)), (leaf, *extra))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "parameters"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_accuracy_on_cpu(bias: bool, dtype: torch.dtype, parameters: torch.dtype, assert_accurate: Check) -> None:
+    compare(make((3, 33, 96), bias), dtype, parameters, assert_accurate)
+
+
+def test_dispatch() -> None:
+    x, b = (t.float().requires_grad_() for t in make((2, 3, 8), True))  # type: ignore[union-attr]
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x, b))
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x.detach().bfloat16().requires_grad_(), None))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiles_without_a_break(bias: bool) -> None:
+    inputs = make((3, 5, 8), bias)
+    x, b = (None if t is None else t.clone().requires_grad_() for t in inputs)
+    torch.compile(bias_gelu, fullgraph=True, backend="aot_eager")(x, b).sum().backward()
+    x2, b2 = (None if t is None else t.clone().requires_grad_() for t in inputs)
+    F.gelu(x2 if b2 is None else x2 + b2).sum().backward()  # type: ignore[operator, arg-type]
+    torch.testing.assert_close(x.grad, x2.grad)  # type: ignore[union-attr]
+    if bias:
+        torch.testing.assert_close(b.grad, b2.grad)  # type: ignore[union-attr]
+
+
+def test_inputs_stay_as_they_were_and_a_second_backward_agrees() -> None:
+    """The backward pass works in place of a buffer of its own, never of what it was given."""
+    x, b = (t.clone().requires_grad_() for t in make((4, 7, 8), True))  # type: ignore[union-attr]
+    kept = x.detach().clone()
+    y = bias_gelu(x, b)
+    first = torch.autograd.grad(y.sum(), (x, b), retain_graph=True)
+    second = torch.autograd.grad(y.sum(), (x, b))
+    assert torch.equal(x.detach(), kept)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_odd_layouts() -> None:
+    x, b = make((4, 6, 8), True)
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for name, value in run((turned, b)).items():
+        torch.testing.assert_close(value, run((x, b))[name])
+    flat = run((x[0, 0], b))
+    torch.testing.assert_close(flat["d bias"], flat["d x"])
+    assert torch.equal(run((x[:0], b))["d bias"], torch.zeros(8, dtype=torch.float64))
+    assert torch.isfinite(bias_gelu(torch.tensor([-1e30, 0.0, 1e30]), None)).all()
+
+
+def test_a_wrong_bias_is_named() -> None:
+    with pytest.raises(ValueError, match="bias"):
+        bias_gelu(torch.zeros(2, 3), torch.zeros(2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 7, 8), (1, 9, 70)], ids=str)
+def test_triton(triton_device: str, bias: bool, shape: tuple[int, ...], assert_accurate: Check) -> None:
+    inputs = make(shape, bias, triton_device)
+    compare(inputs, torch.float32, torch.float32, assert_accurate)
+    compare(inputs, torch.bfloat16, torch.float32, assert_accurate)
+    first, second = (run(inputs if i < 0 else (inputs[0].float(), inputs[1])) for i in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("D", [pytest.param(3072, marks=pytest.mark.slow, id="BEiT-B")])
+def test_triton_model_width(triton_device: str, D: int, assert_accurate: Check) -> None:
+    compare(make((2, 17, D), True, triton_device), torch.bfloat16, torch.float32, assert_accurate)
