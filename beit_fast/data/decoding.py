@@ -26,8 +26,8 @@ class Decoder(Protocol):
     def decode(self, encoded: Sequence[bytes], windows: Windows) -> list[Crop | Rejection]:
         """Pixels of the windows (B, 4: top, left, height, width; after EXIF rotation): uint8 (height, width, 3) each.
 
-        An image that cannot be decoded yields a Rejection; the others are unharmed. The pixels may lie in buffers of the
-        decoder: they hold until its next call.
+        An image that cannot be decoded yields a Rejection; the others are unharmed. The pixels may lie in buffers of
+        the decoder: they hold until its next call.
         """
 
 
