@@ -47,7 +47,7 @@ def load_apex() -> type[torch.optim.Optimizer]:
     """
     advice = (
         "NVIDIA apex is built from its source (https://github.com/NVIDIA/apex, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1); "
-        "--optim.impl torch needs nothing and is as fast"
+        "--optim.impl torch needs nothing"
     )
     try:
         package = importlib.import_module("apex")

@@ -1,7 +1,9 @@
 """Pictures of a run folder, from its metrics.jsonl."""
 
+import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 
 def loss_picture(run_dir: Path) -> Path:
@@ -12,7 +14,10 @@ def loss_picture(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines: list[dict[str, Any]] = []
+    for text in (run_dir / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a last line that a kill cut short
+            lines.append(json.loads(text))
     train = [line for line in lines if line.get("kind") == "train" and line["loss"] is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
