@@ -82,11 +82,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """left @ right as `wide`; on a GPU its fp32 sums are then never rounded to the half precision of the factors."""
-    if left.device.type == "cuda":
-        return torch.mm(left, right, out_dtype=wide)
-    return (left @ right).to(wide)
+def _product(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
+    """factor (0-d) times left @ right, in at least fp32; half precision is never rounded between the two."""
+    if left.device.type == "cpu":  # here reading the factor stalls nothing
+        left, right = left.to(_wide(left.dtype)), right.to(_wide(right.dtype))
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=float(factor))
+    if left.dtype == torch.float32:
+        return left @ (right * factor)
+    return torch.mm(left, right, out_dtype=torch.float32).mul_(factor)
 
 
 @torch.library.custom_op("beit_fast::masked_cross_entropy", mutates_args=())
@@ -153,13 +156,8 @@ def _loss_backward(
     head_weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, norm_weight, norm_bias, head_weight, head_bias); factor = d(loss) / num_targets."""
-    # the factor multiplies the smallest matrix there is, but none in half precision: that would be one more rounding
-    wide = _wide(normed.dtype)
-    if normed.dtype == wide:
-        grad_head_weight = grad_logits.t() @ (normed * factor)
-    else:
-        grad_head_weight = _product(grad_logits.t(), normed, wide).mul_(factor)
-    grad_head_bias = grad_logits.sum(0, dtype=wide) * factor
+    grad_head_weight = _product(grad_logits.t(), normed, factor)
+    grad_head_bias = grad_logits.sum(0, dtype=_wide(normed.dtype)) * factor
     grad_normed = grad_logits @ head_weight.to(normed.dtype)
     grad_hidden, grad_norm_weight, grad_norm_bias = _steps(hidden).scatter_norm_backward(
         grad_normed, factor, hidden, rows, targets, mean, rstd, norm_weight
@@ -232,7 +230,7 @@ def _chunked(
     head_weight, head_bias = head_weight.to(compute), head_bias.to(compute)
     grad_weight = head_weight.new_zeros(head_weight.shape if with_gradient else 0, dtype=wide)
     grad_bias = head_weight.new_zeros(head_weight.shape[0] if with_gradient else 0, dtype=wide)
-    losses, hits = [], []
+    losses, hits, one = [], [], grad_bias.new_ones(())
     for some, target in zip(normed.split(chunk_rows), targets.split(chunk_rows), strict=True):
         logits = torch.addmm(head_bias, some, head_weight.t())
         loss, hit = steps.cross_entropy_(logits, target, with_gradient)
@@ -243,7 +241,7 @@ def _chunked(
             if compute == wide:
                 grad_weight.addmm_(logits.t(), some)
             else:
-                grad_weight += _product(logits.t(), some, wide)
+                grad_weight += _product(logits.t(), some, one)
             some.copy_(logits @ head_weight)  # these rows are not read again
     grad_normed = normed
     if not with_gradient:

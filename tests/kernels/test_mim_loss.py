@@ -100,7 +100,7 @@ def test_gradients_in_fp64(chunk_rows: int | None) -> None:
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("chunk_rows", [None, 16])
 def test_accuracy_on_cpu(head: torch.dtype, chunk_rows: int | None, assert_accurate: Check) -> None:
-    compare(make(300, 60, 192, 512, padding=3), head, assert_accurate, chunk_rows)
+    compare(make(300, 60, 192, 2048, padding=3), head, assert_accurate, chunk_rows)
 
 
 def test_without_gradient_and_global_count() -> None:
