@@ -18,13 +18,20 @@ from typing import NoReturn, TypeVar
 import torch
 import tyro
 
+from beit_fast.data.screening import TooManyBadImages
 from beit_fast.train import engine
 from beit_fast.train.config import RunConfig
 from beit_fast.train.task import Task
 
 Config = TypeVar("Config", bound=RunConfig)
 
-EXPECTED_ERRORS = (ValueError, OSError, ModuleNotFoundError, engine.PersistentNonFiniteGradients)
+EXPECTED_ERRORS = (
+    ValueError,
+    OSError,
+    ModuleNotFoundError,
+    TooManyBadImages,
+    engine.PersistentNonFiniteGradients,
+)
 """Errors whose message is written for the user; any other is a bug and shows its traceback."""
 
 

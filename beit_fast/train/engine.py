@@ -7,7 +7,6 @@ in the global batch divided by their global number.
 
 import contextlib
 import copy
-import resource
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from beit_fast.train.batching import accumulation, requests_of, seed_of
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed import StopSignal, World, end_world, start_world, wrap
-from beit_fast.train.metrics import Interval, MetricsFile
+from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
 from beit_fast.train.optim import (
     LossScaler,
     build_optimizer,
@@ -114,6 +113,7 @@ class _Run:
         self.metrics_file: MetricsFile | None = None
         self.last_line: dict[str, Any] = {}
         self.skipped = 0
+        self.saved_step = 0
 
     def close(self) -> None:
         self.stop.close()
@@ -196,7 +196,12 @@ class _Run:
         stopping = False
         while self.step < self.target and not stopping:
             before = time.perf_counter()
-            group = [next(batches) for _ in range(micro)]
+            try:
+                group = [next(batches) for _ in range(micro)]
+            except Exception:
+                if self.world.size == 1 and self.step > self.saved_step:  # saving together needs the other ranks
+                    self.save()
+                raise
             self.waited += time.perf_counter() - before
             self.train_step(group)
             del group
@@ -355,6 +360,7 @@ class _Run:
             )
             size = checkpoint.mib(sum(checkpoint.tensor_bytes(tensors) for tensors in files.values()))
             self.say(f"saved {path.name} ({size} in {duration(time.perf_counter() - began)})")
+        self.saved_step = self.step
         self.world.barrier()
         self.interval_started += time.perf_counter() - began
 
@@ -370,23 +376,20 @@ class _Run:
         self.interval.load(found.state["interval"])
         self.skipped = int(found.state["skipped"])
         self.last_line = dict(found.state["metrics"])
+        self.saved_step = found.step
         self.say(f"continuing {found.path}")
         return found.step
 
     def finish(self) -> None:
         """Pictures and exports of a run that reached its target."""
         if self.world.is_main:
-            from beit_fast.visualize.run_report import loss_picture
-
             self.task.finish(self.averaged_model(), self.folder.path)
-            picture = loss_picture(self.folder.path)
-            took = duration(time.perf_counter() - self.started)
-            self.say(f"complete: step {self.step} in {took}; loss picture {picture}")
+            text = f"complete: step {self.step} in {duration(time.perf_counter() - self.started)}"
+            try:
+                from beit_fast.visualize.run_report import loss_picture
+
+                text += f"; loss picture {loss_picture(self.folder.path)}"
+            except ModuleNotFoundError as missing:
+                text += f"; no loss picture, {missing.name} is not installed"
+            self.say(text)
         self.world.barrier()
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far: of the device's allocator, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

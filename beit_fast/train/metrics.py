@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,10 @@ def read_metrics(path: Path) -> Sequence[dict[str, Any]]:
             if isinstance(value, dict):
                 lines.append(value)
     return lines
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the device's allocator, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -33,8 +33,8 @@ class Progress:
 
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
+                BarColumn(bar_width=10),
                 TextColumn("{task.fields[text]}"),
                 refresh_per_second=2,
             )
@@ -48,13 +48,14 @@ class Progress:
 
     def interval(self, line: Mapping[str, Any], noun: str, eta_s: float) -> None:
         """A line of metrics was written."""
+        narrow = self._bar is not None and self._bar.console.width < 120
         text = f"loss {line['loss']:.4f}"
-        if "accuracy" in line:
+        if "accuracy" in line and not narrow:
             text += f"  accuracy {100 * line['accuracy']:.2f} %"
-        text += (
-            f"  lr {line['lr']:.2e}  {line[f'{noun}_per_s']:.4g} {noun}/s"
-            f"  data wait {100 * line['data_wait_share']:.0f} %  ETA {duration(eta_s)}"
-        )
+        if not narrow:
+            text += f"  lr {line['lr']:.2e}"
+        wait = f"{'wait' if narrow else 'data wait'} {100 * line['data_wait_share']:.0f} %"
+        text += f"  {line[f'{noun}_per_s']:.4g} {noun}/s  {wait}  ETA {duration(eta_s)}"
         if line["skipped_steps"]:
             text += f"  skipped {line['skipped_steps']} steps"
         if self._bar is not None:

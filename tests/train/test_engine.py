@@ -14,7 +14,7 @@ import torch
 from beit_fast.train import engine
 from beit_fast.train.batching import requests_of
 from beit_fast.train.checkpoint import list_checkpoints
-from beit_fast.train.config import OptimConfig
+from beit_fast.train.config import LogConfig, OptimConfig
 from beit_fast.train.distributed import StopSignal, World
 from beit_fast.train.metrics import read_metrics
 
@@ -247,6 +247,37 @@ def test_a_signal_saves_at_the_next_step(train, weights, capsys):
     assert signal.getsignal(signal.SIGTERM) is before
     train("stopped")
     assert weights(folder) == weights(whole)
+
+
+def test_an_error_in_the_data_loses_no_step(train, tiny, weights, monkeypatch):
+    """The steps since the last checkpoint are saved before the error goes up."""
+    _, whole, _ = train("whole")
+    batches = tiny.TinyTask.batches
+
+    def failing(self, requests):
+        for number, batch in enumerate(batches(self, requests)):
+            if number == 5:
+                raise ValueError("a shard is gone")
+            yield batch
+
+    monkeypatch.setattr(tiny.TinyTask, "batches", failing)
+    with pytest.raises(ValueError, match="a shard is gone"):
+        train("broken")
+    monkeypatch.undo()
+    _, folder, task = train("broken")
+    assert task.seen[0] == (1, list(range(8)))
+    assert weights(folder) == weights(whole)
+
+
+def test_live_bar(train, capsys):
+    """What the bar shows in 80 columns; it is drawn although this is no terminal."""
+    train("run", log=LogConfig(every_steps=2, progress="bar"))
+    text = capsys.readouterr().out
+    assert "12/12" in text
+    assert "samples/s" in text
+    assert "wait" in text
+    assert "ETA 0 s" in text
+    assert "saved step_00000012" in text
 
 
 def test_second_signal_ends_at_once():

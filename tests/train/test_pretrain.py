@@ -137,6 +137,20 @@ def test_broken_images_are_listed_and_the_run_goes_on(config, images, tmp_path):
     assert read_metrics(out / "metrics.jsonl")[-1]["bad_images"] == 1
 
 
+def test_too_many_broken_images_end_the_run(config, images, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, path in enumerate(sorted(images.iterdir())):
+        (folder / path.name).write_bytes(path.read_bytes() if number % 4 else b"no image")
+    with pytest.raises(SystemExit) as stop:
+        main(config, MaskedImageModeling, arguments=["--data.path", str(folder)])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1
+    assert error.startswith("error: ")
+    assert "of 24 images cannot be used" in error
+    assert "bad_files.tsv" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
