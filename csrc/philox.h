@@ -26,7 +26,7 @@ inline PhiloxBlock philox4x32_10(PhiloxBlock counter, PhiloxKey key) {
 
 // Keeps the draws for one purpose apart from those for another. The numbers are part of the format of a run: changing
 // one changes the data of every run that is resumed.
-enum class Purpose : std::uint32_t { mask = 1, window = 2, colour = 3, order = 4, key = 5 };
+enum class Purpose : std::uint32_t { mask = 1, window = 2, colour = 3, order = 4, key = 5, growth = 6 };
 
 class SampleStream {
  public:

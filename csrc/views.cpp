@@ -4,13 +4,7 @@
 #include <thread>
 #include <vector>
 
-// One build runs on any x86-64 and takes the widest vectors it finds there. Other compilers and machines get the loops
-// below as they are; the results are the same, since nothing is contracted or reordered.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
-#define BEIT_FAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#else
-#define BEIT_FAST_CLONES
-#endif
+#include "multiversion.h"
 
 namespace beit_fast {
 namespace {
@@ -22,7 +16,7 @@ inline float clip(float x) {
 }
 
 // The pixels of a row to three planes of its channels.
-BEIT_FAST_CLONES
+BEIT_FAST_VERSIONS("arch=x86-64-v4", "avx2")
 void split(const std::uint8_t* __restrict pixels, std::int64_t width, std::uint8_t* __restrict red,
            std::uint8_t* __restrict green, std::uint8_t* __restrict blue) {
   for (std::int64_t x = 0; x < width; ++x) {
@@ -32,7 +26,7 @@ void split(const std::uint8_t* __restrict pixels, std::int64_t width, std::uint8
   }
 }
 
-BEIT_FAST_CLONES
+BEIT_FAST_VERSIONS("arch=x86-64-v4", "avx2")
 void reverse(const std::uint8_t* __restrict from, std::int64_t count, std::uint8_t* __restrict to) {
   for (std::int64_t x = 0; x < count; ++x) to[x] = from[count - 1 - x];
 }
@@ -42,7 +36,7 @@ struct Colours {
   float scale[3], shift[3];
 };
 
-BEIT_FAST_CLONES
+BEIT_FAST_VERSIONS("arch=x86-64-v4", "avx2")
 void transform_row(const std::uint8_t* __restrict red, const std::uint8_t* __restrict green,
                    const std::uint8_t* __restrict blue, std::int64_t width, const Colours& colours,
                    float* __restrict out_red, float* __restrict out_green, float* __restrict out_blue) {
@@ -59,7 +53,7 @@ void transform_row(const std::uint8_t* __restrict red, const std::uint8_t* __res
 }
 
 // Sums of the three channels: 48 lanes of 16 bits, lane j holding channel j % 3, emptied before they can overflow.
-BEIT_FAST_CLONES
+BEIT_FAST_VERSIONS("arch=x86-64-v4", "avx2")
 void channel_sums(const std::uint8_t* crop, std::int64_t pixels, std::uint64_t* sums) {
   constexpr std::int64_t kLanes = 48, kMostRounds = 65535 / 255;
   const std::int64_t bytes = 3 * pixels;
