@@ -1,194 +1,211 @@
-"""The BEiT backbone and its classifier."""
+"""BEiT as a classifier and feature extractor, with timm's methods."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-
-from beit_fast import kernels
-from beit_fast.kernels import Bias
-from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
 
 from .configs import BeitConfig
+from .hub import HubMethods
+from .initialisation import init_for_fine_tuning, init_head
 from .resize import resize_position_embedding, resize_relative_position_bias_table
+from .trunk import BeitTrunk
 
 
-class BeitTrunk(nn.Module):
-    """What every BEiT model shares: patches to tokens, the blocks, and the names of their parameters.
-
-    Parameter names are those of the official code (and of timm), so a state dict moves between them unchanged.
-    """
-
-    def __init__(self, config: BeitConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.width
-        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, width)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width)) if config.use_abs_pos_emb else None
-        shared = config.relative_position_bias == "shared"
-        self.rel_pos_bias = RelativePositionBias(config.grid, config.num_heads) if shared else None
-        self.drop_path = DropPathRates(config.drop_path_rate, config.depth)
-        own_window = config.grid if config.relative_position_bias == "per_block" else None
-        self.blocks = nn.ModuleList(
-            Block(
-                width,
-                config.num_heads,
-                config.mlp_ratio,
-                config.layer_norm_eps,
-                config.layer_scale_init,
-                own_window,
-            )
-            for _ in range(config.depth)
-        )
-        self.grad_checkpointing = False
-
-    def layers(self) -> Iterator[Block]:
-        """The blocks from first to last."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs and compute the rest again in the backward pass: less memory, more time."""
-        self.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of matrices and higher tensors that the official optimizer exempts from weight decay."""
-        return {"pos_embed", "cls_token"}
-
-    def _embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
-        """(B, C, S, S) -> (B, N, D) in the parameters' dtype, masked patches replaced, CLS in front."""
-        grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
-        tokens = self.patch_embed(images).to(self.cls_token.dtype)
-        if mask is not None and mask_token is not None:
-            tokens = torch.where(mask.unsqueeze(-1), mask_token, tokens)
-        x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
-        if self.pos_embed is not None:
-            x = x + resize_position_embedding(self.pos_embed, self.config.grid, grid)
-        return x
-
-    def _attention_biases(self, images: Tensor) -> list[Bias]:
-        """The bias of each block for this input size, prepared for the kernel; one object where it is shared."""
-        grid = (images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size)
-        dtype = images.dtype
-        if torch.is_autocast_enabled(images.device.type):
-            dtype = torch.get_autocast_dtype(images.device.type)
-
-        def prepared(table: Tensor | None) -> Bias:
-            if table is None:
-                return None
-            table = resize_relative_position_bias_table(table, self.config.grid, grid)
-            return kernels.prepare_bias(kernels.relative_position_bias(table, grid), dtype)
-
-        if self.rel_pos_bias is not None:
-            return [prepared(self.rel_pos_bias.relative_position_bias_table)] * len(self.blocks)
-        return [prepared(block.attn.relative_position_bias_table) for block in self.layers()]
-
-    def _run_blocks(
-        self,
-        x: Tensor,
-        biases: list[Bias],
-        drop_path: Tensor | None,
-        count: int,
-        final_norm: nn.LayerNorm | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The first `count` blocks; each hands its successor the LayerNorm that this one reads first.
-
-        `final_norm` is what reads the output of the last of them (None: nothing does).
-        """
-        layers = list(self.layers())[:count]
-        norms: list[nn.LayerNorm | None] = [*(block.norm1 for block in layers), final_norm]
-        normed = None if norms[0] is None else norms[0](x)
-        for index, (block, following) in enumerate(zip(layers, norms[1:], strict=True)):
-            factors = None if drop_path is None else drop_path[index]
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, normed = checkpoint(block.chain, x, normed, biases[index], factors, following, use_reentrant=False)
-            else:
-                assert normed is not None
-                x, normed = block.chain(x, normed, biases[index], factors, following)
-        return x, normed
-
-
-class Beit(BeitTrunk):
+class Beit(HubMethods, BeitTrunk):
     """BEiT as a classifier or feature extractor (paper section 2.6), `config.for_classification(...)`.
 
     With `global_pool="avg"` the mean of the patch tokens, CLS left out, goes through `fc_norm` to `head`; with
-    `"token"` the CLS token goes through `norm` to `head`.
+    `"token"` the CLS token goes through `norm` to `head`; with `""` every token does.
     """
+
+    num_prefix_tokens = 1
+    """The CLS token in front of the patches."""
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__(config)
-        width, eps = config.width, config.layer_norm_eps
+        self.default_cfg: dict[str, Any] = {}
+        norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         after = config.norm_after_pooling
-        self.norm = nn.Identity() if after else nn.LayerNorm(width, eps=eps)
-        self.fc_norm = nn.LayerNorm(width, eps=eps) if after else nn.Identity()
-        self.head = nn.Linear(width, config.num_classes) if config.num_classes > 0 else nn.Identity()
+        self.norm: nn.Module = nn.Identity() if after else norm
+        self.fc_norm: nn.Module = norm if after else nn.Identity()
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.head: nn.Module = nn.Identity()
         init_for_fine_tuning(self)
+        self._make_head()
+
+    def _make_head(self) -> None:
+        if self.config.num_classes > 0:
+            self.head = nn.Linear(self.config.width, self.config.num_classes)
+            init_head(self.head, self.config.init_std, self.config.head_init_scale)
+        else:
+            self.head = nn.Identity()
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def global_pool(self) -> str:
+        return self.config.global_pool
+
+    @property
+    def embed_dim(self) -> int:
+        """D; also known to users of timm as `num_features` and `head_hidden_size`."""
+        return self.config.width
+
+    num_features = head_hidden_size = embed_dim
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's description of the weights: input size, mean and std of the normalisation, interpolation, ..."""
+        return self.default_cfg
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """What `forward_intermediates` can give: of each block its module name, channels and stride in pixels."""
+        width, stride = self.config.width, self.config.patch_size
+        return [{"module": f"blocks.{i}", "num_chs": width, "reduction": stride} for i in range(len(self.blocks))]
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", "token", ""] | None = None) -> None:
+        """A fresh head of `num_classes` outputs (0: none), and another pooling if given; the norms stay as they are."""
+        pool = self.config.global_pool if global_pool is None else global_pool
+        after = self.config.norm_after_pooling
+        self.config = replace(self.config, num_classes=num_classes, global_pool=pool, use_fc_norm=after)
+        self._make_head()
+        self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's patterns of parameter groups, for its layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed|rel_pos_bias",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Makes `img_size` the model's own: position parameters are resized once and for all, as new Parameters.
+
+        Not needed to run on images of another size, which the model does by itself; it saves the resizing at each step
+        of a fine-tuning, and it is the size that the weights are then saved with.
+        """
+        before, self.config = self.config.grid, replace(self.config, image_size=img_size)
+        grid = self.config.grid
+
+        def resized(module: nn.Module, name: str) -> None:
+            table = getattr(module, name, None)
+            if table is not None:
+                resize = resize_position_embedding if name == "pos_embed" else resize_relative_position_bias_table
+                setattr(module, name, nn.Parameter(resize(table.detach(), before, grid).clone(), table.requires_grad))
+
+        resized(self, "pos_embed")
+        for module in (self.rel_pos_bias, *(block.attn for block in self.layers())):
+            if module is not None:
+                resized(module, "relative_position_bias_table")
+        if self.rel_pos_bias is not None:
+            self.rel_pos_bias.window_size = grid
 
     def forward_features(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
-        """(B, C, S, S) -> (B, N, D): all tokens after the last block (and `norm`, unless pooling by the mean)."""
-        biases = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys)
-        final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) else None
-        x, normed = self._run_blocks(self._embed(images), biases, drop_path, len(self.blocks), final_norm)
+        """(B, C, S, S) -> (B, N, D): all tokens after the last block (and `norm`, where it comes before pooling)."""
+        return self._features(images, sample_keys, len(self.blocks), None)
+
+    def _features(self, images: Tensor, keys: Tensor | None, count: int, outputs: list[Tensor] | None) -> Tensor:
+        bias_of = self._attention_biases(images)
+        drop_path = self.drop_path(images.shape[0], keys)
+        final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) and count == len(self.blocks) else None
+        x, normed = self._run_blocks(self._embed(images), bias_of, drop_path, count, final_norm, outputs)
         return x if normed is None else normed
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, N, D) -> (B, num_classes); with `pre_logits` the pooled (B, D)."""
+        """(B, N, D) -> (B, num_classes), (B, N, num_classes) without pooling; `pre_logits`: what goes into the head."""
         pool = self.config.global_pool
         if pool == "avg":
             features = features[:, 1:].mean(dim=1)
         elif pool == "token":
             features = features[:, 0]
-        features = self.fc_norm(features)
+        features = self.head_drop(self.fc_norm(features))
         return features if pre_logits else self.head(features)
 
     def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> Tensor:
         """(B, C, S, S) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(images, sample_keys))
 
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of several blocks, as timm gives them.
 
-def _rescale_outputs(trunk: BeitTrunk) -> None:
-    """Divides the output matrices of block l by sqrt(2l), which keeps deep pre-training stable (paper section 2.5)."""
-    with torch.no_grad():
-        for index, block in enumerate(trunk.layers(), start=1):
-            block.attn.proj.weight.div_(math.sqrt(2.0 * index))
-            block.mlp.fc2.weight.div_(math.sqrt(2.0 * index))
+        Args:
+            images: (B, C, S, S).
+            indices: which blocks, counted from 0 (negative: from the end); n: the last n; None: all.
+            return_prefix_tokens: give (features, CLS (B, 1, D)) for each.
+            norm: apply `norm` to each, where the model has one.
+            stop_early: do not run the blocks behind the last one asked for.
+            output_fmt: "NCHW" for (B, D, h, w) or "NLC" for (B, N-1, D), without the CLS token.
+            intermediates_only: leave out the first result.
+
+        Returns:
+            The final features (B, N, D), unless `intermediates_only`; and the list of the features asked for.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt!r} is unknown; choose NCHW or NLC")
+        taken = take_indices(len(self.blocks), indices)
+        outputs: list[Tensor] = []
+        final = self._features(images, None, max(taken) + 1 if stop_early else len(self.blocks), outputs)
+        results: list[Any] = []
+        for index in sorted(set(taken)):
+            tokens = self.norm(outputs[index]) if norm else outputs[index]
+            features = tokens[:, 1:]
+            if output_fmt == "NCHW":
+                features = features.transpose(1, 2).unflatten(2, self._grid_of(images)).contiguous()
+            results.append((features, tokens[:, :1]) if return_prefix_tokens else features)
+        if intermediates_only:
+            return results
+        if stop_early and len(outputs) < len(self.blocks):
+            final = self.norm(final)
+        return final, results
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the blocks behind the last of `indices`, and `norm` and the head if asked; returns the indices kept."""
+        taken = take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: max(taken) + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.config = replace(
+                self.config, global_pool="", use_fc_norm=self.config.norm_after_pooling, num_classes=0
+            )
+            self.fc_norm, self.head = nn.Identity(), nn.Identity()
+        return taken
 
 
-def _init_matrices(trunk: BeitTrunk, std: float, bound: float, patch_embed: bool) -> None:
-    """Truncated normal weights and zero biases for every linear layer, and for the patch projection if asked for."""
-    for module in trunk.modules():
-        if isinstance(module, nn.Linear) or (patch_embed and isinstance(module, nn.Conv2d)):
-            _truncated_normal(module.weight, std, bound)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for token in (trunk.cls_token, trunk.pos_embed):
-        if token is not None:
-            _truncated_normal(token, std, bound)
+def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Block numbers from 0: all for None, the last n for an integer n; negative ones count from the end.
 
-
-def _truncated_normal(weight: Tensor, std: float, bound: float) -> None:
-    nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-bound, b=bound)
-
-
-def init_for_pretraining(trunk: BeitTrunk, mask_token: Tensor) -> None:
-    """The official initialisation of pre-training: normal, truncated at one standard deviation."""
-    std = trunk.config.init_std
-    _init_matrices(trunk, std, bound=std, patch_embed=True)
-    _truncated_normal(mask_token, std, std)
-    _rescale_outputs(trunk)
-
-
-def init_for_fine_tuning(model: Beit) -> None:
-    """The official initialisation of fine-tuning: normal, truncated at +-2; the head scaled down."""
-    _init_matrices(model, model.config.init_std, bound=2.0, patch_embed=False)
-    _rescale_outputs(model)
-    if isinstance(model.head, nn.Linear):
-        with torch.no_grad():
-            model.head.weight.mul_(model.config.head_init_scale)
+    Raises:
+        ValueError: there is no such block.
+    """
+    if indices is None:
+        return list(range(count))
+    if isinstance(indices, int):
+        if not 1 <= indices <= count:
+            raise ValueError(f"the last {indices} of {count} blocks: give 1 to {count}")
+        return list(range(count - indices, count))
+    wrong = [i for i in indices if not -count <= i < count]
+    if wrong or not indices:
+        raise ValueError(f"indices {list(indices)}: give some of 0 to {count - 1}, or -{count} to -1")
+    return [i % count for i in indices]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Size = Literal["tiny", "small", "base", "large"]
 Preset = Literal["plain", "plus"]
@@ -13,6 +13,12 @@ _SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 384, "depth": 12, "num_heads": 6},
     "base": {"width": 768, "depth": 12, "num_heads": 12},
     "large": {"width": 1024, "depth": 24, "num_heads": 16},
+}
+_RESOLUTIONS: dict[str, tuple[int, ...]] = {
+    "tiny": (224,),
+    "small": (224,),
+    "base": (224, 384),
+    "large": (224, 384, 512),
 }
 _LAYER_SCALE_INIT = {"tiny": 0.1, "small": 0.1, "base": 0.1, "large": 1e-5}
 
@@ -49,6 +55,8 @@ class BeitConfig:
     """Start value of LayerScale; None leaves it out (preset `plain`)."""
     drop_path_rate: float = 0.0
     """Drop rate of the last block; the rate grows linearly from 0 at the first."""
+    drop_rate: float = 0.0
+    """Dropout before the classifier's head; BEiT uses none."""
     vocab_size: int = 8192
     """V, the number of visual tokens."""
     num_classes: int = 1000
@@ -123,3 +131,22 @@ class BeitConfig:
         tables = "per_block" if self.relative_position_bias == "shared" else self.relative_position_bias
         values: dict[str, Any] = {"num_classes": num_classes, "relative_position_bias": tables}
         return replace(self, **{**values, **overrides})
+
+
+def model_names() -> list[str]:
+    """timm's names of the architectures, and those of the two smaller sizes."""
+    names = [f"beit_{size}_patch16_{side}" for size, sides in _RESOLUTIONS.items() for side in sides]
+    return [*names, "beitv2_base_patch16_224", "beitv2_large_patch16_224"]
+
+
+def named_config(name: str) -> BeitConfig:
+    """The configuration, as for pre-training, of one of `model_names()`.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if name not in model_names():
+        raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(model_names())}")
+    family, size, _, side = name.split("_")
+    overrides = {"layer_scale_init": 1e-5} if family == "beitv2" else {}
+    return BeitConfig.from_preset(cast(Size, size), "plus", image_size=int(side), **overrides)

@@ -2,44 +2,140 @@
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
 
 from .beit import Beit
-from .configs import BeitConfig
+from .checkpoints import load_checkpoint
+from .configs import BeitConfig, model_names, named_config
+from .features import BeitFeatures
+from .hub import weights_at
 
-_RESOLUTIONS = {"tiny": (224,), "small": (224,), "base": (224, 384), "large": (224, 384, 512)}
+_MEAN_V2, _STD_V2 = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_V1_1K, _V1_22K = "in22k_ft_in22k_in1k", "in22k_ft_in22k"
+_V2_1K, _V2_1K_ALONE, _V2_22K = "in1k_ft_in22k_in1k", "in1k_ft_in1k", "in1k_ft_in22k"
+
+# Of each name, the weights that timm publishes under `timm/<name>.<tag>`; the first is the default.
+_TAGS = {
+    "beit_base_patch16_224": (_V1_1K, _V1_22K),
+    "beit_base_patch16_384": (_V1_1K,),
+    "beit_large_patch16_224": (_V1_1K, _V1_22K),
+    "beit_large_patch16_384": (_V1_1K,),
+    "beit_large_patch16_512": (_V1_1K,),
+    "beitv2_base_patch16_224": (_V2_1K, _V2_1K_ALONE, _V2_22K),
+    "beitv2_large_patch16_224": (_V2_1K, _V2_1K_ALONE, _V2_22K),
+}
+_RENAMED = {"embed_dim": "width", "init_values": "layer_scale_init"}
+# Arguments of timm's class that change what BEiT is, and arguments of its factory that mean nothing here.
+_FIXED = {
+    "pos_drop_rate": 0.0, "proj_drop_rate": 0.0, "attn_drop_rate": 0.0, "qkv_bias": True, "swiglu_mlp": False,
+    "scale_mlp": False,
+}  # fmt: skip
+_MEANINGLESS = ("pretrained_cfg", "pretrained_cfg_overlay", "scriptable", "exportable", "no_jit")
 
 
 def list_models() -> list[str]:
-    """Every name that `create_model` knows."""
-    return [f"beit_{size}_patch16_{side}" for size, sides in _RESOLUTIONS.items() for side in sides]
+    """Every name that `create_model` knows; each may be followed by the tag of its weights, as in timm."""
+    return model_names()
 
 
 def create_model(
     name: str,
-    pretrained: bool = False,
-    checkpoint_path: str = "",
-    num_classes: int = 1000,
+    pretrained: bool | str | Path = False,
+    checkpoint_path: str | Path = "",
+    num_classes: int | None = None,
     in_chans: int = 3,
     img_size: int | tuple[int, int] | None = None,
     **overrides: Any,
 ) -> Beit:
-    """A BEiT classifier by its timm name.
+    """A BEiT (or BEiT v2, the same backbone) by its timm name, with timm's arguments.
 
     Args:
-        name: one of `list_models()`.
-        pretrained, checkpoint_path: not available yet; models start from random weights.
-        num_classes: outputs; 0 leaves the head out.
-        img_size: pixels, a side or (height, width); the name's own where None.
-        overrides: fields of `BeitConfig`.
+        name: one of `list_models()`, with or without a tag (`beit_base_patch16_224.in22k_ft_in22k`).
+        pretrained: True fetches the weights timm publishes under that name and tag; a path or "hf-hub:owner/name" takes
+            others. They are resized to `img_size`, and their head is kept if it has `num_classes` outputs.
+        checkpoint_path: a file to load, as `models.load_checkpoint` reads it.
+        num_classes: outputs; 0 leaves the head out; None: 1000, or 21841 where the tag's weights have as many.
+        in_chans: colour channels.
+        img_size: pixels, a side or (height, width); the name's own where None. Any other size works at run time, too.
+        overrides: `features_only` and `out_indices` (then the result is a `BeitFeatures`); `global_pool`,
+            `drop_path_rate`, `drop_rate`, `use_fc_norm`, `depth`, `embed_dim`, ... of timm; any field of `BeitConfig`;
+            `cache_dir`, `device` and `dtype`.
 
     Raises:
-        ValueError: the name is unknown, or an argument does not fit.
+        ValueError: the name or an argument is unknown or does not fit; CheckpointError, a ValueError, for weights.
     """
-    if name not in list_models():
-        raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(list_models())}")
-    if pretrained or checkpoint_path:
-        raise ValueError("loading weights by create_model is not available yet: build the model, then load_state_dict")
-    _, size, _, side = name.split("_")
-    config = BeitConfig.from_preset(size, "plus", image_size=img_size or int(side), in_chans=in_chans)  # type: ignore[arg-type]
-    return Beit(config.for_classification(num_classes, **overrides))
+    base, _, tag = name.partition(".")
+    if base not in list_models() or (tag and tag not in _TAGS.get(base, ())):
+        known = ", ".join(f"{base}.{t}" for t in _TAGS.get(base, ())) or ", ".join(list_models())
+        raise ValueError(f"model {name!r} is unknown; choose one of {known}")
+    tag = tag or _TAGS.get(base, ("",))[0]
+    options = {key: value for key, value in overrides.items() if value is not None and key not in _MEANINGLESS}
+    features_only, out_indices = options.pop("features_only", False), options.pop("out_indices", 3)
+    norm, output_fmt = options.pop("norm", False), options.pop("output_fmt", "NCHW")
+    cache_dir, device, dtype = (options.pop(key, None) for key in ("cache_dir", "device", "dtype"))
+    classes = (21841 if tag in (_V1_22K, _V2_22K) else 1000) if num_classes is None else num_classes
+    config = named_config(base)
+    config = replace(config, image_size=img_size or config.image_size, in_chans=in_chans)
+    with torch.device(device) if device is not None else nullcontext():
+        model = Beit(config.for_classification(classes, **_config_fields(options)))
+    if dtype is not None:
+        model.to(dtype)
+    model.default_cfg = _default_cfg(base, tag, classes, config)
+    if pretrained:
+        if pretrained is True and base not in _TAGS:
+            raise ValueError(f"no weights are published for {base!r}; give pretrained= a path or 'hf-hub:owner/name'")
+        source = f"hf-hub:timm/{base}.{tag}" if pretrained is True else pretrained
+        load_checkpoint(model, weights_at(source, cache_dir=cache_dir))
+    if checkpoint_path:
+        load_checkpoint(model, checkpoint_path)
+    if features_only:
+        return cast(Beit, BeitFeatures(model, out_indices, norm=norm, output_fmt=output_fmt))
+    return model
+
+
+def _config_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """timm's argument names as fields of `BeitConfig`."""
+    known = {field.name for field in fields(BeitConfig)}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        field = _RENAMED.get(key, key)
+        if key in _FIXED:
+            if value != _FIXED[key]:
+                raise ValueError(f"{key}={value!r} is not supported: BEiT has {key}={_FIXED[key]!r}")
+        elif field in known:
+            values[field] = value
+        elif key not in ("use_rel_pos_bias", "use_shared_rel_pos_bias"):
+            close = difflib.get_close_matches(key, [*known, *_RENAMED, *_FIXED, "features_only", "out_indices"], 1)
+            raise ValueError(f"argument {key!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else ""))
+    shared, own = options.get("use_shared_rel_pos_bias", False), options.get("use_rel_pos_bias", True)
+    if shared and options.get("use_rel_pos_bias", False):
+        raise ValueError("use_rel_pos_bias and use_shared_rel_pos_bias: choose one table for each block or one for all")
+    if "use_rel_pos_bias" in options or shared:
+        values["relative_position_bias"] = "shared" if shared else "per_block" if own else "none"
+    return values
+
+
+def _default_cfg(base: str, tag: str, num_classes: int, config: BeitConfig) -> dict[str, Any]:
+    """What timm states of these weights, for `timm.data.resolve_data_config` and the like."""
+    v2 = base.startswith("beitv2")
+    closer = base.startswith("beitv2_large") and tag != _V2_22K
+    return {
+        "architecture": base,
+        "tag": tag,
+        "hf_hub_id": f"timm/{base}.{tag}" if tag else None,
+        "num_classes": num_classes,
+        "input_size": (config.in_chans, *config.image_hw),
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 0.95 if closer else 0.9 if base.endswith("224") else 1.0,
+        "mean": _MEAN_V2 if v2 else (0.5, 0.5, 0.5),
+        "std": _STD_V2 if v2 else (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    }

@@ -187,7 +187,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Ten
     unknown = [name for name in strangers if not name.endswith("relative_position_index")]
     if unknown:
         raise ValueError(
-            f"{unknown[0]!r} ({len(unknown)} such) is no parameter of a BEiT: leave it out before converting"
+            f"{unknown[0]!r} (of {len(unknown)}) is no parameter of a BEiT: leave it out before converting"
         )
     segmentor = any(name.startswith("decode_head.") for name in official)
     if to == "timm":

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from beit_fast import kernels
 
-from .beit import BeitTrunk, init_for_pretraining
 from .configs import BeitConfig
+from .hub import HubMethods
+from .initialisation import init_for_pretraining
+from .trunk import BeitTrunk
 
 
 @dataclass
@@ -27,7 +29,7 @@ class MaskedImageModelingOutput:
     """Masked positions predicted right, int64."""
 
 
-class BeitForMaskedImageModeling(BeitTrunk):
+class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
     """BEiT in pre-training: a mask token in place of each masked patch, a linear head over the visual vocabulary.
 
     Only masked positions go through the head, and in the last block only they go through everything behind the
@@ -116,16 +118,16 @@ class BeitForMaskedImageModeling(BeitTrunk):
 
     def _hidden_at(self, images: Tensor, mask: Tensor, rows: Tensor, sample_keys: Tensor | None) -> Tensor:
         """(M, D): the residual stream after the last block at the masked positions, before the final norm."""
-        biases = self._attention_biases(images)
+        bias_of = self._attention_biases(images)
         drop_path = self.drop_path(images.shape[0], sample_keys)
         x = self._embed(images, mask, self.mask_token)
         *_, last = self.layers()
-        x, normed = self._run_blocks(x, biases, drop_path, len(self.blocks) - 1, last.norm1)
+        x, normed = self._run_blocks(x, bias_of, drop_path, len(self.blocks) - 1, last.norm1)
         assert normed is not None
         # The last block: attention over all tokens, the rest at the masked positions, each a sample of one token.
         sample = torch.div(rows, mask.shape[1], rounding_mode="floor")
         at = rows + sample + 1  # every sample has one CLS token in front of its patches
-        mixed = last.attn.mix(normed, biases[-1]).flatten(0, 1).index_select(0, at)
+        mixed = last.attn.mix(normed, bias_of(len(self.blocks) - 1)).flatten(0, 1).index_select(0, at)
         hidden = x.flatten(0, 1).index_select(0, at).unsqueeze(1)
         factors = None if drop_path is None else drop_path[-1].index_select(1, sample)
         return last.finish(hidden, mixed.unsqueeze(1), factors).squeeze(1)

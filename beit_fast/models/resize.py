@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+_on_device: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def _geometric_ratio(source: int, target: int) -> float:
@@ -23,55 +27,64 @@ def _geometric_ratio(source: int, target: int) -> float:
     return ratio
 
 
-def _second_derivatives(x: Tensor) -> Tensor:
+def _second_derivatives(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """(s, s) map from values at the knots x to second derivatives of the not-a-knot cubic spline through them."""
     count = x.shape[0]
-    h = x.diff()
-    system = torch.zeros(count, count, dtype=torch.float64)
-    rhs = torch.zeros(count, count, dtype=torch.float64)
+    h = np.diff(x)
+    system = np.zeros((count, count))
+    rhs = np.zeros((count, count))
     for i in range(1, count - 1):
-        system[i, i - 1], system[i, i], system[i, i + 1] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
-        rhs[i, i - 1], rhs[i, i], rhs[i, i + 1] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
+        system[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
+        rhs[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
     # Not-a-knot: the third derivative is continuous at the second and at the last but one knot.
-    system[0, 0], system[0, 1], system[0, 2] = h[1], -(h[0] + h[1]), h[0]
-    system[-1, -3], system[-1, -2], system[-1, -1] = h[-1], -(h[-2] + h[-1]), h[-2]
-    return torch.linalg.solve(system, rhs)
+    system[0, :3] = h[1], -(h[0] + h[1]), h[0]
+    system[-1, -3:] = h[-1], -(h[-2] + h[-1]), h[-2]
+    return np.linalg.solve(system, rhs).astype(np.float64)
 
 
 @functools.lru_cache(maxsize=64)
-def spline_matrix(source: int, target: int) -> Tensor:
+def _spline(source: int, target: int) -> NDArray[np.float64]:
+    s, d = 2 * source - 1, 2 * target - 1
+    if s == d:
+        return np.eye(s)
+    rows = np.arange(d)
+    if s < 5:  # fewer knots than a not-a-knot spline has conditions for: nothing was learned to interpolate
+        nearest = np.zeros((d, s))
+        nearest[rows, (rows - d // 2).clip(-(s // 2), s // 2) + s // 2] = 1.0
+        return nearest
+    distances = np.cumsum(_geometric_ratio(s, d) ** np.arange(s // 2))
+    x = np.concatenate((-distances[::-1], [0.0], distances))
+    at = np.arange(-(d // 2), d // 2 + 1, dtype=np.float64).clip(x[0], x[-1])
+    cell = (np.searchsorted(x, at, side="right") - 1).clip(0, s - 2)
+    h = np.diff(x)[cell]
+    right = (at - x[cell]) / h
+    left = 1.0 - right
+    linear, curvature = np.zeros((d, s)), np.zeros((d, s))
+    linear[rows, cell] += left
+    linear[rows, cell + 1] += right
+    curvature[rows, cell] += (left**3 - left) * h**2 / 6
+    curvature[rows, cell + 1] += (right**3 - right) * h**2 / 6
+    return linear + curvature @ _second_derivatives(x)
+
+
+@torch.compiler.assume_constant_result  # to torch.compile and torch.export the matrix of a size is a number like pi
+def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
     """The constant (2*target-1, 2*source-1) float64 matrix that resizes one axis of a relative position table.
 
     Knots lie at geometrically growing distances from offset 0, so that the nearest offsets are copied exactly; values
     outside the source range clamp to its border. Applied to both axes it equals the official code's bicubic
-    interpolating spline (SciPy's former `interp2d(kind="cubic")`).
+    interpolating spline (SciPy's former `interp2d(kind="cubic")`). Computed once for each pair of sizes and device.
 
     Args:
         source, target: patches along the axis, at least 1.
     """
-    s, d = 2 * source - 1, 2 * target - 1
-    if s == d:
-        return torch.eye(s, dtype=torch.float64)
-    if s < 5:  # fewer knots than a not-a-knot spline has conditions for: nothing was learned to interpolate
-        middle = torch.zeros(d, s, dtype=torch.float64)
-        middle[torch.arange(d), (torch.arange(d) - d // 2).clamp(-(s // 2), s // 2) + s // 2] = 1.0
-        return middle
-    ratio = _geometric_ratio(s, d)
-    distances = torch.tensor([ratio**k for k in range(s // 2)], dtype=torch.float64).cumsum(0)
-    x = torch.cat((-distances.flip(0), torch.zeros(1, dtype=torch.float64), distances))
-    at = torch.arange(-(d // 2), d // 2 + 1, dtype=torch.float64).clamp(x[0], x[-1])
-    cell = (torch.searchsorted(x, at, right=True) - 1).clamp(0, s - 2)
-    h = x.diff()[cell]
-    right = (at - x[cell]) / h
-    left = 1.0 - right
-    rows = torch.arange(d)
-    linear = torch.zeros(d, s, dtype=torch.float64)
-    linear[rows, cell] += left
-    linear[rows, cell + 1] += right
-    curvature = torch.zeros(d, s, dtype=torch.float64)
-    curvature[rows, cell] += (left**3 - left) * h**2 / 6
-    curvature[rows, cell + 1] += (right**3 - right) * h**2 / 6
-    return linear + curvature @ _second_derivatives(x)
+    key = (source, target, torch.device(device))
+    matrix = _on_device.get(key)
+    if matrix is None:
+        matrix = torch.from_numpy(_spline(source, target)).to(device)
+        if type(matrix) is Tensor:  # not the fake one of a tracer, which must not outlive the trace
+            _on_device[key] = matrix
+    return matrix
 
 
 def resize_relative_position_bias_table(
@@ -96,8 +109,8 @@ def resize_relative_position_bias_table(
             f"relative position table has {table.shape[0]} rows; window {old_window[0]}x{old_window[1]} needs "
             f"{height * width + 3}"
         )
-    down = spline_matrix(old_window[0], new_window[0]).to(table.device)
-    across = spline_matrix(old_window[1], new_window[1]).to(table.device)
+    down = spline_matrix(old_window[0], new_window[0], table.device)
+    across = spline_matrix(old_window[1], new_window[1], table.device)
     sheet = table[:-3].to(torch.float64).view(height, width, -1)
     resized = torch.einsum("ya,abh,xb->yxh", down, sheet, across).flatten(0, 1)
     return torch.cat((resized.to(table.dtype), table[-3:]))

@@ -44,10 +44,13 @@ def gradients(loss: torch.Tensor, model: nn.Module) -> dict[str, torch.Tensor]:
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-def assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_same_gradients(ours, theirs, exact=None) -> None:
+    """Within 1e-5 of each other; where rounding alone exceeds that, ours no further from the exact ones than theirs."""
     assert set(ours) == set(theirs)
     for name, expected in theirs.items():
-        assert (ours[name] - expected).norm() <= 1e-5 * expected.norm() + 1e-8, name
+        if (ours[name] - expected).norm() > 1e-5 * expected.norm() + 1e-8:
+            assert exact is not None, f"{name}: {(ours[name] - expected).norm() / expected.norm()}"
+            assert (ours[name] - exact[name]).norm() <= 1.2 * (expected - exact[name]).norm(), name
 
 
 def check_timm(config: BeitConfig, batch: int = 2) -> None:
@@ -92,9 +95,9 @@ def test_timm_classifier_at_full_width():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["base", "large"])
-@pytest.mark.parametrize("side", [224, 384])
 @pytest.mark.parametrize("pool", ["avg", "token", ""])
+@pytest.mark.parametrize("side", [224, 384])
+@pytest.mark.parametrize("size", ["base", "large"])
 def test_timm_classifier_at_full_size(size, side, pool):
     config = BeitConfig.from_preset(size, image_size=side).for_classification(1000, global_pool=pool)
     check_timm(config, batch=1)
@@ -131,7 +134,7 @@ def test_transformers_classifier_at_full_size(side):
     check_transformers_classifier(config, "eager", batch=1)
 
 
-def check_masked_image_modeling(config: BeitConfig, batch: int = 2) -> None:
+def check_masked_image_modeling(config: BeitConfig, batch: int = 2, with_exact: bool = False) -> None:
     ours = with_random_weights(BeitForMaskedImageModeling(config))
     peer = transformers_beit(config, "BeitForMaskedImageModeling", attn_implementation="eager")
     peer.load_state_dict(convert_state_dict(ours.state_dict(), to="transformers"))
@@ -144,7 +147,12 @@ def check_masked_image_modeling(config: BeitConfig, batch: int = 2) -> None:
     assert (a.loss - b.loss).abs() < 1e-5
     assert (ours.predict_tokens(x, mask) - b.logits[mask]).abs().max() < 1e-5
     assert a.num_correct == (b.logits[mask].argmax(1) == tokens).sum()
-    assert_same_gradients(renamed(gradients(a.loss, ours)), gradients(b.loss, peer))
+    found, expected = renamed(gradients(a.loss, ours)), gradients(b.loss, peer)
+    exact = None
+    if with_exact:
+        ours.double()
+        exact = renamed(gradients(ours(x.double(), mask, tokens).loss, ours))
+    assert_same_gradients(found, expected, exact)
 
 
 @pytest.mark.parametrize("preset", ["plain", "plus"])
@@ -159,4 +167,4 @@ def test_masked_image_modeling(preset):
 @pytest.mark.parametrize("preset", ["plain", "plus"])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_masked_image_modeling_at_full_size(size, preset):
-    check_masked_image_modeling(BeitConfig.from_preset(size, preset), batch=1)
+    check_masked_image_modeling(BeitConfig.from_preset(size, preset), batch=1, with_exact=True)

@@ -1,0 +1,222 @@
+"""Models to and from folders and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+from torch import nn
+
+from beit_fast.version import __version__
+
+from .checkpoints import load_checkpoint
+from .configs import BeitConfig, named_config
+from .reading import CheckpointError
+
+_PREFIX = "hf-hub:"
+_OUR_KEYS = ("library_name", "library_version", "model_class")
+_CARD = """---
+library_name: beit_fast
+license: other
+tags:
+- beit
+- image-classification
+---
+
+A `beit_fast.{kind}`, loaded with `beit_fast.{kind}.from_pretrained("{place}")`. Its architecture is in `config.json`.
+"""
+
+
+def weights_at(source: str | Path, **download: Any) -> Path:
+    """The local path of a file or folder of weights, fetched first if it is named "hf-hub:owner/name[@revision]".
+
+    Args:
+        download: arguments of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    text = str(source)
+    if not text.startswith(_PREFIX):
+        return Path(source)
+    repository, _, revision = text.removeprefix(_PREFIX).partition("@")
+    if revision:
+        download["revision"] = revision
+    try:
+        return _fetched(repository, "model.safetensors", download)
+    except CheckpointError as error:
+        if "EntryNotFound" not in type(error.__cause__).__name__ or "Local" in type(error.__cause__).__name__:
+            raise
+    return _fetched(repository, "pytorch_model.bin", download)
+
+
+def _fetched(repository: str, file: str, download: Mapping[str, Any]) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{repository}: fetching needs huggingface_hub: pip install beit-fast[hub], or give the path of a file"
+        ) from None
+    given = {key: value for key, value in download.items() if value is not None}
+    try:
+        return Path(hf_hub_download(repository, file, **given))
+    except Exception as error:
+        url = f"https://huggingface.co/{repository}/resolve/{download.get('revision') or 'main'}/{file}"
+        raise CheckpointError(
+            f"{repository}: {file} could not be fetched ({type(error).__name__}); fetch {url} where there "
+            "is a network, then give the path of the file"
+        ) from error
+
+
+class HubMethods:
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of a model made from a `BeitConfig`.
+
+    Folders hold `config.json` and `model.safetensors`. Uploading is left to huggingface_hub's `ModelHubMixin`; loading
+    is not, because that one passes over names that do not fit in silence.
+    """
+
+    config: BeitConfig
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: BeitConfig | dict[str, Any] | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes the model into a folder, and uploads it to `repo_id` with `push_to_hub`; returns the commit's address.
+
+        `config` and `model_card_kwargs` are what huggingface_hub's mixin hands over; the model's own config is written.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = type(self).__name__
+        values = {
+            "library_name": "beit_fast",
+            "library_version": __version__,
+            "model_class": kind,
+            **asdict(self.config),
+        }
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        state = {name: tensor.contiguous() for name, tensor in cast(nn.Module, self).state_dict().items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(_CARD.format(kind=kind, place=repo_id or folder.name))
+        return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs) if push_to_hub else None
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Uploads what `save_pretrained` writes; arguments of `huggingface_hub.ModelHubMixin.push_to_hub`."""
+        from huggingface_hub import ModelHubMixin
+
+        return ModelHubMixin.push_to_hub(cast(ModelHubMixin, self), repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        verbose: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """A model in evaluation mode, from a folder or a repository of the hub.
+
+        Reads what this class, timm (`timm/beit_...`) and transformers (`microsoft/beit-...`) save.
+
+        Args:
+            verbose: print what became of each tensor.
+            overrides: fields of `BeitConfig`, such as `num_classes=10` or `image_size=384`: tables are resized, a head
+                of another size starts afresh.
+
+        Raises:
+            CheckpointError: a file is missing or cannot be fetched, or does not fit this class.
+        """
+        place = Path(pretrained_model_name_or_path)
+        if place.is_dir():
+            file, weights = place / "config.json", place
+        else:
+            repository = str(pretrained_model_name_or_path).removeprefix(_PREFIX)
+            if repository.count("/") != 1 or repository.startswith((".", "/")):
+                raise CheckpointError(f"{place}: no such folder, and no repository owner/name")
+            download = {
+                "revision": revision, "cache_dir": cache_dir, "token": token, "force_download": force_download,
+                "local_files_only": local_files_only,
+            }  # fmt: skip
+            file = _fetched(repository, "config.json", download)
+            weights = weights_at(_PREFIX + repository, **download)
+        config = replace(_read_config(file, classifier=hasattr(cls, "forward_head")), **overrides)
+        model = cls(config)  # type: ignore[call-arg]
+        assert isinstance(model, nn.Module)
+        load_checkpoint(model, weights, verbose=verbose)
+        return model.eval()
+
+
+def _read_config(file: Path, classifier: bool) -> BeitConfig:
+    """The `config.json` of this library, timm or transformers, for a classifier or for masked image modelling."""
+    try:
+        values = json.loads(file.read_text())
+        if values.get("library_name") == "beit_fast":
+            config = BeitConfig(**{key: _tupled(v) for key, v in values.items() if key not in _OUR_KEYS})
+        elif values.get("model_type") == "beit":
+            config = _from_transformers(values)
+        elif "architecture" in values:
+            config = _from_timm(values)
+        else:
+            raise ValueError("it is none of beit_fast, timm or transformers")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: describes no BEiT ({error})") from error
+    if classifier and config.relative_position_bias == "shared":
+        return config.for_classification(config.num_classes)
+    if not classifier and config.relative_position_bias == "per_block":
+        raise CheckpointError(f"{file}: a classifier, with a table for each block; open it with Beit.from_pretrained")
+    return config
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _from_transformers(values: Mapping[str, Any]) -> BeitConfig:
+    if values.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported")
+    own, shared = (values.get(f"use_{kind}relative_position_bias", False) for kind in ("", "shared_"))
+    if own and shared:
+        raise ValueError("tables for each block and a shared one together are not supported")
+    width = values.get("hidden_size", 768)
+    return BeitConfig(
+        image_size=_tupled(values.get("image_size", 224)),
+        patch_size=values.get("patch_size", 16),
+        in_chans=values.get("num_channels", 3),
+        width=width,
+        depth=values.get("num_hidden_layers", 12),
+        num_heads=values.get("num_attention_heads", 12),
+        mlp_ratio=values.get("intermediate_size", 3072) / width,
+        layer_norm_eps=values.get("layer_norm_eps", 1e-12),
+        use_abs_pos_emb=values.get("use_absolute_position_embeddings", False),
+        relative_position_bias="per_block" if own else "shared" if shared else "none",
+        layer_scale_init=values.get("layer_scale_init_value", 0.1) or None,
+        drop_path_rate=values.get("drop_path_rate", 0.1),
+        vocab_size=values.get("vocab_size", 8192),
+        num_classes=len(values["id2label"]) if "id2label" in values else values.get("num_labels", 2),
+        global_pool="avg" if values.get("use_mean_pooling", True) else "token",
+    )
+
+
+def _from_timm(values: Mapping[str, Any]) -> BeitConfig:
+    given = {**values, **values.get("model_args", {})}
+    known = {field.name for field in fields(BeitConfig)}
+    config = named_config(values["architecture"].partition(".")[0])
+    classes = values.get("num_classes", 1000)
+    return config.for_classification(classes, **{k: v for k, v in given.items() if k in known and k != "num_classes"})

@@ -1,0 +1,56 @@
+"""The official initialisations, of pre-training and of fine-tuning."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .trunk import BeitTrunk
+
+
+def _rescale_outputs(trunk: BeitTrunk) -> None:
+    """Divides the output matrices of block l by sqrt(2l), which keeps deep pre-training stable (paper section 2.5)."""
+    with torch.no_grad():
+        for index, block in enumerate(trunk.layers(), start=1):
+            block.attn.proj.weight.div_(math.sqrt(2.0 * index))
+            block.mlp.fc2.weight.div_(math.sqrt(2.0 * index))
+
+
+def _init_matrices(trunk: BeitTrunk, std: float, bound: float, patch_embed: bool) -> None:
+    """Truncated normal weights and zero biases for every linear layer, and for the patch projection if asked for."""
+    for module in trunk.modules():
+        if isinstance(module, nn.Linear) or (patch_embed and isinstance(module, nn.Conv2d)):
+            _truncated_normal(module.weight, std, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for token in (trunk.cls_token, trunk.pos_embed):
+        if token is not None:
+            _truncated_normal(token, std, bound)
+
+
+def _truncated_normal(weight: Tensor, std: float, bound: float) -> None:
+    nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-bound, b=bound)
+
+
+def init_for_pretraining(trunk: BeitTrunk, mask_token: Tensor) -> None:
+    """The official initialisation of pre-training: normal, truncated at one standard deviation."""
+    std = trunk.config.init_std
+    _init_matrices(trunk, std, bound=std, patch_embed=True)
+    _truncated_normal(mask_token, std, std)
+    _rescale_outputs(trunk)
+
+
+def init_for_fine_tuning(trunk: BeitTrunk) -> None:
+    """The official initialisation of fine-tuning: normal, truncated at +-2."""
+    _init_matrices(trunk, trunk.config.init_std, bound=2.0, patch_embed=False)
+    _rescale_outputs(trunk)
+
+
+def init_head(head: nn.Linear, std: float, scale: float) -> None:
+    """The official initialisation of a classifier: that of fine-tuning, scaled down."""
+    _truncated_normal(head.weight, std, bound=2.0)
+    nn.init.zeros_(head.bias)
+    with torch.no_grad():
+        head.weight.mul_(scale)

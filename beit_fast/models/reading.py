@@ -1,0 +1,165 @@
+"""Weights out of files that others wrote, without running anything that such a file may hold."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONTAINERS = ("model", "module", "state_dict")  # the official code, DeepSpeed, mmsegmentation and timm
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read, or does not fit the model; one line says why and what to do."""
+
+
+def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint, on CPU.
+
+    Args:
+        path: a `.safetensors` file; a file of `torch.save` holding a state dict, by itself or under `model`, `module`
+            (DeepSpeed) or `state_dict` (mmsegmentation, timm), with anything else beside it; or a folder of either.
+        sha256: of the file, in hexadecimal, where it is known; only then is forgery out of question.
+
+    Raises:
+        CheckpointError: the file is absent, damaged (as far as its own checksums tell), or holds objects other than
+            tensors, plain Python values and an `argparse.Namespace`. Nothing in it is executed.
+    """
+    file = _file_at(Path(path))
+    if sha256 is not None:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != sha256.lower():
+            raise CheckpointError(f"{file}: sha256 is {found}, expected {sha256}: download it again")
+    with file.open("rb") as stream:
+        start = stream.read(512)
+    if start.startswith(b"PK\x03\x04"):
+        _check_archive(file)
+        tensors = _tensors_of(_unpickled(file, mmap=True), file)
+    elif start[:1] == b"\x80":
+        tensors = _tensors_of(_unpickled(file, mmap=False), file)
+    elif start[8:9] == b"{":
+        tensors = _safetensors(file)
+    else:
+        raise CheckpointError(f"{file}: {_description(start)}, not a checkpoint of safetensors or torch.save")
+    for name, tensor in tensors.items():
+        _check_layout(file, name, tensor)
+    return tensors
+
+
+def _file_at(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such file or folder")
+    for name in _WEIGHT_FILES:
+        if (path / name).is_file():
+            _check_manifest(path, name)
+            return path / name
+    raise CheckpointError(f"{path}: the folder holds neither {' nor '.join(_WEIGHT_FILES)}; name the file itself")
+
+
+def _check_manifest(folder: Path, name: str) -> None:
+    """A checkpoint of this library's training states size and crc32 of each of its files."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return
+    try:
+        expected = json.loads(manifest.read_text())["files"][name]
+        size, crc = expected["size"], expected["crc32"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest}: says nothing that can be read of {name}") from error
+    found = 0
+    with (folder / name).open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            found = zlib.crc32(chunk, found)
+    if (folder / name).stat().st_size != size or found != crc:
+        raise CheckpointError(f"{folder / name}: damaged, it differs from what {manifest.name} says: take another one")
+
+
+def _description(start: bytes) -> str:
+    if not start:
+        return "an empty file"
+    if start.lstrip()[:1] == b"<":
+        return "a web page or an error message of the server it came from"
+    return f"a file that begins with {start[:8]!r}"
+
+
+def _check_archive(file: Path) -> None:
+    """torch.load itself notices no flipped bit; the archive's checksums do."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(f"{file}: {entry.filename!r} is compressed, which torch.save never does")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: cut off or damaged ({_first_line(error)}): get it again") from error
+    if damaged is not None:
+        raise CheckpointError(f"{file}: damaged, the checksum of {damaged!r} does not hold: get it again")
+
+
+def _unpickled(file: Path, mmap: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        text = str(error)
+        foreign = re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)", text)
+        if foreign:
+            raise CheckpointError(
+                f"{file}: holds an object of {foreign[1] or foreign[2]}, which weights have no need of; nothing was "
+                "executed. If you trust it, save its state dict alone with the library that wrote it"
+            ) from error
+        cause = re.search(r"WeightsUnpickler error:\s*([^\n]+)", text)
+        reason = cause[1][:200] if cause else _first_line(error)
+        raise CheckpointError(f"{file}: damaged, or no file of torch.save ({reason})") from error
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except Exception as error:
+        raise CheckpointError(f"{file}: damaged, or no safetensors file ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _tensors_of(loaded: Any, file: Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds: its tensors, wherever the usual containers put them."""
+    while isinstance(loaded, Mapping):
+        inner = [loaded[container] for container in _CONTAINERS if isinstance(loaded.get(container), Mapping)]
+        if not inner:
+            break
+        loaded = inner[0]
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a state dict")
+    tensors = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        names = ", ".join(str(k) for k in list(loaded)[:5]) or "nothing"
+        raise CheckpointError(f"{file}: holds no named tensors (it holds {names})")
+    return tensors
+
+
+def _check_layout(file: Path, name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise CheckpointError(f"{file}: {name!r} is not a plain tensor ({tensor.layout}, {tensor.device})")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(f"{file}: {name!r} claims shape {tuple(tensor.shape)}, more than the file holds")

@@ -1,0 +1,130 @@
+"""The BEiT backbone: patches to tokens, tokens through the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beit_fast import kernels
+from beit_fast.kernels import Bias
+from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
+
+from .configs import BeitConfig
+from .resize import resize_position_embedding, resize_relative_position_bias_table
+
+
+class BeitTrunk(nn.Module):
+    """What every BEiT model shares: patches to tokens, the blocks, and the names of their parameters.
+
+    Parameter names are those of the official code (and of timm), so a state dict moves between them unchanged.
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width)) if config.use_abs_pos_emb else None
+        shared = config.relative_position_bias == "shared"
+        self.rel_pos_bias = RelativePositionBias(config.grid, config.num_heads) if shared else None
+        self.drop_path = DropPathRates(config.drop_path_rate, config.depth)
+        own_window = config.grid if config.relative_position_bias == "per_block" else None
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.num_heads,
+                config.mlp_ratio,
+                config.layer_norm_eps,
+                config.layer_scale_init,
+                own_window,
+            )
+            for _ in range(config.depth)
+        )
+        self.grad_checkpointing = False
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks from first to last."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs and compute the rest again in the backward pass: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of matrices and higher tensors that the official optimizer exempts from weight decay."""
+        return {"pos_embed", "cls_token"}
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        """(h, w), the patches of these images."""
+        return images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size
+
+    def _embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """(B, C, S, S) -> (B, N, D) in the parameters' dtype, masked patches replaced, CLS in front."""
+        tokens = self.patch_embed(images).to(self.cls_token.dtype)
+        if mask is not None and mask_token is not None:
+            tokens = torch.where(mask.unsqueeze(-1), mask_token, tokens)
+        x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        if self.pos_embed is not None:
+            x = x + resize_position_embedding(self.pos_embed, self.config.grid, self._grid_of(images))
+        return x
+
+    def _attention_biases(self, images: Tensor) -> Callable[[int], Bias]:
+        """The bias of block i for this input size, prepared for the kernel when it is asked for.
+
+        Only then, because at 1024 x 1024 each is 0.8 GB in a base model. One that is shared is made once.
+        """
+        grid = self._grid_of(images)
+        dtype = images.dtype
+        if torch.is_autocast_enabled(images.device.type):
+            dtype = torch.get_autocast_dtype(images.device.type)
+
+        def prepared(table: Tensor | None) -> Bias:
+            if table is None:
+                return None
+            table = resize_relative_position_bias_table(table, self.config.grid, grid)
+            return kernels.prepare_bias(kernels.relative_position_bias(table, grid), dtype)
+
+        if self.rel_pos_bias is not None:
+            shared = prepared(self.rel_pos_bias.relative_position_bias_table)
+            return lambda index: shared
+        tables = [block.attn.relative_position_bias_table for block in self.layers()]
+        return lambda index: prepared(tables[index])
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        bias_of: Callable[[int], Bias],
+        drop_path: Tensor | None,
+        count: int,
+        final_norm: nn.LayerNorm | None,
+        outputs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The first `count` blocks; each hands its successor the LayerNorm that this one reads first.
+
+        Args:
+            final_norm: what reads the output of the last of them (None: nothing does).
+            outputs: receives the residual stream after each block.
+
+        Returns:
+            The residual stream after the last block, and its `final_norm`.
+        """
+        layers = list(self.layers())[:count]
+        norms: list[nn.LayerNorm | None] = [*(block.norm1 for block in layers), final_norm]
+        normed = None if norms[0] is None else norms[0](x)
+        for index, (block, following) in enumerate(zip(layers, norms[1:], strict=True)):
+            factors = None if drop_path is None else drop_path[index]
+            bias = bias_of(index)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, normed = checkpoint(block.chain, x, normed, bias, factors, following, use_reentrant=False)
+            else:
+                assert normed is not None
+                x, normed = block.chain(x, normed, bias, factors, following)
+            if outputs is not None:
+                outputs.append(x)
+        return x, normed
