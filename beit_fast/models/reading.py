@@ -76,7 +76,7 @@ def _check_manifest(folder: Path, name: str) -> None:
         return
     try:
         expected = json.loads(manifest.read_text())["files"][name]
-        size, crc = expected["size"], expected["crc32"]
+        size, crc = expected["bytes"], expected["crc32"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest}: says nothing that can be read of {name}") from error
     found = 0

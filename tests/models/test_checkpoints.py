@@ -400,7 +400,7 @@ def test_the_manifest_of_a_training_checkpoint_is_checked(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(Beit(CLASSIFIER).state_dict(), path)
     data = bytearray(path.read_bytes())
-    entry = {"size": len(data), "crc32": zlib.crc32(data)}
+    entry = {"bytes": len(data), "crc32": zlib.crc32(data)}
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "step": 1, "files": {path.name: entry}}))
     load_checkpoint(Beit(CLASSIFIER), tmp_path, verbose=False)
     data[-1] ^= 1
