@@ -151,7 +151,7 @@ class _Fit:
             self.report.ignored[found] = f"its shape {tuple(tensor.shape)} is not the model's {tuple(target.shape)}"
             self.report.missing.append(name)
             return None
-        if not torch.isfinite(value).all():
+        if not torch.isfinite(value.to(target.dtype)).all():
             raise CheckpointError(f"{found!r} holds infinite or undefined numbers: the file is damaged or diverged")
         if found != name:
             self.report.expanded.append(name)
