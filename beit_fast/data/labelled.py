@@ -68,7 +68,7 @@ def open_validation(
         if folder is None:
             raise ValueError(
                 f"no validation images: {path} has no folder {', '.join(VALIDATION_FOLDERS)}; give "
-                "--data.validation-path, or --no-data.validate to train without"
+                "--data.validation-path, or --data.no-validate to train without"
             )
         found = _labelled(folder)
     return _with_classes(found, classes, validation_path if validation_path is not None else path)

@@ -1,0 +1,31 @@
+"""Initial weights of a run: from a file, or from another run of this library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from beit_fast.models.checkpoints import LoadReport, load_checkpoint
+from beit_fast.train.checkpoint import newest_checkpoint
+
+
+def resolve_weights(path: str | Path) -> Path:
+    """The file or folder of weights that `path` means; of a run folder that is its newest sound checkpoint.
+
+    Raises:
+        ValueError: a run folder without a checkpoint; the rest is up to `load_checkpoint`.
+    """
+    root = Path(path)
+    if not (root / "checkpoints").is_dir():
+        return root
+    found, rejected = newest_checkpoint(root / "checkpoints")
+    if found is None:
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in rejected)
+        raise ValueError(f"{root} is a run folder without a sound checkpoint{f' ({reasons})' if reasons else ''}")
+    return found.path
+
+
+def load_weights(model: nn.Module, path: str | Path, verbose: bool = True) -> LoadReport:
+    """Load what `path` means (`resolve_weights`) into `model`, as `models.load_checkpoint` does; prints its report."""
+    return load_checkpoint(model, resolve_weights(path), verbose=verbose)
