@@ -5,8 +5,10 @@ The saved form of the state is the same for both implementations (`optimizer_sta
 """
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,18 +51,21 @@ def load_apex() -> type[torch.optim.Optimizer]:
         "NVIDIA apex is built from its source (https://github.com/NVIDIA/apex, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1); "
         "--optim.impl torch needs nothing"
     )
-    try:
-        package = importlib.import_module("apex")
-    except ImportError:
-        raise ModuleNotFoundError(f"--optim.impl apex: apex is not installed; {advice}") from None
-    try:
-        fused = importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError):
-        where = getattr(package, "__file__", None) or "unknown place"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        raise ModuleNotFoundError(f"--optim.impl apex: apex is not installed; {advice}")
+    folders = [Path(place) for place in spec.submodule_search_locations or []]
+    # The toolkit cannot even be imported without the web framework it extends, so its files are looked at instead.
+    if not any((folder / "optimizers").is_dir() for folder in folders):
+        where = folders[0] if folders else spec.origin
         raise ModuleNotFoundError(
             f"--optim.impl apex: the apex installed at {where} is not NVIDIA's (`pip install apex` gives an unrelated "
             f"web toolkit: pip uninstall apex); {advice}"
-        ) from None
+        )
+    try:
+        fused = importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise ModuleNotFoundError(f"--optim.impl apex: apex cannot be imported ({error}); {advice}") from None
     try:
         importlib.import_module("amp_C")
     except ImportError:

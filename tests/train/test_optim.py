@@ -168,9 +168,16 @@ def test_state_moves_between_torch_and_apex_forms(first):
     ("files", "message"),
     [
         ({}, "apex is not installed"),
-        # as the index's package of that name is laid out: a Pyramid toolkit, no optimizers
-        ({"apex/__init__.py": "", "apex/lib/__init__.py": "", "apex/models.py": ""}, "not NVIDIA's"),
-        ({"apex/__init__.py": "", "apex/optimizers.py": "class FusedAdam: pass"}, "no CUDA extensions"),
+        # as the index's package of that name is laid out: it needs Pyramid to be imported, and has no optimizers
+        (
+            {"apex/__init__.py": "import pyramid_is_missing", "apex/lib/__init__.py": "", "apex/models.py": ""},
+            "not NVIDIA's",
+        ),
+        (
+            {"apex/__init__.py": "", "apex/optimizers/__init__.py": "import gone"},
+            "cannot be imported (No module named 'gone')",
+        ),
+        ({"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAdam: pass"}, "no CUDA extensions"),
     ],
 )
 def test_wrong_apex_is_one_line(files, message, tmp_path, environment):
@@ -186,6 +193,31 @@ def test_wrong_apex_is_one_line(files, message, tmp_path, environment):
     assert message in done.stdout
     assert done.stdout.count("\n") == 1
     assert "--optim.impl torch" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_very_package_of_that_name(tmp_path, environment):
+    """`pip install apex`, where an index is at hand; without its own dependencies and with them it is told apart."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--pre",
+        "--target",
+        str(tmp_path),
+        "apex==0.9.10.dev0",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if done.returncode != 0:
+        pytest.skip(f"the package cannot be fetched here: {done.stderr.strip().splitlines()[-1:]}")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom beit_fast.train.optim import load_apex\nload_apex()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert "is not NVIDIA's" in done.stderr.splitlines()[-1]
 
 
 def test_loss_scale_follows_torch_grad_scaler():
