@@ -1,0 +1,157 @@
+"""What all benchmarks share: sizes, the rounds in which rivals take turns, and what a record says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.machine import environment
+from benchmarks.turns import OURS, Comparison, Disagreement, Measured, measure, recorded_clock
+
+SIZES = ("tiny", "default", "full")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("beit_fast")
+    group.addoption("--full", action="store_true", help="all sizes, BEiT-L and 384 px among them (default: minutes)")
+    group.addoption("--tiny", action="store_true", help="toy sizes that only show that everything runs")
+    group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 7; 15 with --full)")
+    group.addoption("--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--full") and config.getoption("--tiny"):
+        raise pytest.UsageError("--full and --tiny: choose one")
+
+
+def device_of(config: pytest.Config) -> torch.device:
+    return torch.device(config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much to measure: `name` is tiny, default or full."""
+
+    name: str
+    device: torch.device
+    pairs: int
+
+    def pick(self, *, tiny: Any, cpu: Any, gpu: Any, full: Any = None) -> Any:
+        """The value for this scale; `full` (default: that of the device) for --full."""
+        if self.name == "tiny":
+            return tiny
+        if self.name == "full" and full is not None:
+            return full
+        return gpu if self.device.type == "cuda" else cpu
+
+    @property
+    def dtype(self) -> str:
+        """Of activations: bfloat16 on a GPU, float32 on a CPU."""
+        return "bfloat16" if self.device.type == "cuda" else "float32"
+
+
+def scale_of(config: pytest.Config) -> Scale:
+    name = "tiny" if config.getoption("--tiny") else "full" if config.getoption("--full") else "default"
+    pairs = config.getoption("--pairs") or {"tiny": 2, "default": 7, "full": 15}[name]
+    return Scale(name, device_of(config), pairs)
+
+
+@pytest.fixture(scope="session")
+def scale(request: pytest.FixtureRequest) -> Scale:
+    return scale_of(request.config)
+
+
+class Turns:
+    """Measures each comparison once, when its first rival's test asks, and keeps what was measured."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.measured: dict[Hashable, Measured | Disagreement] = {}
+
+    def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float) -> Measured:
+        if key not in self.measured:
+            tiny = self.scale.name == "tiny"
+            try:
+                self.measured[key] = measure(
+                    make(),
+                    self.scale.device,
+                    pairs=self.scale.pairs,
+                    most_pairs=3 if tiny else 31,
+                    budget_s=0.0 if tiny else budget_s,
+                    turn_s=0.001 if tiny else 0.03,
+                )
+            except Disagreement as error:
+                self.measured[key] = error
+        found = self.measured[key]
+        if isinstance(found, Disagreement):
+            raise found
+        return found
+
+
+@pytest.fixture(scope="session")
+def turns(scale: Scale) -> Turns:
+    return Turns(scale)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `case` runs for each of its module's `cases(scale)`, a dict by id."""
+    if "case" in metafunc.fixturenames:
+        found = metafunc.module.cases(scale_of(metafunc.config))
+        metafunc.parametrize("case", list(found.values()), ids=list(found))
+
+
+@pytest.fixture
+def in_turns(benchmark: Any, turns: Turns) -> Callable[..., Measured]:
+    """`in_turns(key, make, rival)`: the row of one rival in the comparison that `make()` describes.
+
+    All tests with the same key share one measurement. A rival that cannot take part is skipped with the reason.
+    """
+
+    def report(key: Hashable, make: Callable[[], Comparison], rival: str, budget_s: float = 10.0) -> Measured:
+        try:
+            measured = turns.of(key, make, budget_s)
+        except BaseException:
+            benchmark.skipped = True
+            raise
+        if rival not in measured.seconds:
+            benchmark.skipped = True
+            pytest.skip(measured.absent.get(rival, "does not take part here"))
+        benchmark.group = measured.comparison.group
+        benchmark.extra_info.update(measured.report(rival))
+        rounds = recorded_clock.load(measured.seconds[rival])
+        benchmark.pedantic(recorded_clock.next_round, rounds=rounds)
+        return measured
+
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "in_turns" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=recorded_clock))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json["beit_fast"] = environment(device_of(config)) | {"scale": scale_of(config).name}
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    rows = [b for b in getattr(session, "benchmarks", []) if "over_beit_fast" in b.extra_info]
+    rows = [b for b in rows if b.extra_info["rival"] != OURS]
+    if not rows:
+        return
+    terminalreporter.section("times as long as beit_fast: median of the rounds and its 95 % interval")
+    for group in dict.fromkeys(b.group for b in rows):
+        terminalreporter.write_line(group)
+        for b in rows:
+            if b.group == group:
+                ratio = b.extra_info["over_beit_fast"]
+                terminalreporter.write_line(
+                    f"  {ratio['median']:7.2f}  [{ratio['low']:.2f}, {ratio['high']:.2f}]  n={ratio['pairs']:<3}"
+                    f" {b.extra_info['rival']}"
+                )
