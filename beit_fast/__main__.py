@@ -25,7 +25,21 @@ def plot(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"doctor": doctor, "plot": plot}
+def evaluate(arguments: list[str]) -> int:
+    """evaluate CHECKPOINT [--data.path DIR]       top-1, top-5 and loss of a classifier"""
+    from beit_fast.train.commands import evaluate_command
+
+    return evaluate_command(arguments)
+
+
+def predict(arguments: list[str]) -> int:
+    """predict CHECKPOINT IMAGE...                 the five likeliest classes of images"""
+    from beit_fast.train.commands import predict_command
+
+    return predict_command(arguments)
+
+
+COMMANDS = {"doctor": doctor, "plot": plot, "evaluate": evaluate, "predict": predict}
 
 
 def main(arguments: list[str]) -> int:

@@ -55,12 +55,8 @@ def open_validation(
 
     `classes` are the training classes, which the validation set has to share.
     """
-    cifar = _cifar_folder(validation_path if validation_path is not None else path)
-    if cifar is not None:
-        found = _cifar(cifar, train=False)
-    elif validation_path is not None:
-        inner = [Path(validation_path) / name for name in VALIDATION_FOLDERS]
-        found = _labelled(next((folder for folder in inner if folder.is_dir()), validation_path))
+    if validation_path is not None or _cifar_folder(path) is not None:
+        found = open_evaluation(validation_path if validation_path is not None else path)
     else:
         root = Path(path)
         homes = [root, root.parent] if root.name == "train" else [root]
@@ -72,6 +68,15 @@ def open_validation(
             )
         found = _labelled(folder)
     return _with_classes(found, classes, validation_path if validation_path is not None else path)
+
+
+def open_evaluation(path: str | os.PathLike[str]) -> LabelledImages:
+    """The images to evaluate on that `path` names: its folder `val`, the test images of CIFAR-100, or what it holds."""
+    cifar = _cifar_folder(path)
+    if cifar is not None:
+        return _cifar(cifar, train=False)
+    inner = [Path(path) / name for name in VALIDATION_FOLDERS]
+    return _labelled(next((folder for folder in inner if folder.is_dir()), path))
 
 
 def builtin_labelled(
