@@ -14,31 +14,23 @@ import sys
 from pathlib import Path
 
 try:
+    from beit_fast.train import pretrain
     from beit_fast.train.cli import main
     from beit_fast.train.config import CheckpointConfig, OptimConfig
-    from beit_fast.train.pretrain import (
-        DataConfig,
-        EvaluationConfig,
-        MaskedImageModeling,
-        MaskingConfig,
-        ModelConfig,
-        PretrainConfig,
-        TokenizerConfig,
-    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 
-config = PretrainConfig(
+config = pretrain.PretrainConfig(
     output_dir=Path("runs/pretrain_tiny_builtin"),
     steps=2000,
     batch_size=32,
     batch_per_device=32,
     precision="fp32",
     eval_every=250,
-    data=DataConfig(
+    data=pretrain.DataConfig(
         builtin_images=10_000, builtin_size=64, normalization="half", scale=(0.6, 1.0), jitter=0.1, threads=1
     ),
-    model=ModelConfig(
+    model=pretrain.ModelConfig(
         size="tiny",
         width=128,
         depth=4,
@@ -50,12 +42,12 @@ config = PretrainConfig(
         layer_scale_init=0.0,
         init_std=0.05,
     ),
-    masking=MaskingConfig(num_masked=26, min_num_patches=4),
-    tokenizer=TokenizerConfig(name="demo"),
-    evaluation=EvaluationConfig(images=1000),
+    masking=pretrain.MaskingConfig(num_masked=26, min_num_patches=4),
+    tokenizer=pretrain.TokenizerConfig(name="demo"),
+    evaluation=pretrain.EvaluationConfig(images=1000),
     optim=OptimConfig(lr=1.5e-3, warmup_steps=120, betas=(0.9, 0.98)),
     checkpoint=CheckpointConfig(every_steps=250),
 )
 
 if __name__ == "__main__":
-    main(config, MaskedImageModeling)
+    main(config, pretrain.MaskedImageModeling)
