@@ -22,6 +22,19 @@ Config = Mapping[str, int]  # block sizes by the kernel's own names, num_warps, 
 # architecture -> "kernel" or "kernel/bucket" -> configuration. A kernel must have a row under "default".
 SHIPPED: dict[str, dict[str, Config]] = {
     "default": {
+        # by the power of two that holds a head dim; COLS at most 64
+        "attention_forward": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_forward/128": {"ROWS": 128, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "attention_backward_query": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 2},
+        "attention_backward_query/128": {"ROWS": 128, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "attention_backward_key": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_key/128": {"ROWS": 32, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "bias_gradient": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "bias_gradient/128": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 2},
+        "prepare_bias": {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
+        "reduce_bias_gradient": {"BLOCK": 1024, "num_warps": 4, "num_stages": 2},
+        "spread_table": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        "fold_bias": {"ROWS": 32, "QUERIES": 64, "num_warps": 4, "num_stages": 1},
         "gelu_forward": {"ROWS": 4, "COLS": 512, "num_warps": 4, "num_stages": 1},
         "gelu_backward": {"ROWS": 4, "COLS": 256, "PROGRAMS": 256, "num_warps": 4, "num_stages": 1},
         # by the power of two that holds a row: its elements stay in registers
@@ -34,11 +47,22 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "cross_entropy": {"BLOCK": 8192, "num_warps": 16, "num_stages": 1},
         "gather_norm_forward": {"num_warps": 4, "num_stages": 1},
         "gather_norm_backward": {"PROGRAMS": 256, "num_warps": 8, "num_stages": 1},
+        "view_transform": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
     },
     "sm_80": {},
-    "sm_90": {},
+    "sm_90": {
+        "attention_forward/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_query": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_query/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_key/128": {"ROWS": 64, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "bias_gradient/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+    },
     # few and fat programs, each with several turns of its loop: the interpreter's time goes by operations, not elements
     "interpreter": {
+        "prepare_bias": {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
+        "reduce_bias_gradient": {"BLOCK": 16384, "num_warps": 4, "num_stages": 1},
+        "spread_table": {"BLOCK": 16384, "num_warps": 4, "num_stages": 1},
+        "fold_bias": {"ROWS": 512, "QUERIES": 64, "num_warps": 4, "num_stages": 1},
         "gelu_forward": {"ROWS": 8, "COLS": 64, "num_warps": 4, "num_stages": 1},
         "gelu_backward": {"ROWS": 4, "COLS": 64, "PROGRAMS": 2, "num_warps": 4, "num_stages": 1},
         "residual_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},

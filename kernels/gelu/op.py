@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import chosen_backend, triton_runs
+from ..dispatch import differentiable_op, plain_op
 from . import reference
 
 
@@ -23,7 +24,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"bias must be (D,) = {tuple(x.shape[-1:])}, got {tuple(bias.shape)}")
     if chosen_backend() == "reference":
         return reference.bias_gelu(x, bias)
-    return torch.ops.beit_fast.bias_gelu(x, bias)
+    return _gelu(x, bias)
 
 
 def _biased(x: Tensor, bias: Tensor) -> Tensor:
@@ -31,8 +32,7 @@ def _biased(x: Tensor, bias: Tensor) -> Tensor:
     return x + bias if bias.dtype == x.dtype else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
 
 
-@torch.library.custom_op("beit_fast::bias_gelu", mutates_args=())
-def _bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+def _gelu_impl(x: Tensor, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     if triton_runs(x):
         from . import kernel
@@ -43,13 +43,11 @@ def _bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.aten.gelu_(_biased(x, bias)).to(x.dtype)
 
 
-@_bias_gelu.register_fake
-def _(x: Tensor, bias: Tensor | None) -> Tensor:
+def _gelu_fake(x: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("beit_fast::bias_gelu_backward", mutates_args=())
-def _bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+def _gelu_backward_impl(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
     """Gradients of x and of bias, the latter (D,) in at least fp32, empty unless `need_bias`."""
     grad, x = grad.contiguous(), x.contiguous()
     if triton_runs(x):
@@ -72,8 +70,7 @@ def _column_sum(matrix: Tensor, wide: torch.dtype) -> Tensor:
     return matrix.new_ones(matrix.shape[0]) @ matrix if matrix.dtype == wide else matrix.sum(0, dtype=wide)
 
 
-@_bias_gelu_backward.register_fake
-def _(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
+def _gelu_backward_fake(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_bias else 0, dtype=wide)
 
@@ -86,8 +83,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
     need_bias = bias is not None and ctx.needs_input_grad[1]
-    grad_x, grad_bias = torch.ops.beit_fast.bias_gelu_backward(grad, x, bias, need_bias)
+    grad_x, grad_bias = _gelu_backward(grad, x, bias, need_bias)
     return grad_x, grad_bias.to(bias.dtype) if need_bias else None
 
 
-_bias_gelu.register_autograd(_autograd, setup_context=_setup)
+_gelu_backward = plain_op("bias_gelu_backward", _gelu_backward_impl, _gelu_backward_fake)
+_gelu = differentiable_op("bias_gelu", _gelu_impl, _gelu_fake, _setup, _autograd)

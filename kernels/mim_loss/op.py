@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import chosen_backend, triton_runs
+from ..dispatch import differentiable_op, plain_op
 from . import cpu, reference
 from .cpu import IGNORED
 
@@ -61,11 +62,11 @@ def masked_cross_entropy(
     with_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     common = (hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, eps, num_targets, compute)
     if chunk_rows is None:
-        loss, num_correct, *_ = torch.ops.beit_fast.masked_cross_entropy(*common, with_gradient)
+        loss, num_correct, *_ = _loss(*common, with_gradient)
     else:
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-        loss, num_correct, *_ = torch.ops.beit_fast.chunked_masked_cross_entropy(*common, chunk_rows, with_gradient)
+        loss, num_correct, *_ = _chunked(*common, chunk_rows, with_gradient)
     return loss, num_correct
 
 
@@ -92,8 +93,7 @@ def _product(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     return torch.mm(left, right, out_dtype=torch.float32).mul_(factor)
 
 
-@torch.library.custom_op("beit_fast::masked_cross_entropy", mutates_args=())
-def _loss(
+def _loss_impl(
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -116,8 +116,7 @@ def _loss(
     return losses.sum() / num_targets.to(losses.dtype), hits.sum(), logits, normed, mean, rstd
 
 
-@_loss.register_fake
-def _(
+def _loss_fake(
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -142,8 +141,7 @@ def _(
     )
 
 
-@torch.library.custom_op("beit_fast::masked_cross_entropy_backward", mutates_args=())
-def _loss_backward(
+def _loss_backward_impl(
     factor: Tensor,
     grad_logits: Tensor,
     normed: Tensor,
@@ -165,8 +163,7 @@ def _loss_backward(
     return grad_hidden, grad_norm_weight, grad_norm_bias, grad_head_weight, grad_head_bias
 
 
-@_loss_backward.register_fake
-def _(
+def _loss_backward_fake(
     factor: Tensor,
     grad_logits: Tensor,
     normed: Tensor,
@@ -198,19 +195,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *saved, num_targets = ctx.saved_tensors
-    found = torch.ops.beit_fast.masked_cross_entropy_backward(grad_loss / num_targets, *saved)
+    found = _loss_backward(grad_loss / num_targets, *saved)
     hidden, *others = (grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
     return hidden, None, None, *others, None, None, None, None
 
 
-_loss.register_autograd(_autograd, setup_context=_setup)
+_loss_backward = plain_op("masked_cross_entropy_backward", _loss_backward_impl, _loss_backward_fake)
+_loss = differentiable_op("masked_cross_entropy", _loss_impl, _loss_fake, _setup, _autograd)
 
 
 # A chunk of rows at a time
 
 
-@torch.library.custom_op("beit_fast::chunked_masked_cross_entropy", mutates_args=())
-def _chunked(
+def _chunked_impl(
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -250,8 +247,7 @@ def _chunked(
     return loss, num_correct, grad_normed, grad_weight, grad_bias, mean, rstd
 
 
-@_chunked.register_fake
-def _(
+def _chunked_fake(
     hidden: Tensor,
     rows: Tensor,
     targets: Tensor,
@@ -276,8 +272,7 @@ def _(
     return hidden.new_empty((), dtype=wide), rows.new_empty(()), grad_normed, grad_weight, grad_bias, mean, rstd
 
 
-@torch.library.custom_op("beit_fast::chunked_masked_cross_entropy_backward", mutates_args=())
-def _chunked_backward(
+def _chunked_backward_impl(
     factor: Tensor,
     grad_normed: Tensor,
     grad_head_weight: Tensor,
@@ -296,8 +291,7 @@ def _chunked_backward(
     return grad_hidden, grad_norm_weight, grad_norm_bias, grad_head_weight * factor, grad_head_bias * factor
 
 
-@_chunked_backward.register_fake
-def _(
+def _chunked_backward_fake(
     factor: Tensor,
     grad_normed: Tensor,
     grad_head_weight: Tensor,
@@ -329,9 +323,12 @@ def _chunked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _chunked_autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *saved, num_targets = ctx.saved_tensors
-    found = torch.ops.beit_fast.chunked_masked_cross_entropy_backward(grad_loss / num_targets, *saved)
+    found = _chunked_backward(grad_loss / num_targets, *saved)
     hidden, *others = (grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
     return hidden, None, None, *others, None, None, None, None, None
 
 
-_chunked.register_autograd(_chunked_autograd, setup_context=_chunked_setup)
+_chunked_backward = plain_op("chunked_masked_cross_entropy_backward", _chunked_backward_impl, _chunked_backward_fake)
+_chunked = differentiable_op(
+    "chunked_masked_cross_entropy", _chunked_impl, _chunked_fake, _chunked_setup, _chunked_autograd
+)

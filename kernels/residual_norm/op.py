@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import chosen_backend, triton_runs
+from ..dispatch import differentiable_op, plain_op
 from . import reference
 
 
@@ -27,7 +28,7 @@ def residual_add(
     _check(x, branch, gamma, drop_path, branch_bias)
     if chosen_backend() == "reference":
         return reference.residual_add(x, branch, gamma, drop_path, branch_bias)
-    return torch.ops.beit_fast.residual_add(x, branch, gamma, drop_path, branch_bias)
+    return _add(x, branch, gamma, drop_path, branch_bias)
 
 
 def residual_layer_norm(
@@ -53,9 +54,7 @@ def residual_layer_norm(
     _check(x, branch, gamma, drop_path, branch_bias, weight, bias)
     if chosen_backend() == "reference":
         return reference.residual_layer_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
-    total, normed, _, _ = torch.ops.beit_fast.residual_layer_norm(
-        x, branch, gamma, drop_path, weight, bias, eps, branch_bias
-    )
+    total, normed, _, _ = _norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
     return total, normed
 
 
@@ -85,8 +84,7 @@ def _scale(gamma: Tensor | None, drop_path: Tensor | None) -> Tensor | None:
 # The sum
 
 
-@torch.library.custom_op("beit_fast::residual_add", mutates_args=())
-def _add(
+def _add_impl(
     x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, branch_bias: Tensor | None
 ) -> Tensor:
     if triton_runs(x):
@@ -114,13 +112,13 @@ def _sum(
     return total.to(x.dtype)
 
 
-@_add.register_fake
-def _(x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, branch_bias: Tensor | None) -> Tensor:
+def _add_fake(
+    x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, branch_bias: Tensor | None
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("beit_fast::residual_add_backward", mutates_args=())
-def _add_backward(
+def _add_backward_impl(
     grad: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
@@ -183,8 +181,7 @@ def _weighted_column_sum(grad: Tensor, branch: Tensor, factors: Tensor) -> Tenso
     return weighted
 
 
-@_add_backward.register_fake
-def _(
+def _add_backward_fake(
     grad: Tensor,
     branch: Tensor | None,
     gamma: Tensor | None,
@@ -220,9 +217,7 @@ def _add_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs[0] = needs[0] and not plain
     grads: list[Tensor | None] = [None, None, None]
     if any(needs):
-        found = torch.ops.beit_fast.residual_add_backward(
-            grad, branch, gamma, drop_path, branch_bias, ctx.branch_dtype, needs
-        )
+        found = _add_backward(grad, branch, gamma, drop_path, branch_bias, ctx.branch_dtype, needs)
         grads = [g if need else None for g, need in zip(found, needs, strict=True)]
     if plain and ctx.needs_input_grad[1]:
         grads[0] = grad
@@ -233,14 +228,14 @@ def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     return None if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
-_add.register_autograd(_add_autograd, setup_context=_add_setup)
+_add_backward = plain_op("residual_add_backward", _add_backward_impl, _add_backward_fake)
+_add = differentiable_op("residual_add", _add_impl, _add_fake, _add_setup, _add_autograd)
 
 
 # The sum and its LayerNorm
 
 
-@torch.library.custom_op("beit_fast::residual_layer_norm", mutates_args=())
-def _norm(
+def _norm_impl(
     x: Tensor,
     branch: Tensor,
     gamma: Tensor | None,
@@ -261,8 +256,7 @@ def _norm(
     return total, normed.to(branch.dtype), mean, rstd
 
 
-@_norm.register_fake
-def _(
+def _norm_fake(
     x: Tensor,
     branch: Tensor,
     gamma: Tensor | None,
@@ -277,8 +271,7 @@ def _(
     return x.new_empty(x.shape), branch.new_empty(x.shape), x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
 
 
-@torch.library.custom_op("beit_fast::residual_layer_norm_backward", mutates_args=())
-def _norm_backward(
+def _norm_backward_impl(
     grad_total: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
@@ -321,8 +314,7 @@ def _norm_backward(
     ]
 
 
-@_norm_backward.register_fake
-def _(
+def _norm_backward_fake(
     grad_total: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
@@ -364,7 +356,7 @@ def _norm_autograd(
     # with neither LayerScale nor stochastic depth the sum passes one gradient to both its terms
     plain = gamma is None and drop_path is None and ctx.branch_dtype == total.dtype
     asked = [True, needs[1] and not plain, *needs[2:]]
-    found = torch.ops.beit_fast.residual_layer_norm_backward(
+    found = _norm_backward(
         grad_total, grad_normed, total, mean, rstd, weight, branch, gamma, drop_path, branch_bias, asked
     )
     dx, dbranch, dgamma, dweight, dbias, dbranch_bias = (
@@ -384,4 +376,5 @@ def _norm_autograd(
     )
 
 
-_norm.register_autograd(_norm_autograd, setup_context=_norm_setup)
+_norm_backward = plain_op("residual_layer_norm_backward", _norm_backward_impl, _norm_backward_fake)
+_norm = differentiable_op("residual_layer_norm", _norm_impl, _norm_fake, _norm_setup, _norm_autograd)
