@@ -11,6 +11,7 @@ if __name__ == "beit_fast.kernels":
     from .position_bias.op import relative_position_bias
     from .position_bias.reference import relative_position_index
     from .residual_norm.op import residual_add, residual_layer_norm
+    from .views.op import view_transform
 else:
     # Seen from the root of a clone this folder takes the name of a package of Hugging Face's, which transformers looks
     # for by importing it: that must succeed. But nothing may be had here, or the ops would be registered once more.
@@ -33,4 +34,5 @@ __all__ = [
     "residual_add",
     "residual_layer_norm",
     "use_backend",
+    "view_transform",
 ]
