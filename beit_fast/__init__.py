@@ -1,5 +1,6 @@
 """BEiT (BERT pre-training of image transformers, arXiv 2106.08254) on PyTorch, engineered for speed."""
 
+from .integrations import accelerate, restore
 from .kernels import use_backend
 from .models import (
     Beit,
@@ -15,7 +16,9 @@ __all__ = [
     "BeitConfig",
     "BeitForMaskedImageModeling",
     "__version__",
+    "accelerate",
     "create_model",
     "list_models",
+    "restore",
     "use_backend",
 ]

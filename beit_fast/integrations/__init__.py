@@ -1,0 +1,77 @@
+"""Makes the BEiTs of timm and transformers faster in place, and undoes it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TypeVar
+
+from torch import nn
+
+from beit_fast.models import Beit, BeitFeatures, BeitForMaskedImageModeling
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LIBRARIES = {"timm.models.beit": "timm_beit", "transformers.models.beit.modeling_beit": "transformers_beit"}
+_SUPPORTED = (
+    "timm's Beit and transformers' BeitModel, BeitForImageClassification, BeitForMaskedImageModeling, "
+    "BeitForSemanticSegmentation and BeitBackbone"
+)
+
+
+def accelerate(model: Model) -> Model:
+    """Lets a BEiT of timm or transformers run on the kernels of this library, in place.
+
+    Its blocks (and in transformers' masked image modelling its head) take another class, a subclass of their own with
+    another `forward`. Parameters, their names, buffers, hooks, drop path and its random numbers, outputs and gradients
+    stay what they were, up to rounding; optimizers, checkpoints, DistributedDataParallel, torch.compile, autocast,
+    copies and pickles work as before. A block in which something is not as it was made (active dropout, a replaced
+    module, a hook on its attention or MLP, attention weights asked for) runs its own `forward` as long as that is so.
+    The logits of a masked image model that is given labels are computed when they are first read, which has to happen
+    before the weights change.
+
+    Args:
+        model: a BEiT, or any module that holds some. One that is of this library, or accelerated, is left as it is.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: there is no BEiT in it, or one of a kind that is not supported; the model is then as it was.
+    """
+    if isinstance(model, (Beit, BeitFeatures, BeitForMaskedImageModeling)):
+        return model
+    libraries = _loaded_libraries()
+    swaps = [(library, library.find(model)) for library in libraries]
+    done = {faster for library in libraries for faster in library.FASTER.values()}
+    if not any(found for _, found in swaps) and not any(type(module) in done for module in model.modules()):
+        raise ValueError(f"nothing to accelerate in {type(model).__name__}; supported are {_SUPPORTED}")
+    for library, found in swaps:
+        for module in found:
+            module.__class__ = library.FASTER[type(module)]
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate` in place; a model that was never accelerated stays as it is.
+
+    Returns:
+        The same object.
+    """
+    for library in _loaded_libraries():
+        original = {faster: own for own, faster in library.FASTER.items()}
+        for module in model.modules():
+            if type(module) in original:
+                module.__class__ = original[type(module)]
+    return model
+
+
+def _loaded_libraries() -> list[ModuleType]:
+    """Our side of each library that is imported: a model of any other cannot be at hand."""
+    return [
+        importlib.import_module(f"{__name__}.{ours}") for theirs, ours in _LIBRARIES.items() if theirs in sys.modules
+    ]
+
+
+__all__ = ["accelerate", "restore"]

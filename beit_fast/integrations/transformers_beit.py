@@ -1,0 +1,237 @@
+"""transformers' BEiT on the kernels of this library."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers.models.beit.modeling_beit as theirs
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import GELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils.generic import can_return_tuple
+
+from beit_fast import kernels
+from beit_fast.kernels import Bias
+
+from .blocks import bias_for_all, branch_of, drop_factors, inactive, prepared, untouched
+from .later_logits import LaterLogits
+
+_SAME_RESULT = (None, "eager", "sdpa", "beit_fast")  # implementations of attention that compute what ours does
+
+
+class BeitLayer(theirs.BeitLayer):
+    """transformers' block, its residual sums fused with the LayerNorm that follows, its attention ours."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N, D); `attention_mask` is the bias (1, H, N, N) that all blocks share, or a mask."""
+        x, attention, norm = hidden_states, self.attention, self.layernorm_after
+        if not self._as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
+            return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
+        normed = self.layernorm_before(x)
+        heads = (*x.shape[:2], attention.num_attention_heads, attention.head_dim)
+        q, k, v = (p(normed).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        bias = self._bias(attention_mask, x, resolution, q.dtype)
+        mixed = kernels.biased_attention(q, k, v, bias, attention.scaling)
+        branch, bias_of_branch = branch_of(attention.o_proj, mixed.flatten(2))
+        x, normed = kernels.residual_layer_norm(
+            x,
+            branch,
+            _gamma(self.lambda_1),
+            drop_factors(self.drop_path, x),
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            bias_of_branch,
+        )
+        hidden, bias_of_branch = branch_of(self.mlp.fc1, normed)
+        branch, bias_of_branch = branch_of(self.mlp.fc2, kernels.bias_gelu(hidden, bias_of_branch))
+        return kernels.residual_add(x, branch, _gamma(self.lambda_2), drop_factors(self.drop_path, x), bias_of_branch)
+
+    def _as_made(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
+        attention, config = self.attention, self.attention.config
+        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+            return False
+        return (
+            config._attn_implementation in _SAME_RESULT
+            and (attention.attention_dropout == 0.0 or not attention.training)
+            and _unwatched(attention)
+            and untouched(self.mlp, theirs.BeitMLP)
+            and _exact_gelu(self.mlp.activation_fn)
+            and untouched(self.layernorm_after, nn.LayerNorm)
+            and inactive(self.dropout)
+            and untouched(self.drop_path, theirs.BeitDropPath, nn.Identity)
+        )
+
+    def _bias(self, shared: Tensor | None, x: Tensor, resolution: tuple[int, int] | None, dtype: torch.dtype) -> Bias:
+        if self.relative_position_bias is None:
+            return None if shared is None else prepared(shared, dtype)
+        assert resolution is not None
+        window = (resolution[0] // self.patch_size, resolution[1] // self.patch_size)
+        own = self.relative_position_bias(window, False, dim_size=x.shape[1])
+        return prepared(own if shared is None else own + shared, dtype)
+
+
+def _is_bias(mask: Tensor, x: Tensor, attention: Any) -> bool:
+    """Whether what arrives as a mask is one additive (1, H, N, N) for all samples."""
+    num_tokens = x.shape[1]
+    return mask.is_floating_point() and mask.shape == (1, attention.num_attention_heads, num_tokens, num_tokens)
+
+
+def _unwatched(attention: nn.Module) -> bool:
+    """As `untouched`; transformers' own hooks, which only wait for attention weights to be asked for, do not count."""
+    hooks = attention._forward_hooks.values()
+    return all(hook.__qualname__.startswith("install_output_capuring_hook") for hook in hooks) and not (
+        type(attention) is not theirs.BeitAttention
+        or attention._forward_pre_hooks
+        or attention._backward_hooks
+        or attention._backward_pre_hooks
+    )
+
+
+def _exact_gelu(activation: nn.Module) -> bool:
+    if type(activation) is GELUActivation:
+        return activation.act is F.gelu
+    return type(activation) is nn.GELU and activation.approximate == "none"
+
+
+def _gamma(scale: Tensor | float) -> Tensor | None:
+    return scale if isinstance(scale, Tensor) else None
+
+
+class BeitRelativePositionBias(theirs.BeitRelativePositionBias):
+    """transformers' table, spread by our kernel, and interpolated only for another image size than its own."""
+
+    def forward(
+        self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
+    ) -> Tensor:
+        """(1, H, N, N) for a window of (h, w) patches."""
+        own, table = self.window_size, self.relative_position_bias_table
+        num_tokens = window_size[0] * window_size[1] + 1
+        if own[0] != own[1] or (interpolate_pos_encoding and dim_size != num_tokens):
+            return super().forward(window_size, interpolate_pos_encoding, dim_size)  # it means another sheet by these
+        if tuple(window_size) != tuple(own):
+            side = 2 * own[0] - 1
+            sheet = table[:-3].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            size = (2 * window_size[0] - 1, 2 * window_size[1] - 1)
+            resized = F.interpolate(sheet, size=size, mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
+            table = torch.cat((resized, table[-3:]))
+        bias = kernels.relative_position_bias(table, (window_size[0], window_size[1]))
+        return bias_for_all(bias, bias.unsqueeze(0))
+
+
+class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
+    """transformers' pre-training model; where labels are given, only masked rows go through its head."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """The loss over the masked positions; the logits of all positions are computed when they are first read."""
+        if labels is None or bool_masked_pos is None or torch.compiler.is_compiling() or not self._head_as_made():
+            return super().forward(
+                pixel_values, bool_masked_pos, labels, interpolate_pos_encoding, attention_mask, **kwargs
+            )
+        outputs = self.beit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        hidden, norm, head = outputs.last_hidden_state, self.layernorm, self.lm_head
+        patches = bool_masked_pos.flatten().nonzero().squeeze(1)
+        rows = patches + torch.div(patches, hidden.shape[1] - 1, rounding_mode="floor") + 1  # past each CLS token
+        loss, _ = kernels.masked_cross_entropy(
+            hidden.flatten(0, 1), rows, labels, norm.weight, norm.bias, head.weight, head.bias, norm.eps
+        )
+        return LaterLogits.of(
+            lambda: head(norm(hidden)[:, 1:]),
+            (norm.weight, norm.bias, head.weight, head.bias),
+            loss=loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _head_as_made(self) -> bool:
+        return untouched(self.layernorm, nn.LayerNorm) and untouched(self.lm_head, nn.Linear)
+
+
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    theirs.BeitLayer: BeitLayer,
+    theirs.BeitRelativePositionBias: BeitRelativePositionBias,
+    theirs.BeitForMaskedImageModeling: BeitForMaskedImageModeling,
+}
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The modules of transformers' BEiTs within `model` that have a faster class.
+
+    Raises:
+        ValueError: a BEiT is of a kind that we do not have.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if type(module) is theirs.BeitLayer and not _exact_gelu(module.mlp.activation_fn):
+            raise ValueError(
+                f"transformers' BEiT block {name!r} is not supported: its activation is not the exact GELU"
+            )
+        if type(module) in FASTER:
+            found.append(module)
+    return found
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention for transformers' `attn_implementation="beit_fast"`; what our op does not do goes to its SDPA.
+
+    Args:
+        query, key, value: (B, H, N, K).
+        attention_mask: the additive bias (1, H, N, N), any other mask, or None.
+
+    Returns:
+        (B, N, H, K), and None for the weights.
+    """
+    heads, num_tokens = query.shape[1:3]
+    own = attention_mask is None or (
+        attention_mask.is_floating_point() and attention_mask.shape == (1, heads, num_tokens, num_tokens)
+    )
+    if dropout or kwargs.get("is_causal") or query.shape != key.shape or query.shape != value.shape or not own:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    bias = None if attention_mask is None else prepared(attention_mask, query.dtype)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return kernels.biased_attention(q, k, v, bias, scaling), None
+
+
+def register() -> None:
+    """Makes `attn_implementation="beit_fast"` known to transformers; any of its models may then ask for it."""
+    AttentionInterface.register("beit_fast", attention_forward)
+    AttentionMaskInterface.register("beit_fast", sdpa_mask)
