@@ -72,14 +72,14 @@ class Turns:
         self.scale = scale
         self.measured: dict[Hashable, Measured | Disagreement] = {}
 
-    def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float) -> Measured:
+    def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float, pairs: int) -> Measured:
         if key not in self.measured:
             tiny = self.scale.name == "tiny"
             try:
                 self.measured[key] = measure(
                     make(),
                     self.scale.device,
-                    pairs=self.scale.pairs,
+                    pairs=min(pairs, self.scale.pairs) if self.scale.name == "default" else self.scale.pairs,
                     most_pairs=3 if tiny else 31,
                     budget_s=0.0 if tiny else budget_s,
                     turn_s=0.001 if tiny else 0.03,
@@ -108,12 +108,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def in_turns(benchmark: Any, turns: Turns) -> Callable[..., Measured]:
     """`in_turns(key, make, rival)`: the row of one rival in the comparison that `make()` describes.
 
-    All tests with the same key share one measurement. A rival that cannot take part is skipped with the reason.
+    All tests with the same key share one measurement. A rival that cannot take part is skipped with the reason. `pairs`
+    is the fewest rounds of a default run, for work so slow that 7 would take too long.
     """
 
-    def report(key: Hashable, make: Callable[[], Comparison], rival: str, budget_s: float = 10.0) -> Measured:
+    def report(
+        key: Hashable, make: Callable[[], Comparison], rival: str, budget_s: float = 10.0, pairs: int = 7
+    ) -> Measured:
         try:
-            measured = turns.of(key, make, budget_s)
+            measured = turns.of(key, make, budget_s, pairs)
         except BaseException:
             benchmark.skipped = True
             raise

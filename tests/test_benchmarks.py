@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: rounds, intervals, results compared before timing, rivals that do equal work."""
+"""The benchmarks measure what they say: in turns, results compared before timing, rivals that do equal work."""
 
 import time
 
