@@ -1,0 +1,215 @@
+"""Visual tokens on disk: a record per sample and epoch of the views' cycle, written once and read from then on.
+
+One file: a header of 4096 bytes with the settings that the tokens depend on, then records of equal size, each its
+tokens as uint16 and a crc32 of them. The crc32 starts from the settings and the record's number, and 0 stands for
+"not written": whatever a kill, a power cut or a full disk leaves behind, a record is either right or absent. So writers
+need no order, no lock and no log, and all ranks that see the file share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import mmap
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = b"beit_fast tokens 1\n"
+HEADER_BYTES = 4096
+_CRC_BYTES = 4
+
+
+class TokenStore:
+    """The tokens of `cycle` epochs of `num_samples` samples, `num_tokens` each.
+
+    Where the file is missing it is created, with the disk space it will take: OSError with the numbers where there is
+    too little. `settings` are JSON values; ValueError naming the difference where the file was made with others.
+    A damaged file is moved aside (to `<path>.damaged`) and begun anew; `note` then says so. Damaged records count as
+    absent and in `damaged_records`.
+    """
+
+    def __init__(
+        self, path: Path, *, num_samples: int, num_tokens: int, cycle: int, settings: Mapping[str, Any]
+    ) -> None:
+        for name, value in (("num_samples", num_samples), ("num_tokens", num_tokens), ("cycle", cycle)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.path, self.num_samples, self.num_tokens, self.cycle = path, num_samples, num_tokens, cycle
+        self.settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "num_tokens": num_tokens,
+                                               "view_cycle": cycle}, sort_keys=True))  # fmt: skip
+        self.record_bytes = 2 * num_tokens + _CRC_BYTES
+        self.bytes = store_bytes(num_samples, num_tokens, cycle)
+        self.damaged_records = 0
+        self.note: str | None = None
+        header = _header(self.settings)
+        self._salt = zlib.crc32(header)
+        with _exclusive(path):
+            if self.look(path, self.settings, self.bytes) == "damaged":
+                aside = path.with_name(path.name + ".damaged")
+                os.replace(path, aside)
+                self.note = f"token cache {path} is damaged: begun anew, the old file is {aside}"
+            if not path.exists():
+                self._create(header)
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._map = mmap.mmap(self._file, self.bytes, access=mmap.ACCESS_READ)
+        except BaseException:
+            os.close(self._file)
+            raise
+        records = np.frombuffer(self._map, np.uint8, offset=HEADER_BYTES)
+        self._records: NDArray[np.uint8] | None = records.reshape(cycle * num_samples, self.record_bytes)
+
+    @staticmethod
+    def look(path: Path, settings: Mapping[str, Any], size: int) -> str:
+        """What is at `path`: "missing", "usable" or "damaged". Changes nothing.
+
+        ValueError where it is a store made with other settings, or no file.
+        """
+        if not path.exists():
+            return "missing"
+        if not path.is_file():
+            raise ValueError(f"token cache {path} is not a file; give another --data.token-cache")
+        with path.open("rb") as file:
+            found = _read_header(file.read(HEADER_BYTES))
+        if found is None:
+            return "damaged"
+        names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
+        if names:
+            pairs = ", ".join(f"{name} {found.get(name)}, now {settings.get(name)}" for name in names)
+            raise ValueError(
+                f"token cache {path} was made with {pairs}; restore the settings, give another --data.token-cache, or "
+                "delete the file"
+            )
+        return "usable" if path.stat().st_size == size else "damaged"
+
+    def read(self, epoch: int, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
+        """Tokens (b, P) of samples `indices` (b,) in `epoch`, and whether they are there (b,); zeros where not."""
+        assert self._records is not None, "the store is closed"
+        numbers = self._numbers(epoch, indices)
+        rows = self._records[numbers]  # a copy: what is checked is what is used
+        crcs = rows[:, -_CRC_BYTES:].copy().view("<u4")[:, 0]
+        tokens = rows[:, :-_CRC_BYTES].copy().view("<u2").astype(np.uint16, copy=False)
+        present = np.zeros(len(numbers), np.bool_)
+        for place in np.flatnonzero(crcs):
+            present[place] = self._crc(int(numbers[place]), rows[place, :-_CRC_BYTES].tobytes()) == crcs[place]
+        self.damaged_records += int(np.count_nonzero(crcs)) - int(present.sum())
+        tokens[~present] = 0
+        return tokens, present
+
+    def write(self, epoch: int, indices: NDArray[np.int64], tokens: NDArray[Any]) -> None:
+        """Keep tokens (b, P), integers below 65536, of samples `indices` (b,) in `epoch`."""
+        if tokens.shape != (len(indices), self.num_tokens):
+            raise ValueError(f"tokens must be {(len(indices), self.num_tokens)}, got {tokens.shape}")
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 16:
+            raise ValueError(f"tokens must lie in [0, 65536), got [{tokens.min()}, {tokens.max()}]")
+        small = np.ascontiguousarray(tokens, "<u2")
+        for number, row in zip(self._numbers(epoch, indices).tolist(), small, strict=True):
+            data = row.tobytes()
+            record = data + self._crc(number, data).to_bytes(_CRC_BYTES, "little")
+            # what a full disk cuts short has no valid crc32 and is written again another time
+            os.pwrite(self._file, record, HEADER_BYTES + number * self.record_bytes)
+
+    def close(self) -> None:
+        """Unmap and close the file; safe to call twice."""
+        if self._records is not None:
+            self._records = None
+            with contextlib.suppress(BufferError):  # somebody still holds a view
+                self._map.close()
+            os.close(self._file)
+
+    def __enter__(self) -> TokenStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        indices = np.asarray(indices, np.int64)
+        if indices.size and not 0 <= int(indices.min()) <= int(indices.max()) < self.num_samples:
+            raise ValueError(f"indices must lie in [0, {self.num_samples}), got [{indices.min()}, {indices.max()}]")
+        return (epoch % self.cycle) * self.num_samples + indices
+
+    def _crc(self, number: int, data: bytes) -> int:
+        return zlib.crc32(data, zlib.crc32(number.to_bytes(8, "little"), self._salt)) or 1
+
+    def _create(self, header: bytes) -> None:
+        """The whole file, with its blocks, under another name first: what bears the name has a header."""
+        require_space(self.path, self.bytes)
+        work = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        try:
+            with work.open("wb") as file:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, self.bytes)
+                except OSError as error:
+                    if error.errno == errno.ENOSPC:
+                        raise
+                    file.truncate(self.bytes)  # a file system that cannot reserve space
+                file.seek(0)
+                file.write(header)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(work, self.path)
+        finally:
+            work.unlink(missing_ok=True)
+
+
+def store_bytes(num_samples: int, num_tokens: int, cycle: int) -> int:
+    """Size of the file: 396 bytes per sample and epoch of the cycle for 14 x 14 tokens."""
+    return HEADER_BYTES + cycle * num_samples * (2 * num_tokens + _CRC_BYTES)
+
+
+def require_space(path: Path, size: int) -> None:
+    """OSError, with the numbers, where the disk of `path` cannot take `size` bytes."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"token cache {path} needs {size / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; give "
+            "another --data.token-cache, a smaller --data.view-cycle, or --data.token-cache off",
+        )
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that is there."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _header(settings: Mapping[str, Any]) -> bytes:
+    text = json.dumps(settings, sort_keys=True).encode()
+    body = MAGIC + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
+    if len(body) > HEADER_BYTES:
+        raise ValueError(f"settings of the token cache take {len(body)} bytes, more than {HEADER_BYTES}")
+    return body.ljust(HEADER_BYTES, b"\0")
+
+
+def _read_header(data: bytes) -> dict[str, Any] | None:
+    """The settings, or None where the header is not whole."""
+    at = len(MAGIC)
+    crc, length = (int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4))
+    text = data[at + 8 : at + 8 + length]
+    if len(data) != HEADER_BYTES or not data.startswith(MAGIC) or len(text) != length or zlib.crc32(text) != crc:
+        return None
+    found = json.loads(text)
+    return found if isinstance(found, dict) and _header(found) == data else None
+
+
+@contextlib.contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """One process at a time looks at and creates the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("a") as handle:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
