@@ -66,7 +66,7 @@ class LabelledDataConfig:
     builtin_size: int = 64
     """Side of a scene in pixels."""
     builtin_seed: int = 0
-    """Which scenes are drawn."""
+    """Which scenes are drawn for training; those for validation are always the same."""
     cache_dir: str | None = free(None)
     """Where scenes are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
     normalization: Literal["imagenet", "half"] = "imagenet"
@@ -292,7 +292,7 @@ def open_data(data: LabelledDataConfig) -> tuple[LabelledImages, LabelledImages 
         training = builtin_labelled(*kind, data.builtin_images, data.builtin_size, True, data.builtin_seed)
         if data.validate:
             count = data.builtin_validation_images
-            validation = builtin_labelled(*kind, count, data.builtin_size, False, data.builtin_seed)
+            validation = builtin_labelled(*kind, count, data.builtin_size, False)
     else:
         training = open_training(data.path)
         if data.validate:

@@ -115,3 +115,11 @@ def test_a_demo_differs_in_its_length_and_its_data_only(name):
                    if getattr(module.config, f.name) != getattr(module.demo, f.name)}  # fmt: skip
         assert changed == {"output_dir", "steps", "batch_size", "batch_per_device", "data", "optim", "log"}
         assert dataclasses.replace(module.demo.optim, warmup_steps=None) == module.config.optim
+
+
+def test_the_table_of_recipes_is_up_to_date():
+    from benchmarks.recipe_table import table
+
+    written = (RECIPES / "README.md").read_text()
+    assert written == table(), "write it again: python -m benchmarks.recipe_table"
+    assert all(f"({path.name})" in written for path in RECIPES.glob("*.py"))
