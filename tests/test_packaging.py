@@ -177,6 +177,30 @@ def test_without_a_compiler_one_line_says_so(source: Path, environment: Environm
     assert environment.pip_install(source, CXX="", BEIT_FAST_BUILD="0").returncode == 0
 
 
+@pytest.mark.slow
+def test_training_without_the_compiled_module_ends_in_one_line(tmp_path: Path) -> None:
+    script = f"""
+import runpy, sys
+sys.modules["beit_fast._C"] = None  # as BEIT_FAST_BUILD=0 leaves it
+sys.argv = ["pretrain_beit_large.py", "--max-steps", "1", "--output-dir", {str(tmp_path / "run")!r}]
+runpy.run_path("recipes/pretrain_beit_large.py", run_name="__main__")
+"""
+    done = run(sys.executable, "-c", script, cwd=REPOSITORY)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error:")]
+    assert "beit_fast._C" in line
+    assert "pip install" in line
+
+
+@pytest.mark.parametrize("recipe", ["pretrain_beit_large.py", "pretrain_beit_base.py"])
+def test_a_recipe_before_installation_names_the_command(recipe: str) -> None:
+    done = run(sys.executable, "-I", "-S", REPOSITORY / "recipes" / recipe)  # -S: no installed packages
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("\n") == 1
+    assert "pip install" in done.stderr
+
+
 @pytest.mark.parametrize("statement", ["from kernels import bias_gelu", "import kernels; kernels.bias_gelu"])
 def test_nothing_can_be_had_from_kernels_as_a_package_of_its_own(statement: str) -> None:
     done = run(sys.executable, "-c", statement, cwd=REPOSITORY)

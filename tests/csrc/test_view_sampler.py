@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from beit_fast import _C
 
-DRAWS = 20_000
+DRAWS = 10_000
 
 
 def random_resized_crop(
