@@ -91,6 +91,12 @@ class Turns:
             raise found
         return found
 
+    @staticmethod
+    def replay(benchmark: Any, seconds: list[float]) -> None:
+        """Makes recorded times the rounds of a row of the table."""
+        rounds = recorded_clock.load(seconds)
+        benchmark.pedantic(recorded_clock.next_round, rounds=rounds)
+
 
 @pytest.fixture(scope="session")
 def turns(scale: Scale) -> Turns:
@@ -125,8 +131,7 @@ def in_turns(benchmark: Any, turns: Turns) -> Callable[..., Measured]:
             pytest.skip(measured.absent.get(rival, "does not take part here"))
         benchmark.group = measured.comparison.group
         benchmark.extra_info.update(measured.report(rival))
-        rounds = recorded_clock.load(measured.seconds[rival])
-        benchmark.pedantic(recorded_clock.next_round, rounds=rounds)
+        turns.replay(benchmark, measured.seconds[rival])
         return measured
 
     return report
@@ -134,7 +139,7 @@ def in_turns(benchmark: Any, turns: Turns) -> Callable[..., Measured]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "in_turns" in getattr(item, "fixturenames", ()):
+        if "turns" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=recorded_clock))
 
 
@@ -144,16 +149,20 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
-    rows = [b for b in getattr(session, "benchmarks", []) if "over_beit_fast" in b.extra_info]
-    rows = [b for b in rows if b.extra_info["rival"] != OURS]
-    if not rows:
-        return
-    terminalreporter.section("times as long as beit_fast: median of the rounds and its 95 % interval")
+    rows = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("rival") != OURS]
+    write_ratios(terminalreporter, rows, "over_beit_fast", "times as long as beit_fast")
+    write_ratios(terminalreporter, rows, "gain", "times as fast as the row before")
+
+
+def write_ratios(terminalreporter: Any, rows: list[Any], key: str, title: str) -> None:
+    rows = [b for b in rows if key in b.extra_info]
+    if rows:
+        terminalreporter.section(f"{title}: median of the rounds and its 95 % interval")
     for group in dict.fromkeys(b.group for b in rows):
         terminalreporter.write_line(group)
         for b in rows:
             if b.group == group:
-                ratio = b.extra_info["over_beit_fast"]
+                ratio = b.extra_info[key]
                 terminalreporter.write_line(
                     f"  {ratio['median']:7.2f}  [{ratio['low']:.2f}, {ratio['high']:.2f}]  n={ratio['pairs']:<3}"
                     f" {b.extra_info['rival']}"
