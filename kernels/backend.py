@@ -41,14 +41,16 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         global _chosen
         _chosen = self._previous
 
 
 def chosen_backend() -> str:
-    """The name given to `use_backend`, or "auto"."""
-    return _chosen
+    """The name given to `use_backend`, or "auto"; "reference" during an export, whose result must run without us."""
+    return "reference" if torch.compiler.is_exporting() else _chosen
 
 
 @functools.cache
@@ -67,7 +69,7 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _device_runs_triton(index: int) -> bool:
+def device_runs_triton(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= _MINIMUM_CAPABILITY
 
 
@@ -79,5 +81,5 @@ def triton_runs(tensor: torch.Tensor) -> bool:
     if _chosen not in ("auto", "triton", "sdpa", "xformers", "flex") or not triton_installed():
         return False
     if tensor.device.type == "cuda":
-        return tensor.dtype != torch.float64 and _device_runs_triton(tensor.device.index or 0)
+        return tensor.dtype != torch.float64 and device_runs_triton(tensor.device.index or 0)
     return _chosen == "triton" and interpreting() and tensor.device.type == "cpu"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .. import backend
-from . import reference
-from .cpu import fold_bias, spread_table
+from ..dispatch import differentiable_op, plain_op
+from . import cpu, reference
 
 
-def relative_position_bias(table: torch.Tensor, window_size: tuple[int, int]) -> torch.Tensor:
+def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
     """The additive bias of self-attention over a window of patches and one CLS token.
 
     Args:
@@ -38,44 +38,47 @@ def relative_position_bias(table: torch.Tensor, window_size: tuple[int, int]) ->
         )
     if backend.chosen_backend() == "reference":
         return reference.relative_position_bias(table, (height, width))
-    return torch.ops.beit_fast.relative_position_bias(table, height, width)
+    return _spread(table, height, width)
 
 
-@torch.library.custom_op("beit_fast::relative_position_bias", mutates_args=())
-def _spread(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _spread_impl(table: Tensor, height: int, width: int) -> Tensor:
     if backend.triton_runs(table):
         from . import kernel
 
         return kernel.spread_table(table, height, width)
-    return spread_table(table, height, width)
+    if table.device.type != "cpu":
+        return reference.relative_position_bias(table, (height, width))
+    return cpu.spread_table(table, height, width)
 
 
-@_spread.register_fake
-def _spread_fake(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _spread_fake(table: Tensor, height: int, width: int) -> Tensor:
     num_tokens = height * width + 1
     return table.new_empty(table.shape[1], num_tokens, num_tokens)
 
 
-@torch.library.custom_op("beit_fast::relative_position_bias_backward", mutates_args=())
-def _fold(grad_bias: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _fold_impl(grad_bias: Tensor, height: int, width: int) -> Tensor:
     if backend.triton_runs(grad_bias):
         from . import kernel
 
         return kernel.fold_bias(grad_bias, height, width)
-    return fold_bias(grad_bias, height, width)
+    if grad_bias.device.type != "cpu":
+        index = reference.relative_position_index((height, width)).to(grad_bias.device)
+        folded = grad_bias.new_zeros(reference.table_rows((height, width)), grad_bias.shape[0])
+        return folded.index_put_((index,), grad_bias.permute(1, 2, 0), accumulate=True)
+    return cpu.fold_bias(grad_bias, height, width)
 
 
-@_fold.register_fake
-def _fold_fake(grad_bias: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _fold_fake(grad_bias: Tensor, height: int, width: int) -> Tensor:
     return grad_bias.new_empty(reference.table_rows((height, width)), grad_bias.shape[0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ctx.height, ctx.width = inputs
 
 
-def _backward(ctx: Any, grad_bias: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    return torch.ops.beit_fast.relative_position_bias_backward(grad_bias, ctx.height, ctx.width), None, None
+def _autograd(ctx: Any, grad_bias: Tensor) -> tuple[Tensor, None, None]:
+    return _fold(grad_bias, ctx.height, ctx.width), None, None
 
 
-_spread.register_autograd(_backward, setup_context=_setup_context)
+_fold = plain_op("relative_position_bias_backward", _fold_impl, _fold_fake)
+_spread = differentiable_op("relative_position_bias", _spread_impl, _spread_fake, _setup, _autograd)

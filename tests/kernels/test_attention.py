@@ -1,0 +1,268 @@
+"""Attention with a bias on CPU, against its definition in fp64: results, gradients, contracts with autograd."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit_fast.kernels import biased_attention, packed_attention, prepare_bias, use_backend
+from beit_fast.kernels.attention import cpu, reference
+
+Check = Callable[[str, Tensor, Tensor, Tensor], None]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs_of(
+    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float64, spread: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv (B, N, 3, H, K), bias (H, N, N) in at least fp32, gradient of the output."""
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(batch, tokens, 3, heads, head_dim, generator=generator, dtype=torch.float64)
+    bias = torch.randn(heads, tokens, tokens, generator=generator, dtype=torch.float64) * spread
+    grad = torch.randn(batch, tokens, heads, head_dim, generator=generator, dtype=torch.float64)
+    return qkv.to(dtype), bias.to(torch.promote_types(dtype, torch.float32)), grad.to(dtype)
+
+
+def run(attention: Callable[..., Tensor], qkv: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of qkv and bias."""
+    qkv = qkv.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    out = attention(qkv, bias)
+    wanted = [qkv] if bias is None else [qkv, bias]
+    return [out, *torch.autograd.grad(out, wanted, grad)]
+
+
+def by_definition(qkv: Tensor, bias: Tensor | None, scale: float | None = None) -> Tensor:
+    return reference.biased_attention(*qkv.unbind(2), bias, qkv.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def eager(qkv: Tensor, bias: Tensor | None) -> Tensor:
+    """What a model does without us, every step in the inputs' dtype."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def compare(check: Check, qkv: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    ours = run(packed_attention, qkv, bias, grad)
+    usual = run(eager, qkv, bias, grad)
+    exact = run(by_definition, qkv.double(), None if bias is None else bias.double(), grad.double())
+    for name, *three in zip(("out", "qkv", "bias"), ours, usual, exact, strict=False):
+        check(name, *(x.detach() for x in three))
+    return ours
+
+
+@pytest.fixture
+def few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few bytes to keep the probabilities of anything, or the scores of more than two heads of 17 tokens."""
+    monkeypatch.setattr(cpu, "KEEP_BYTES", 0)
+    monkeypatch.setattr(cpu, "_SCRATCH_BYTES", 2 * 17 * 17 * 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [2, 5, 17, 50, 65, 101])
+def test_accuracy(tokens: int, dtype: torch.dtype, assert_accurate: Check) -> None:
+    compare(assert_accurate, *inputs_of(3, tokens, 3, 64, dtype))
+
+
+@pytest.mark.parametrize("tokens", [197, 257, 577, 1025])
+def test_accuracy_at_image_sizes(tokens: int, assert_accurate: Check) -> None:
+    compare(assert_accurate, *inputs_of(2, tokens, 2, 64, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_of_a_large_bias(dtype: torch.dtype, assert_accurate: Check) -> None:
+    qkv, bias, grad = inputs_of(2, 50, 2, 64, dtype)
+    compare(assert_accurate, qkv, bias.sign() * 30, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_accuracy_without_kept_probabilities(
+    with_bias: bool, dtype: torch.dtype, few_bytes: None, assert_accurate: Check
+) -> None:
+    """Long sequences keep log-sum-exp only, and take heads a few at a time."""
+    qkv, bias, grad = inputs_of(2, 17, 5, 32, dtype)
+    assert not cpu.keeps_probabilities(qkv[:, :, 0])
+    compare(assert_accurate, qkv, bias if with_bias else None, grad)
+
+
+@pytest.mark.parametrize("head_dim", [1, 32, 80, 96, 128])
+def test_head_dims_and_scale(head_dim: int) -> None:
+    qkv, bias, grad = inputs_of(1, 9, 2, head_dim)
+    for scale in (None, 0.3):
+        ours = run(lambda x, b: packed_attention(x, b, scale), qkv, bias, grad)  # noqa: B023
+        exact = run(lambda x, b: by_definition(x, b, scale), qkv, bias, grad)  # noqa: B023
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_inference_keeps_nothing(with_bias: bool, dtype: torch.dtype, assert_accurate: Check) -> None:
+    qkv, bias, _ = inputs_of(3, 50, 2, 64, dtype)
+    given = bias if with_bias else None
+    out = packed_attention(qkv, given)
+    assert out.is_contiguous()
+    assert out.grad_fn is None
+    exact = by_definition(qkv.double(), None if given is None else given.double())
+    assert_accurate("out", out, eager(qkv, given), exact)
+    qkv.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(packed_attention(qkv, given), out)
+    with torch.inference_mode():
+        assert torch.equal(packed_attention(qkv, given), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_strided_inputs_and_gradients(dtype: torch.dtype) -> None:
+    """Slices, transposes and expanded gradients give, bit for bit, what their contiguous copies give."""
+    qkv, bias, grad = inputs_of(3, 11, 4, 16, dtype)
+    contiguous = run(packed_attention, qkv, bias, grad)
+    wide = torch.zeros(6, 11, 3, 4, 32, dtype=dtype)
+    wide[::2, ..., 8:24] = qkv
+    sliced = wide[::2, ..., 8:24]
+    by_heads = qkv.permute(3, 1, 2, 4, 0).contiguous().permute(4, 1, 2, 0, 3)
+    for strided in (sliced, by_heads):
+        for gradient in (grad, grad.transpose(1, 3).contiguous().transpose(1, 3)):
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(run(packed_attention, strided, bias, gradient), contiguous, strict=True)
+            )
+    ones = run(packed_attention, qkv, bias, torch.ones_like(grad))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(run(packed_attention, qkv, bias, grad.new_ones(1).expand_as(grad)), ones, strict=True)
+    )
+
+
+def test_three_tensors_equal_the_packed_one() -> None:
+    qkv, bias, grad = inputs_of(3, 11, 4, 16, torch.float32)
+    packed = run(packed_attention, qkv, bias, grad)
+    separate = run(lambda x, b: biased_attention(*(t.clone() for t in x.unbind(2)), b), qkv, bias, grad)
+    views = run(lambda x, b: biased_attention(*x.unbind(2), b), qkv, bias, grad)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(packed, separate, views, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_bias(dtype: torch.dtype) -> None:
+    """A bias without requires_grad gets none, and the gradient of the rest is the same."""
+    qkv, bias, grad = inputs_of(2, 17, 3, 32, dtype)
+    full = run(packed_attention, qkv, bias, grad)
+    frozen = run(lambda x, _: packed_attention(x, bias), qkv, None, grad)
+    assert torch.equal(full[0], frozen[0])
+    assert torch.equal(full[1], frozen[1])
+    table = bias.detach().requires_grad_()
+    out = packed_attention(qkv, table)  # and the other way round: only the bias learns
+    assert torch.equal(torch.autograd.grad(out, table, grad)[0], full[2])
+
+
+def test_bias_gradient_properties() -> None:
+    """Rows of the bias gradient sum to zero, gradients of parts of a batch add up, two runs agree bit for bit."""
+    qkv, bias, grad = inputs_of(5, 50, 3, 32, torch.float32)
+    whole = run(packed_attention, qkv, bias, grad)
+    assert whole[2].sum(-1).abs().max() < 1e-5 * whole[2].abs().max() * 50
+    again = run(packed_attention, qkv.clone(), bias.clone(), grad.clone())
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    parts = [run(packed_attention, qkv[s], bias, grad[s])[2] for s in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(parts[0] + parts[1], whole[2], rtol=1e-5, atol=1e-5)
+    shifted = run(packed_attention, qkv, bias + torch.randn(3, 50, 1), grad)
+    for name, a, b in zip(("out", "qkv", "bias"), whole, shifted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_uninitialised_memory_is_never_read(
+    keep: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if not keep:
+        request.getfixturevalue("few_bytes")
+    inputs = inputs_of(2, 17, 3, 32, torch.float32)
+    clean = run(packed_attention, *inputs)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # which fills every new tensor with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        poisoned = run(packed_attention, *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+def test_gradcheck() -> None:
+    qkv, bias, _ = inputs_of(2, 5, 2, 3)
+    qkv.requires_grad_()
+    bias.requires_grad_()
+    assert torch.autograd.gradcheck(packed_attention, (qkv, bias))
+    assert torch.autograd.gradcheck(lambda x: packed_attention(x, scale=0.7), (qkv,))
+    q, k, v = (x.detach().clone().requires_grad_() for x in qkv.unbind(2))
+    assert torch.autograd.gradcheck(biased_attention, (q, k, v, bias))
+    (once,) = torch.autograd.grad(packed_attention(qkv, bias).square().sum(), bias, create_graph=True)
+    with pytest.raises(RuntimeError):
+        once.sum().backward()
+
+
+def check_ops(dtype: torch.dtype, bias_only: bool) -> None:
+    qkv, bias, grad = inputs_of(2, 5, 2, 4, dtype)
+    q, k, v = qkv.unbind(2)
+    ops = torch.ops.beit_fast
+    learned = bias.detach().requires_grad_()
+    torch.library.opcheck(ops.packed_attention.default, (qkv.requires_grad_(), learned, None, 0.5))
+    if bias_only:
+        return
+    torch.library.opcheck(ops.packed_attention.default, (qkv, None, None, 0.5))
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(ops.biased_attention.default, (*leaves, learned, None, 0.5))
+    constants = [x.detach() for x in (q, k, v, bias)]
+    torch.library.opcheck(ops.attention.default, (*constants, None, 0.5))
+    out, saved = (x.detach() for x in ops.packed_attention(qkv, bias, None, 0.5))
+    for need_bias in (True, False):
+        torch.library.opcheck(ops.attention_backward.default, (grad, *constants, None, out, saved, 0.5, need_bias))
+
+
+def test_opcheck() -> None:
+    check_ops(torch.float32, bias_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_every_op(dtype: torch.dtype) -> None:
+    check_ops(dtype, bias_only=False)
+
+
+def test_compiled_as_one_graph() -> None:
+    qkv, bias, grad = inputs_of(2, 17, 2, 8, torch.float32)
+
+    def attend(x: Tensor, b: Tensor) -> Tensor:
+        return packed_attention(x.sin(), prepare_bias(b.cos(), x.dtype)).exp()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, qkv, bias, grad), run(attend, qkv, bias, grad))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(qkv, bias), attend(qkv, bias))
+
+
+def test_reference_backend_is_the_definition() -> None:
+    qkv, bias, grad = inputs_of(2, 9, 2, 8)
+    with use_backend("reference"):
+        forced = run(packed_attention, qkv, bias, grad)
+    assert all(torch.equal(a, b) for a, b in zip(forced, run(by_definition, qkv, bias, grad), strict=True))
+
+
+def test_bad_input_is_named() -> None:
+    qkv, bias = torch.zeros(2, 5, 3, 2, 8), torch.zeros(2, 5, 5)
+    with pytest.raises(ValueError, match=r"qkv must be floating \(B, N, 3, H, K\)"):
+        packed_attention(qkv[:, :, :2], bias)
+    with pytest.raises(ValueError, match=r"bias must be floating \(H, N, N\) = \(2, 5, 5\), got .*\(3, 5, 5\)"):
+        packed_attention(qkv, torch.zeros(3, 5, 5))
+    with pytest.raises(ValueError, match="bias is on meta but the queries are on cpu"):
+        packed_attention(qkv, bias.to("meta"))
+    q, k, v = qkv.unbind(2)
+    with pytest.raises(ValueError, match="of one shape"):
+        biased_attention(q[:1], k, v, bias)
+    with pytest.raises(ValueError, match="one dtype and one device"):
+        biased_attention(q.half(), k, v, bias)
+    with pytest.raises(ValueError, match=r"\(H, N, N\)"):
+        prepare_bias(torch.zeros(2, 5, 6), torch.float32)
