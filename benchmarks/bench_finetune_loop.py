@@ -1,0 +1,180 @@
+"""Fine-tuning from files to updated weights: beit_fast's loop beside timm's, on the same images.
+
+    pytest benchmarks/bench_finetune_loop.py --benchmark-only
+
+Both read the same JPEG class folders and do what the fine-tuning recipe says: random resized crop, RandAugment, erasing
+with noise, mixup or CutMix, layer-wise decay, AdamW. timm's is its own loader (`create_loader`, one worker process per
+core), its own Mixup, its own BEiT and parameter groups. A turn is a run of steps, so that what a loader made ahead in
+the other's turn is a small part of it. `data_wait_share` is the part of the time that the model waited.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.turns import OURS, Absent, Comparison, Rival
+
+RIVALS = [OURS, "timm"]
+
+
+@dataclass(frozen=True)
+class Case:
+    size: str
+    image_size: int
+    batch: int
+    steps: int
+    """Steps of one turn."""
+    tiny: bool
+    device: Any
+    folder: Path
+
+
+def cases(scale: Any) -> dict[str, Any]:
+    small, base = ("tiny", 224, 16, 8), ("base", 224, 64, 16)
+    found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(small,), gpu=(base,), full=(small, base))
+    return {f"{size}{px}": (size, px, batch, steps, scale.name == "tiny", scale.device)
+            for size, px, batch, steps in found}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 drawn scenes of 320 x 256 pixels in class folders."""
+    from PIL import Image
+
+    from beit_fast.data.builtin import render_labelled
+
+    root = tmp_path_factory.mktemp("classes")
+    for index in range(240):
+        pixels, label = render_labelled(index, 3, 320)
+        place = root / "train" / f"{label:02d}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(pixels[:256])).save(place / f"{index}.jpg", quality=90)
+    return root
+
+
+def timed(batches: Iterator[Any], info: dict[str, Any]) -> Iterator[Any]:
+    """The batches, and in `info` how long the loop stood waiting for them."""
+    while True:
+        before = time.perf_counter()
+        batch = next(batches)
+        info["waited_s"] = info.get("waited_s", 0.0) + time.perf_counter() - before
+        yield batch
+
+
+def turn(step: Any, batches: Iterator[Any], info: dict[str, Any], steps: int) -> None:
+    began = time.perf_counter()
+    for _ in range(steps):
+        step(next(batches))
+    info["ran_s"] = info.get("ran_s", 0.0) + time.perf_counter() - began
+    info["data_wait_share"] = info["waited_s"] / info["ran_s"]
+
+
+def shape(case: Case) -> dict[str, Any]:
+    return {"width": 32, "depth": 2, "num_heads": 2} if case.tiny else {}
+
+
+def ours(case: Case) -> Rival:
+    from beit_fast.train.batching import requests_of
+    from beit_fast.train.config import OptimConfig
+    from beit_fast.train.distributed import World
+    from beit_fast.train.finetune import ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
+    from beit_fast.train.optim import build_optimizer, optimizer_step, set_learning_rate
+
+    config = FinetuneConfig(
+        output_dir=case.folder / "run", scratch=True, batch_size=case.batch, batch_per_device=case.batch,
+        data=LabelledDataConfig(path=str(case.folder), validate=False),
+        model=ClassifierModelConfig(size=case.size, image_size=case.image_size, **shape(case)),  # type: ignore[arg-type]
+        optim=OptimConfig(lr=1e-4, clip_grad=None),
+    )  # fmt: skip
+    task, world = Finetune(config), World(0, 1, torch.device(case.device))
+    model = task.build(config, world).train()
+    optimizer = build_optimizer(task.parameter_groups(model, 0.05), config.optim)
+    info: dict[str, Any] = {}
+    requests = requests_of(0, 10**6, task.num_samples() // case.batch, config, 0, 1)
+    batches = timed(iter(task.batches(requests)), info)
+    one, count = torch.ones((), device=world.device), torch.tensor(float(case.batch), device=world.device)
+    state = {"step": 0}
+
+    def step(batch: Any) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            ready = task.prepare(batch, state["step"])
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=world.device.type == "cuda"):
+            output = task.loss(model, ready, count)
+        output.loss.backward()
+        set_learning_rate(optimizer, 1e-4)
+        optimizer_step(optimizer, one, None)
+        state["step"] += 1
+
+    return Rival(lambda: turn(step, batches, info, case.steps), info=info)
+
+
+def timms(case: Case) -> Rival:
+    make_torchvision_importable()
+    try:
+        from timm.data import Mixup, create_dataset, create_loader
+        from timm.loss import SoftTargetCrossEntropy
+        from timm.models.beit import Beit
+        from timm.optim import param_groups_layer_decay
+    except ImportError as error:
+        raise Absent(f"timm is not installed ({error})") from error
+    from beit_fast.models import BeitConfig
+    from benchmarks.peers import timm_beit
+
+    config = BeitConfig.from_preset(case.size, image_size=case.image_size, drop_path_rate=0.1, **shape(case))  # type: ignore[arg-type]
+    model = timm_beit(config.for_classification(24))
+    assert isinstance(model, Beit)
+    device = torch.device(case.device)
+    model.to(device).train()
+    dataset = create_dataset("", root=str(case.folder / "train"), is_training=True)
+    loader = create_loader(
+        dataset, (3, case.image_size, case.image_size), case.batch, is_training=True, use_prefetcher=False,
+        re_prob=0.25, re_mode="pixel", auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
+        num_workers=len(os.sched_getaffinity(0)), device=device, persistent_workers=True,
+    )  # fmt: skip
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=24)
+    groups = param_groups_layer_decay(model, 0.05, layer_decay=0.65)
+    optimizer, loss_of = torch.optim.AdamW(groups, lr=1e-4, fused=True), SoftTargetCrossEntropy()
+    info: dict[str, Any] = {}
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    batches = timed(endless(), info)
+
+    def step(batch: Any) -> None:
+        images, targets = mixup(batch[0].to(device, non_blocking=True), batch[1].to(device, non_blocking=True))
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(model(images), targets)
+        loss.backward()
+        optimizer.step()
+
+    return Rival(lambda: turn(step, batches, info, case.steps), info=info)
+
+
+def comparison(case: Case) -> Comparison:
+    return Comparison(
+        group=f"fine-tuning, files to weights: BEiT-{case.size}, {case.image_size} px, batch {case.batch}",
+        rivals={OURS: lambda: ours(case), "timm": lambda: timms(case)},
+        shapes={"batch": case.batch, "image_size": case.image_size, "steps": case.steps},
+        dtype="bfloat16" if torch.device(case.device).type == "cuda" else "float32",
+        images=case.batch * case.steps,
+    )
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_loop(in_turns: Any, case: Any, rival: str, folder: Path) -> None:
+    made = Case(*case, folder)
+    in_turns(("loop", case), lambda: comparison(made), rival, 60.0, pairs=5)
