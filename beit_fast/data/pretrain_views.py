@@ -21,7 +21,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ from beit_fast.data.resizing import CpuViews, GpuViews, ResizedViews, Resizer
 from beit_fast.data.sampling import BlockwiseMasking, ViewSampling, compiled_module, epoch_order, sample_keys
 from beit_fast.data.screening import BadImages, Header, Rejection, read_screened
 from beit_fast.data.sources import ImageSource
+from beit_fast.data.token_store import TokenStore
 from beit_fast.data.view_transform import gray_means, transform_views
 
 _NOTHING_USABLE = "source: not one of its images can be used"
@@ -60,21 +61,38 @@ class _Request(Protocol):
 
 @dataclass(frozen=True)
 class PretrainBatch:
-    """One batch; on the device of its `PretrainViews` except `indices`."""
+    """One batch; on the device of its `PretrainViews` except `indices` and `unknown`."""
 
     images: Tensor
     """float32 (b, 3, S, S), normalised"""
     token_images: Tensor
-    """float32 (b, 3, s, s) in [0, 1]"""
+    """float32 (b, 3, s, s) in [0, 1]; with a token store only those of `unknown`, (u, 3, s, s)"""
     mask: Tensor
     """bool (b, h, w), True where masked"""
     indices: Tensor
     """int64 (b,): samples of the source, replacements of bad images included"""
     sample_keys: Tensor
     """int64 (b,): for drop path"""
+    masked_rows: Tensor
+    """int64 (M,): `mask.flatten().nonzero()`, known beforehand so that nobody waits for a GPU to count"""
+    epoch: int
+    known_tokens: Tensor | None = None
+    """int64 (b, h, w) from the token store, where there is one; nothing of use at `unknown`"""
+    unknown: Tensor | None = None
+    """int64 (u,), on the CPU: rows of the batch whose tokens are not in the store yet"""
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+class _Resized(NamedTuple):
+    """A batch before colour, and what the token store knows of it: tokens (b, P) and whether they are there (b,)."""
+
+    views: ResizedViews
+    flips: NDArray[np.bool_]
+    factors: NDArray[np.float32]
+    tokens: NDArray[np.uint16] | None
+    known: NDArray[np.bool_]
 
 
 _Made = tuple[PretrainBatch, torch.cuda.Event | None]
@@ -102,6 +120,9 @@ class PretrainViews:
     An image that cannot be read or decoded is replaced by the sample at the next place of the epoch's order,
     (position + 1) modulo the length and so on, and reported to `bad_images`, which raises `TooManyBadImages`.
 
+    `view_cycle=K` repeats windows, flips and colours every K epochs; order, masks and drop path are those of the
+    epoch. A `token_store` (its cycle is K) brings the tokens of views it knows; tokenizer views are made of the others.
+
     ValueError where arguments do not fit together; ModuleNotFoundError where `beit_fast._C` or DALI is missing.
     """
 
@@ -122,6 +143,8 @@ class PretrainViews:
         bad_images: BadImages | None = None,
         threads: int | None = None,
         prefetch: int = 2,
+        view_cycle: int | None = None,
+        token_store: TokenStore | None = None,
     ) -> None:
         if len(source) == 0:
             raise ValueError("source: no images")
@@ -130,6 +153,16 @@ class PretrainViews:
                 raise ValueError(f"{name} {size} is not a multiple of the mask's grid {masking.grid}")
         if prefetch < 1:
             raise ValueError(f"prefetch must be at least 1, got {prefetch}")
+        if view_cycle is not None and view_cycle < 1:
+            raise ValueError(f"view_cycle must be at least 1, got {view_cycle}")
+        if token_store is not None and (
+            token_store.cycle != view_cycle or token_store.num_tokens != masking.grid[0] * masking.grid[1]
+        ):
+            raise ValueError(
+                f"token_store holds {token_store.num_tokens} tokens per view in a cycle of {token_store.cycle}; the "
+                f"grid is {masking.grid} and view_cycle {view_cycle}"
+            )
+        self.view_cycle, self.token_store = view_cycle, token_store
         self.source, self.masking, self.views, self.seed = source, masking, views, seed
         self.image_size, self.token_image_size = image_size, token_image_size
         self.mean, self.std = tuple(mean), tuple(std)
@@ -145,7 +178,7 @@ class PretrainViews:
         self._num_readers = max(8, self.threads)
         self._readers = ThreadPoolExecutor(self._num_readers, thread_name_prefix="beit_fast-read")
         self._workers = ThreadPoolExecutor(self.threads, thread_name_prefix="beit_fast-resize")
-        self._resizer = self._make_resizer(decoder)
+        self._resizer = self._make_resizer(resolve_decoder(decoder, self.device))
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._running: list[Prefetcher[_Made]] = []
         self._one_at_a_time = threading.Lock()  # a decoder has one set of buffers
@@ -181,8 +214,6 @@ class PretrainViews:
         self.close()
 
     def _make_resizer(self, decoder: str) -> Resizer:
-        if decoder == "auto":
-            decoder = ("dali-gpu" if self.device.type == "cuda" else "dali") if has_dali() else "pil"
         if decoder not in ("dali", "dali-gpu", "pil"):
             raise ValueError(f"decoder must be auto, dali, dali-gpu or pil, got {decoder!r}")
         if self.jitter_center not in ("view", "image"):
@@ -242,41 +273,57 @@ class PretrainViews:
         return batch, ready
 
     def _make(self, epoch: int, samples: list[_Sample]) -> PretrainBatch:
-        resized, flips, factors = self._resized(epoch, samples)
+        resized, flips, factors, tokens, known = self._resized(epoch, samples)
         indices = np.array([sample.index for sample in samples], np.int64)
         mask = self.masking.sample(self.seed, epoch, indices)
         keys = sample_keys(self.seed, epoch, indices)
+        rows = mask.flatten().nonzero().squeeze(1)
         unit = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        # Which rows the tokenizer has to see; all of them without a store.
+        wanted = slice(None) if tokens is None else np.flatnonzero(~known)
         if self.device.type == "cpu":
             # Both views share the centre of the contrast: they are one picture in two sizes.
             centers = resized.centers.numpy() if resized.centers is not None else None
             if centers is None:
                 centers = self._compiled.gray_means(resized.views.numpy())
-            images, token_images = (
-                self._transform_on_cpu(view, flips, factors, centers, *norm)
-                for view, norm in ((resized.views, (self.mean, self.std)), (resized.token_views, unit))
+            images = self._transform_on_cpu(resized.views, flips, factors, centers, self.mean, self.std)
+            token_images = self._transform_on_cpu(
+                resized.token_views[wanted], flips[wanted], factors[wanted], centers[wanted], *unit
             )
         else:
-            views, token_views = self._send(resized.views), self._send(resized.token_views)
+            views, token_views = self._send(resized.views), self._send(resized.token_views[wanted])
             flip, factor = self._send(torch.from_numpy(flips)), self._send(torch.from_numpy(factors))
             center = self._send(resized.centers) if resized.centers is not None else gray_means(views)
             images = transform_views(views, flip, factor, center, self.mean, self.std)
-            token_images = transform_views(token_views, flip, factor, center, *unit)
-            mask, keys = self._send(mask), self._send(keys)
-        return PretrainBatch(images, token_images, mask, torch.from_numpy(indices), keys)
+            token_images = transform_views(token_views, flip[wanted], factor[wanted], center[wanted], *unit)
+            mask, keys, rows = self._send(mask), self._send(keys), self._send(rows)
+        batch = PretrainBatch(images, token_images, mask, torch.from_numpy(indices), keys, rows, epoch)
+        if tokens is None:
+            return batch
+        known_tokens = torch.from_numpy(tokens.astype(np.int64)).view(len(samples), *self.masking.grid)
+        if self.device.type != "cpu":
+            known_tokens = self._send(known_tokens)
+        return replace(batch, known_tokens=known_tokens, unknown=torch.from_numpy(np.flatnonzero(~known)))
 
-    def _resized(
-        self, epoch: int, samples: list[_Sample]
-    ) -> tuple[ResizedViews, NDArray[np.bool_], NDArray[np.float32]]:
+    def _view_epoch(self, epoch: int) -> int:
+        return epoch if self.view_cycle is None else epoch % self.view_cycle
+
+    def _resized(self, epoch: int, samples: list[_Sample]) -> _Resized:
         """Both views of the samples, with what fails to decode replaced, in `samples` too."""
-        resized, flips, factors = self._decode(epoch, samples)
+        tokens, known = None, np.zeros(len(samples), np.bool_)
+        if self.token_store is not None:
+            tokens, known = self.token_store.read(epoch, np.array([sample.index for sample in samples], np.int64))
+        resized, flips, factors = self._decode(epoch, samples, known)
         for row, rejection in resized.rejected.items():
             reason = rejection.reason
+            known[row] = False
             for _ in range(len(self.source)):
                 broken = samples[row]
                 self.bad_images.add(self.source.name(broken.index), reason)
                 samples[row] = self._find(epoch, (broken.position + 1) % len(self.source))
-                one, flips[row : row + 1], factors[row : row + 1] = self._decode(epoch, samples[row : row + 1])
+                one, flips[row : row + 1], factors[row : row + 1] = self._decode(
+                    epoch, samples[row : row + 1], known[row : row + 1]
+                )
                 if not one.rejected:
                     break
                 reason = one.rejected[0].reason
@@ -285,21 +332,21 @@ class PretrainViews:
             resized.views[row], resized.token_views[row] = one.views[0], one.token_views[0]
             if resized.centers is not None and one.centers is not None:
                 resized.centers[row] = one.centers[0]
-        return resized, flips, factors
+        return _Resized(resized, flips, factors, tokens, known)
 
     def _decode(
-        self, epoch: int, samples: list[_Sample]
+        self, epoch: int, samples: list[_Sample], known: NDArray[np.bool_]
     ) -> tuple[ResizedViews, NDArray[np.bool_], NDArray[np.float32]]:
         headers = [sample.header for sample in samples]
         windows, flips, factors = self.views.sample(
             self.seed,
-            epoch,
+            self._view_epoch(epoch),
             [sample.index for sample in samples],
             [header.height for header in headers],
             [header.width for header in headers],
         )
         with self._one_at_a_time:
-            return self._resizer.make([sample.data for sample in samples], headers, windows), flips, factors
+            return self._resizer.make([sample.data for sample in samples], headers, windows, known), flips, factors
 
     def _transform_on_cpu(
         self,
@@ -321,9 +368,18 @@ class PretrainViews:
         return tensor if tensor.is_cuda else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
+def resolve_decoder(decoder: str, device: torch.device) -> str:
+    """What `auto` stands for on this machine."""
+    if decoder != "auto":
+        return decoder
+    return ("dali-gpu" if device.type == "cuda" else "dali") if has_dali() else "pil"
+
+
 def _hand_over(batch: PretrainBatch, ready: torch.cuda.Event) -> None:
     """Let the consumer's stream wait for the batch, and keep its memory until that stream is done with it."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(ready)
-    for tensor in (batch.images, batch.token_images, batch.mask, batch.sample_keys):
+    for tensor in (batch.images, batch.token_images, batch.mask, batch.sample_keys, batch.masked_rows):
         tensor.record_stream(stream)
+    if batch.known_tokens is not None:
+        batch.known_tokens.record_stream(stream)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,14 +24,17 @@ class ResizedViews(NamedTuple):
     views: Tensor
     """uint8 (B, S, S, 3), bicubic"""
     token_views: Tensor
-    """uint8 (B, s, s, 3), Lanczos"""
+    """uint8 (B, s, s, 3), Lanczos; rows of images whose tokens are known hold nothing of use"""
     centers: Tensor | None
     """float32 (B,): mean gray of the whole image, where that was asked for"""
     rejected: dict[int, Rejection]
 
 
 class Resizer(Protocol):
-    def make(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> ResizedViews: ...
+    def make(
+        self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows, known: NDArray[np.bool_]
+    ) -> ResizedViews:
+        """`known` (B,): images that need no tokenizer view."""
 
 
 @cache
@@ -70,7 +74,9 @@ class CpuViews:
         self.image_size, self.token_image_size = image_size, token_image_size
         self.whole_image = whole_image
 
-    def make(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> ResizedViews:
+    def make(
+        self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows, known: NDArray[np.bool_]
+    ) -> ResizedViews:
         batch = len(encoded)
         views = torch.empty(batch, self.image_size, self.image_size, 3, dtype=torch.uint8)
         token_views = torch.empty(batch, self.token_image_size, self.token_image_size, 3, dtype=torch.uint8)
@@ -89,7 +95,8 @@ class CpuViews:
                 centers[number] = float(compiled_module().gray_means(np.ascontiguousarray(crop)[None])[0])
                 crop = crop[top : top + height, left : left + width]
             resize(crop, self.image_size, "bicubic", views[number])
-            resize(crop, self.token_image_size, "lanczos", token_views[number])
+            if not known[number]:
+                resize(crop, self.token_image_size, "lanczos", token_views[number])
 
         for _ in self.pool.map(work, range(batch)):
             pass
@@ -109,7 +116,10 @@ class GpuViews(DaliPipeline):
     def graph(self, crops: Any) -> tuple[Any, ...]:
         return resize_with_dali(crops, self.image_size, self.token_image_size)
 
-    def make(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> ResizedViews:
+    def make(
+        self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows, known: NDArray[np.bool_]
+    ) -> ResizedViews:
+        """The graph makes both views of all images, `known` or not."""
         batch = len(encoded)
         views = torch.empty(batch, self.image_size, self.image_size, 3, dtype=torch.uint8, device=self.device)
         size = self.token_image_size

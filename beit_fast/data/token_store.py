@@ -45,8 +45,7 @@ class TokenStore:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.path, self.num_samples, self.num_tokens, self.cycle = path, num_samples, num_tokens, cycle
-        self.settings = json.loads(json.dumps({**settings, "num_samples": num_samples, "num_tokens": num_tokens,
-                                               "view_cycle": cycle}, sort_keys=True))  # fmt: skip
+        self.settings = _complete(settings, num_samples, num_tokens, cycle)
         self.record_bytes = 2 * num_tokens + _CRC_BYTES
         self.bytes = store_bytes(num_samples, num_tokens, cycle)
         self.damaged_records = 0
@@ -54,7 +53,7 @@ class TokenStore:
         header = _header(self.settings)
         self._salt = zlib.crc32(header)
         with _exclusive(path):
-            if self.look(path, self.settings, self.bytes) == "damaged":
+            if _look(path, self.settings, self.bytes) == "damaged":
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
                 self.note = f"token cache {path} is damaged: begun anew, the old file is {aside}"
@@ -68,29 +67,6 @@ class TokenStore:
             raise
         records = np.frombuffer(self._map, np.uint8, offset=HEADER_BYTES)
         self._records: NDArray[np.uint8] | None = records.reshape(cycle * num_samples, self.record_bytes)
-
-    @staticmethod
-    def look(path: Path, settings: Mapping[str, Any], size: int) -> str:
-        """What is at `path`: "missing", "usable" or "damaged". Changes nothing.
-
-        ValueError where it is a store made with other settings, or no file.
-        """
-        if not path.exists():
-            return "missing"
-        if not path.is_file():
-            raise ValueError(f"token cache {path} is not a file; give another --data.token-cache")
-        with path.open("rb") as file:
-            found = _read_header(file.read(HEADER_BYTES))
-        if found is None:
-            return "damaged"
-        names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
-        if names:
-            pairs = ", ".join(f"{name} {found.get(name)}, now {settings.get(name)}" for name in names)
-            raise ValueError(
-                f"token cache {path} was made with {pairs}; restore the settings, give another --data.token-cache, or "
-                "delete the file"
-            )
-        return "usable" if path.stat().st_size == size else "damaged"
 
     def read(self, epoch: int, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
         """Tokens (b, P) of samples `indices` (b,) in `epoch`, and whether they are there (b,); zeros where not."""
@@ -170,6 +146,13 @@ def store_bytes(num_samples: int, num_tokens: int, cycle: int) -> int:
     return HEADER_BYTES + cycle * num_samples * (2 * num_tokens + _CRC_BYTES)
 
 
+def check_store(path: Path, *, num_samples: int, num_tokens: int, cycle: int, settings: Mapping[str, Any]) -> None:
+    """Whether `TokenStore` could be opened or made with these arguments: its errors, and nothing is written."""
+    size = store_bytes(num_samples, num_tokens, cycle)
+    if _look(path, _complete(settings, num_samples, num_tokens, cycle), size) != "usable":
+        require_space(path, size)
+
+
 def require_space(path: Path, size: int) -> None:
     """OSError, with the numbers, where the disk of `path` cannot take `size` bytes."""
     free = shutil.disk_usage(existing_parent(path)).free
@@ -179,6 +162,34 @@ def require_space(path: Path, size: int) -> None:
             f"token cache {path} needs {size / 2**20:,.0f} MiB, the disk has {free / 2**20:,.0f} MiB free; give "
             "another --data.token-cache, a smaller --data.view-cycle, or --data.token-cache off",
         )
+
+
+def _look(path: Path, settings: Mapping[str, Any], size: int) -> str:
+    """What is at `path`: "missing", "usable" or "damaged"; ValueError where it is no file or another store."""
+    if not path.exists():
+        return "missing"
+    if not path.is_file():
+        raise ValueError(f"token cache {path} is not a file; give another --data.token-cache")
+    with path.open("rb") as file:
+        found = _read_header(file.read(HEADER_BYTES))
+    if found is None:
+        return "damaged"
+    names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
+    if names:
+        pairs = ", ".join(f"{name} {found.get(name)}, now {settings.get(name)}" for name in names)
+        raise ValueError(
+            f"token cache {path} was made with {pairs}; restore the settings, give another --data.token-cache, or "
+            "delete the file"
+        )
+    return "usable" if path.stat().st_size == size else "damaged"
+
+
+def _complete(settings: Mapping[str, Any], num_samples: int, num_tokens: int, cycle: int) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    sizes = {"num_samples": num_samples, "num_tokens": num_tokens, "view_cycle": cycle}
+    plain = json.loads(json.dumps({**settings, **sizes}))
+    assert isinstance(plain, dict)
+    return plain
 
 
 def existing_parent(path: Path) -> Path:

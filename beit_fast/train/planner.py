@@ -107,6 +107,9 @@ def _measure(task: Task, config: RunConfig, world: World) -> dict[str, float]:
     averages = weights if config.optim.ema_decay is not None else 0
     saved_bytes = weights + moments + averages
     step_s = (max(seconds["data"], seconds["prepare"] + seconds["train"])) * local / share
+    extras = task.plan(config)
+    prepared_steps = min(target, extras.get("prepared_epochs", 2**62) * steps_per_epoch)
+    later_s = max(seconds["data"], seconds["train"]) * local / share  # once what `prepare` gives is kept
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for group in groups for p in group["params"]),
@@ -123,8 +126,9 @@ def _measure(task: Task, config: RunConfig, world: World) -> dict[str, float]:
         "data_ms_per_sample": 1000 * seconds["data"] / share,
         "prepare_ms_per_sample": 1000 * seconds["prepare"] / share,
         "train_ms_per_sample": 1000 * seconds["train"] / share,
-        "run_s": step_s * target,
-        **task.plan(config),
+        "run_s": step_s * prepared_steps + later_s * (target - prepared_steps),
+        "saved_s": (step_s - later_s) * (target - prepared_steps),
+        **extras,
     }
 
 
@@ -145,6 +149,8 @@ def _print(task: Task, config: RunConfig, world: World, n: dict[str, float]) -> 
          f"{mib(int(n['activation_bytes']))} for {n['micro_batch']:.0f} {noun}"),
         ("disk", f"{mib(int(n['checkpoint_bytes']))} per checkpoint, {mib(int(n['disk_bytes']))} in all; "
          f"{mib(shutil.disk_usage(parent).free)} free"),
+        *([("token cache", f"{mib(int(n['token_cache_bytes']))} on disk; from epoch {n['prepared_epochs']:.0f} on no "
+            f"tokenizer, {duration(n['saved_s'])} saved")] if "token_cache_bytes" in n else []),
         (f"time per {noun.rstrip('s')}", f"{n['train_ms_per_sample']:,.1f} ms forward and backward, "
          f"{n['prepare_ms_per_sample']:,.1f} ms before it, {n['data_ms_per_sample']:,.1f} ms of data beside it"),
         ("time", f"{duration(n['run_s'])} on {world.size} of this device (from one micro-batch)"),

@@ -16,12 +16,15 @@ from beit_fast.data import builtin, sources
 from beit_fast.data.pretrain_views import PretrainBatch, PretrainViews
 from beit_fast.data.sampling import BlockwiseMasking, ViewSampling
 from beit_fast.data.screening import BadImages
+from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.configs import Preset, Size
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
+from beit_fast.train import token_cache
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed import World
 from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.token_cache import TokenSource
 
 NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -52,6 +55,12 @@ class DataConfig:
     """Probability of a horizontal flip."""
     jitter: float = 0.4
     """Strength of brightness, contrast and saturation jitter."""
+    view_cycle: int | None = None
+    """Repeat crops, flips and colours every so many epochs (masks stay fresh), so that the tokenizer runs in the first
+    of them only: its tokens are kept on disk, 396 bytes per image and epoch of the cycle. None: new views every epoch,
+    as in the paper."""
+    token_cache: str | None = free(None)
+    """File of those tokens; None: tokens.cache in the run folder. `off` repeats the views and keeps no tokens."""
     max_bad_share: float = free(0.01)
     """Stop the run when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
     decoder: Literal["auto", "dali", "dali-gpu", "pil"] = free("auto")
@@ -165,6 +174,8 @@ class MaskedImageModeling(Task):
         self.views: PretrainViews | None = None
         self.held_out: PretrainViews | None = None
         self.bad_images: BadImages | None = None
+        self.token_store: TokenStore | None = None
+        self.tokens: TokenSource
 
     def build(self, config: RunConfig, world: World) -> nn.Module:
         c, data = self.config, self.config.data
@@ -183,7 +194,9 @@ class MaskedImageModeling(Task):
         self.bad_images = BadImages(
             len(source), c.output_dir / "bad_files.tsv" if c.output_dir.is_dir() else None, data.max_bad_share
         )
-        self.views = self._views(source, masking, self.bad_images)
+        self.token_store = token_cache.open_store(c, self.tokenizer, source, masking, world.device)
+        self.tokens = TokenSource(self.tokenizer, self.token_store)
+        self.views = self._views(source, masking, self.bad_images, data.view_cycle, self.token_store)
         if c.evaluation.images:
             held_out = (
                 sources.open_source(c.evaluation.path)
@@ -198,7 +211,14 @@ class MaskedImageModeling(Task):
         model.set_grad_checkpointing(c.model.grad_checkpointing)
         return model.to(world.device)
 
-    def _views(self, source: sources.ImageSource, masking: BlockwiseMasking, bad: BadImages) -> PretrainViews:
+    def _views(
+        self,
+        source: sources.ImageSource,
+        masking: BlockwiseMasking,
+        bad: BadImages,
+        view_cycle: int | None = None,
+        store: TokenStore | None = None,
+    ) -> PretrainViews:
         data = self.config.data
         mean, std = NORMALIZATION[data.normalization]
         jitter = data.jitter
@@ -207,6 +227,7 @@ class MaskedImageModeling(Task):
             source, masking, sampling, seed=self.config.seed, image_size=self.config.model.image_size,
             token_image_size=masking.grid[0] * self.tokenizer.stride, mean=mean, std=std, device=self.world.device,
             decoder=data.decoder, bad_images=bad, threads=data.threads, prefetch=data.prefetch,
+            view_cycle=view_cycle, token_store=store,
         )  # fmt: skip
 
     def num_samples(self) -> int:
@@ -220,25 +241,26 @@ class MaskedImageModeling(Task):
         return self.views.batches(requests)
 
     def num_targets(self, batch: PretrainBatch) -> Tensor | int:
-        if self.config.masking.mode == "official":
-            return batch.mask.sum()
-        return len(batch) * self.config.masking.num_masked
+        return len(batch.masked_rows)
 
     def prepare(self, batch: PretrainBatch, step: int) -> tuple[PretrainBatch, Tensor]:
         """The visual tokens at the masked positions, int64 (M,)."""
-        return batch, self.tokenizer.encode(batch.token_images, batch.mask)
+        return batch, self.tokens.at_masked(batch)
 
     def loss(self, model: nn.Module, batch: tuple[PretrainBatch, Tensor], num_targets: Tensor) -> StepOutput:
         views, tokens = batch
-        output = model(views.images, views.mask, tokens, views.sample_keys, num_targets)
-        masked = torch.as_tensor(output.num_masked, dtype=torch.float64, device=tokens.device)
+        output = model(views.images, views.mask, tokens, views.sample_keys, num_targets, views.masked_rows)
+        masked = torch.full((), output.num_masked, dtype=torch.float64, device=tokens.device)
         return StepOutput(output.loss, {"num_correct": output.num_correct, "num_masked": masked})
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {"accuracy": sums["num_correct"] / sums["num_masked"]}
 
     def counters(self) -> dict[str, float]:
-        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
+        counts = {} if self.bad_images is None else {"bad_images": float(len(self.bad_images))}
+        if self.token_store is not None:
+            counts["damaged_token_records"] = self.token_store.damaged_records
+        return counts
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Held-out images under the training views and fixed masks, in nats per masked patch:
@@ -281,12 +303,21 @@ class MaskedImageModeling(Task):
         side = self.config.model.image_size // self.config.model.patch_size * self.tokenizer.stride
         with FlopCounterMode(display=False) as counter:
             self.tokenizer.encode(torch.zeros(1, 3, side, side, device=self.world.device))
-        return {"flops_per_image": 3 * forward, "tokenizer_flops_per_image": float(counter.get_total_flops())}
+        numbers = {"flops_per_image": 3 * forward, "tokenizer_flops_per_image": float(counter.get_total_flops())}
+        data = self.config.data
+        if data.view_cycle is not None and data.token_cache != "off":
+            numbers["prepared_epochs"] = data.view_cycle
+            numbers["token_cache_bytes"] = store_bytes(len(self.source), (side // self.tokenizer.stride) ** 2,
+                                                       data.view_cycle)  # fmt: skip
+        return numbers
 
     def close(self) -> None:
         for views in (self.views, self.held_out):
             if views is not None:
                 views.close()
+        if self.token_store is not None:
+            self.tokens.flush()
+            self.token_store.close()
 
     def finish(self, model: nn.Module, run_dir: Path) -> None:
         if self.bad_images is not None and len(self.bad_images):
