@@ -1,0 +1,254 @@
+"""Does pre-training help? Fine-tuning against training from scratch, and probes against random weights, in one record.
+
+    python -m benchmarks.evidence_finetune --record benchmarks/records/<date>_<device>_finetune.json
+
+Everything is drawn scenes of 64 x 64 pixels, 24 classes = 6 shapes x 4 textures, and a BEiT of width 128 and depth 4:
+a functional check of the method, not ImageNet. Pre-training sees unlabelled scenes of its own; the labelled training
+scenes differ from seed to seed, the validation scenes are always the same and are never trained on.
+
+Both ways of training have the same augmentation and the same three learning rates to choose from, by one run each on a
+set of labelled scenes that is not used again; training from scratch has `scratch_steps` steps, at least three times as
+many. The run folders are kept, so the program continues where it was stopped. `--arms probe` runs a part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from beit_fast.data.builtin import NOTICE, builtin_source
+from beit_fast.train import engine
+from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
+from beit_fast.train.finetune import AugmentConfig, ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
+from beit_fast.train.pretrain import (
+    DataConfig,
+    EvaluationConfig,
+    MaskedImageModeling,
+    MaskingConfig,
+    ModelConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
+from beit_fast.train.probe import LinearProbe, ProbeConfig
+from benchmarks import machine
+
+Arm = Literal["pretrain", "probe", "tune", "finetune", "scratch"]
+ARMS: tuple[Arm, ...] = ("pretrain", "probe", "tune", "finetune", "scratch")
+TUNING_SEED = 100
+HELD_OUT = 600
+"""Scenes on which pre-training is measured."""
+SHAPE: dict[str, Any] = {
+    "size": "tiny", "width": 128, "depth": 4, "num_heads": 4, "image_size": 64, "patch_size": 8, "drop_path_rate": 0.0,
+    "use_abs_pos_emb": True, "layer_scale_init": 0.0, "init_std": 0.05,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Fine-tuning against scratch, probes against random weights, on drawn scenes."""
+
+    output: Path = Path("runs/evidence_finetune")
+    """Run folders of all arms."""
+    record: Path | None = None
+    """JSON to write, and a picture of the curves beside it."""
+    pretrained: str | None = None
+    """Weights in place of an own pre-training (a run folder or a file) of the same architecture."""
+    arms: tuple[Arm, ...] = ARMS
+    """Which parts to run; the record holds what has been run so far."""
+    seeds: int = 3
+    """Labelled training sets, orders and initial weights."""
+    unlabelled_images: int = 16_000
+    """Scenes for pre-training."""
+    pretrain_steps: int = 3000
+    """Steps of pre-training, 32 scenes each."""
+    labelled_images: int = 2000
+    """Labelled training scenes per seed."""
+    validation_images: int = 1500
+    """Validation scenes."""
+    finetune_steps: int = 600
+    """Steps of fine-tuning, 32 scenes each."""
+    scratch_steps: int = 3000
+    """Steps from scratch."""
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates that both choose from."""
+    layer_decay: float = 0.85
+    """Of fine-tuning; from scratch all layers learn alike."""
+    probe_epochs: int = 60
+    """Epochs of the probes."""
+    cache_dir: str | None = None
+    """Where scenes are kept."""
+    device: str = "auto"
+    """Where to run."""
+    threads: int = 1
+    """Threads that make views."""
+
+
+def common(protocol: Protocol, folder: str, every: int) -> dict[str, Any]:
+    """What all runs share."""
+    return {
+        "output_dir": protocol.output / folder, "device": protocol.device, "precision": "fp32",
+        "log": LogConfig(every_steps=every, progress="lines"), "checkpoint": CheckpointConfig(every_steps=500),
+    }  # fmt: skip
+
+
+def pretraining(protocol: Protocol) -> PretrainConfig:
+    """Masked image modelling on unlabelled scenes, seed 7; held out are those of seed 8."""
+    scenes, held_out = (
+        builtin_source(protocol.cache_dir, count, seed, 64, labelled=True).root
+        for count, seed in ((protocol.unlabelled_images, 7), (HELD_OUT, 8))
+    )
+    return PretrainConfig(
+        **common(protocol, "pretrain", 100), steps=protocol.pretrain_steps, batch_size=32, batch_per_device=32,
+        eval_every=500, model=ModelConfig(**SHAPE), masking=MaskingConfig(num_masked=26, min_num_patches=4),
+        data=DataConfig(
+            path=str(scenes), normalization="half", scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.0,
+            threads=protocol.threads,
+        ),
+        tokenizer=TokenizerConfig(name="demo"), evaluation=EvaluationConfig(images=HELD_OUT, path=str(held_out)),
+        optim=OptimConfig(lr=1.5e-3, warmup_steps=protocol.pretrain_steps // 16, betas=(0.9, 0.98)),
+    )  # fmt: skip
+
+
+def labelled(protocol: Protocol, seed: int) -> LabelledDataConfig:
+    """Training scenes of a seed and the validation scenes."""
+    return LabelledDataConfig(
+        builtin_images=protocol.labelled_images, builtin_validation_images=protocol.validation_images, builtin_size=64,
+        builtin_seed=1000 + seed, cache_dir=protocol.cache_dir, normalization="half", crop_share=1.0,
+        threads=protocol.threads,
+    )  # fmt: skip
+
+
+def probing(protocol: Protocol, weights: str | None, seed: int) -> ProbeConfig:
+    """Probes of every block on standardised features, without augmentation."""
+    name = f"probe_{'random' if weights is None else 'pretrained'}_seed{seed}"
+    return ProbeConfig(
+        **common(protocol, name, 200), weights=weights, scratch=weights is None, seed=seed,
+        epochs=protocol.probe_epochs, batch_size=min(100, protocol.labelled_images), batch_per_device=100,
+        augment=False, standardise=True,
+        data=labelled(protocol, seed), model=ClassifierModelConfig(**SHAPE),
+        optim=OptimConfig(lr=4e-3, min_lr=0.0, warmup_steps=0, weight_decay=1e-4, clip_grad=None),
+    )  # fmt: skip
+
+
+def classifying(protocol: Protocol, weights: str | None, rate: float, seed: int) -> FinetuneConfig:
+    """Fine-tuning from `weights`, or training from scratch."""
+    scratch = weights is None
+    steps = protocol.scratch_steps if scratch else protocol.finetune_steps
+    name = f"{'scratch' if scratch else 'finetune'}_lr{rate:g}_seed{seed}"
+    return FinetuneConfig(
+        **common(protocol, name, 50), weights=weights, scratch=scratch, seed=seed, steps=steps, batch_size=32,
+        batch_per_device=32, eval_every=max(steps // 12, 1), layer_decay=1.0 if scratch else protocol.layer_decay,
+        data=labelled(protocol, seed), model=ClassifierModelConfig(**SHAPE),
+        augment=AugmentConfig(
+            scale=(0.7, 1.0), rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0
+        ),
+        optim=OptimConfig(lr=rate, min_lr=1e-6, warmup_steps=steps // 10, clip_grad=3.0),
+    )  # fmt: skip
+
+
+def run(task: Callable[[Any], Any], config: Any) -> dict[str, Any]:
+    """Train to the end (or find it trained) and give the last metrics."""
+    result = engine.run(task(config), config)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)
+    return result.metrics
+
+
+def curve(config: FinetuneConfig) -> list[tuple[int, float]]:
+    """(step, top-1 in percent) of a run's evaluations."""
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["top1_percent"]) for line in lines if line["kind"] == "evaluation"]
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    return {
+        "top1_percent": values,
+        "mean": statistics.mean(values),
+        "standard_deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
+    }
+
+
+def gather(protocol: Protocol) -> dict[str, Any]:
+    """Run the arms asked for."""
+    found: dict[str, Any] = {}
+    weights = protocol.pretrained or str(protocol.output / "pretrain")
+    seeds = range(protocol.seeds)
+    if "pretrain" in protocol.arms and protocol.pretrained is None:
+        metrics = run(MaskedImageModeling, pretraining(protocol))
+        found["pretraining"] = {
+            name: metrics[name] for name in ("step", "held_out_loss", "token_entropy_nats", "other_context_loss")
+        }
+    if "probe" in protocol.arms:
+        for name, start in (("probe_pretrained", weights), ("probe_random", None)):
+            results = [run(LinearProbe, probing(protocol, start, seed)) for seed in seeds]
+            layers = [[value for key, value in sorted(r.items()) if key.startswith("layer")] for r in results]
+            found[name] = summary([r["best_top1_percent"] for r in results]) | {"layers": layers}
+    for name, start in (("finetune", weights), ("scratch", None)):
+        if "tune" not in protocol.arms and name not in protocol.arms:
+            continue
+        tuned = {
+            rate: run(Finetune, classifying(protocol, start, rate, TUNING_SEED))["top1_percent"]
+            for rate in protocol.rates
+        }
+        best = max(tuned, key=tuned.__getitem__)
+        found[f"{name}_tuning"] = {"top1_percent_by_rate": tuned, "chosen": best}
+        if name in protocol.arms:
+            configs = [classifying(protocol, start, best, seed) for seed in seeds]
+            values = [run(Finetune, config)["top1_percent"] for config in configs]
+            found[name] = summary(values) | {"steps": configs[0].steps, "curves": [curve(c) for c in configs]}
+    return found
+
+
+def differences(found: dict[str, Any]) -> dict[str, float]:
+    """Points of top-1 that pre-training is worth."""
+    pairs = {
+        "finetune_minus_scratch": ("finetune", "scratch"),
+        "probe_minus_random": ("probe_pretrained", "probe_random"),
+    }
+    return {n: found[a]["mean"] - found[b]["mean"] for n, (a, b) in pairs.items() if a in found and b in found}
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Validation top-1 over steps of every seed, both arms."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, colour in (("finetune", "tab:blue"), ("scratch", "tab:orange")):
+        for number, points in enumerate(found.get(name, {}).get("curves", [])):
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, color=colour, marker=".", label=f"{name} (3 seeds)" if number == 0 else None)
+    axes.axhline(100 / 24, color="0.6", linewidth=1, linestyle=":", label="chance")
+    axes.set(xlabel="step of 32 scenes", ylabel="validation top-1 (%)", title="drawn scenes, 24 classes")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    protocol = tyro.cli(Protocol)
+    found = gather(protocol)
+    found["differences_points"] = differences(found)
+    print(json.dumps({k: v for k, v in found.items() if k != "curves"}, indent=1))
+    if protocol.record is not None:
+        device = engine.start_world(protocol.device).device
+        settings = {k: v for k, v in dataclasses.asdict(protocol).items() if k not in ("output", "record", "cache_dir")}
+        record = {"subject": "finetune", "data": NOTICE, "settings": settings, "results": found,
+                  "machine": machine.environment(device)}  # fmt: skip
+        protocol.record.write_text(json.dumps(record, indent=1, default=str) + "\n")
+        draw(found, protocol.record.with_suffix(".png"))
+        print(f"wrote {protocol.record}")
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
+    main()
