@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -322,3 +325,61 @@ def test_a_run_folder_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(ValueError, match="is a run folder without a sound checkpoint"):
         resolve_weights(tmp_path)
     assert resolve_weights(Path("x.pth")) == Path("x.pth")
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(cache, tmp_path):
+    """The recipe under torchrun: the same batch over two processes, every validation image counted once."""
+    recipe = Path(__file__).parents[2] / "recipes" / "finetune_imagenet_base.py"
+    options = (
+        f"--model.width 32 --model.depth 2 --model.num-heads 2 --model.image-size 32 --model.patch-size 8 "
+        f"--data.builtin-size 32 --data.builtin-images 32 --data.builtin-validation-images 23 --data.cache-dir {cache} "
+        "--batch-size 8 --batch-per-device 2 --steps 4 --device cpu --log.progress none --optim.eps 1e-3"
+    ).split()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["OMP_NUM_THREADS"] = "1"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, str(recipe), *options, "--output-dir", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+    one, two = (Beit.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
+    measured = [json.loads((tmp_path / name / "model" / "preprocessing.json").read_text())["measured"]
+                for name in ("one", "two")]  # fmt: skip
+    assert measured[0]["validation_images"] == measured[1]["validation_images"] == 23
+    assert measured[0]["top1_percent"] == pytest.approx(measured[1]["top1_percent"], abs=100 / 23 + 1e-6)
+
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@gpu
+@needs_gpu
+def test_the_gpu_makes_the_same_batches(config):
+    tasks = {device: Finetune(config) for device in ("cpu", "cuda")}
+    found = {}
+    for device, task in tasks.items():
+        task.build(config, World(0, 1, torch.device(device)))
+        batch = next(iter(task.batches(iter([Request(0, np.arange(8))]))))
+        images, labels, keys, lam = task.prepare(batch, 1)
+        assert images.device.type == device
+        found[device] = [value.cpu() for value in (images, labels, keys, lam)]
+        task.close()
+    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(found["cuda"][1:], found["cpu"][1:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("how", ["none", "default", "cuda-graph"])
+def test_the_gpu_trains_what_the_cpu_does(config, tmp_path, how):
+    on_cpu, _ = train(config, precision="fp32", device="cpu")
+    model = dataclasses.replace(MODEL, compile=how)
+    on_gpu, metrics = train(config, precision="fp32", device="cuda", model=model, output_dir=tmp_path / "gpu")
+    for name, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name].cpu(), value, rtol=2e-2, atol=2e-3, msg=name)
+    assert metrics["validation_images"] == 24
