@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# A process per core, each with one thread: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help pretrain test check slow aot build clean
@@ -14,7 +16,7 @@ pretrain: $(VENV)/.train  ## BEiT-L pre-training: a short run on built-in images
 	$(BIN)/python recipes/pretrain_beit_large.py $(ARGS)
 
 test: $(VENV)/.dev  ## every test that needs no GPU and is not slow
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -22,10 +24,10 @@ check: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/mypy
 
 slow: $(VENV)/.dev  ## the slow tests (installation in clean environments, kills, long kernels)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 and sm_90 and check its costs
-	$(BIN)/python -m pytest -m aot $(ARGS)
+	$(PYTEST) -m aot $(ARGS)
 
 build: $(VENV)/.train  ## rebuild beit_fast._C in place after a change in csrc/
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
