@@ -34,7 +34,7 @@ class Case:
 
 
 def cases(scale: Any) -> dict[str, Case]:
-    sizes = scale.pick(tiny=("tiny",), cpu=("base",), gpu=("base", "large"), full=("base", "large"))
+    sizes = scale.pick(tiny=("tiny",), cpu=("small",), gpu=("base", "large"), full=("base", "large"))
     return {size: Case(size, scale.device, scale.name == "tiny") for size in sizes}
 
 

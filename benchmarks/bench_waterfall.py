@@ -71,6 +71,7 @@ gains: dict[Case, dict[int, float]] = {}
 
 @pytest.mark.parametrize("number", range(len(RUNGS)), ids=RUNGS)
 def test_waterfall(benchmark, turns, case, number):
+    turns.check_time()
     found = run_rung(case, number)
     config = json.loads(case.config)
     comparison = Comparison(case.group, {}, {"B": case.batch_size, **config}, case.dtype, images=case.batch_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +14,14 @@ import torch
 from benchmarks.machine import environment
 from benchmarks.turns import OURS, Comparison, Disagreement, Measured, measure, recorded_clock
 
-SIZES = ("tiny", "default", "full")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beit_fast")
     group.addoption("--full", action="store_true", help="all sizes, BEiT-L and 384 px among them (default: minutes)")
     group.addoption("--tiny", action="store_true", help="toy sizes that only show that everything runs")
     group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 7; 15 with --full)")
+    group.addoption("--stop-after", type=float, default=None, metavar="S",
+                    help="start no comparison after S seconds (default 540; --full: no limit)")  # fmt: skip
     group.addoption("--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -34,11 +36,16 @@ def device_of(config: pytest.Config) -> torch.device:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much to measure: `name` is tiny, default or full."""
+    """How much to measure: `name` is tiny, default or full; `pairs` the fewest rounds, None where nobody asked."""
 
     name: str
     device: torch.device
-    pairs: int
+    asked_pairs: int | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Fewest rounds of a comparison."""
+        return self.asked_pairs or {"tiny": 2, "default": 7, "full": 15}[self.name]
 
     def pick(self, *, tiny: Any, cpu: Any, gpu: Any, full: Any = None) -> Any:
         """The value for this scale; `full` (default: that of the device) for --full."""
@@ -56,8 +63,7 @@ class Scale:
 
 def scale_of(config: pytest.Config) -> Scale:
     name = "tiny" if config.getoption("--tiny") else "full" if config.getoption("--full") else "default"
-    pairs = config.getoption("--pairs") or {"tiny": 2, "default": 7, "full": 15}[name]
-    return Scale(name, device_of(config), pairs)
+    return Scale(name, device_of(config), config.getoption("--pairs"))
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +74,20 @@ def scale(request: pytest.FixtureRequest) -> Scale:
 class Turns:
     """Measures each comparison once, when its first rival's test asks, and keeps what was measured."""
 
-    def __init__(self, scale: Scale) -> None:
-        self.scale = scale
+    def __init__(self, scale: Scale, stop_after_s: float) -> None:
+        self.scale, self.stop_after_s = scale, stop_after_s
+        self.started = time.monotonic()
         self.measured: dict[Hashable, Measured | Disagreement] = {}
 
     def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float, pairs: int) -> Measured:
         if key not in self.measured:
+            self.check_time()
             tiny = self.scale.name == "tiny"
             try:
                 self.measured[key] = measure(
                     make(),
                     self.scale.device,
-                    pairs=min(pairs, self.scale.pairs) if self.scale.name == "default" else self.scale.pairs,
+                    pairs=pairs if self.scale.name == "default" and not self.scale.asked_pairs else self.scale.pairs,
                     most_pairs=3 if tiny else 31,
                     budget_s=0.0 if tiny else budget_s,
                     turn_s=0.001 if tiny else 0.03,
@@ -91,6 +99,11 @@ class Turns:
             raise found
         return found
 
+    def check_time(self) -> None:
+        """Skips the test where the time for starting comparisons is over."""
+        if time.monotonic() - self.started > self.stop_after_s:
+            pytest.skip(f"no comparison is started after {self.stop_after_s:.0f} s: --stop-after")
+
     @staticmethod
     def replay(benchmark: Any, seconds: list[float]) -> None:
         """Makes recorded times the rounds of a row of the table."""
@@ -99,8 +112,9 @@ class Turns:
 
 
 @pytest.fixture(scope="session")
-def turns(scale: Scale) -> Turns:
-    return Turns(scale)
+def turns(request: pytest.FixtureRequest, scale: Scale) -> Turns:
+    given = request.config.getoption("--stop-after")
+    return Turns(scale, given if given is not None else math.inf if scale.name == "full" else 540.0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
