@@ -1,9 +1,13 @@
-"""The three steps around the head's matrix products in plain torch: for CPU, and for GPUs too old for our kernels."""
+"""The three steps around the head's matrix products in plain torch: for CPU, and for GPUs too old for our kernels.
+
+Here, unlike in the kernels, the host looks at values: on a CPU that costs nothing.
+"""
 
 import torch
 from torch import Tensor
 
 IGNORED = -100  # the target of a row that only pads `rows` to a fixed length
+_FAINT = -60.0  # a logit this far below the largest: its probability may be 0 in fp32
 
 
 def gather_norm(
@@ -21,25 +25,32 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> tupl
     """Per row the cross entropy (0 without a target) and whether the largest logit is the target's.
 
     Args:
-        logits: (M, V); replaced by the gradient of the summed cross entropy if `with_gradient`.
+        logits: (M, V); replaced by the gradient of the summed cross entropy if `with_gradient`, else by anything.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     valid = targets != IGNORED
     index = targets.where(valid, 0)[:, None]
-    at_target = logits.gather(1, index).squeeze(1).to(wide)
-    largest, best = logits.max(1)
-    if with_gradient and logits.dtype == wide:
+    at_target = logits.gather(1, index)
+    largest = logits.amax(1, keepdim=True)
+    hits = valid & (at_target == largest).squeeze(1)
+    candidates = hits.nonzero().squeeze(1)  # a tie goes to the lowest index; argmax of every row costs four times amax
+    hits[candidates] = logits.index_select(0, candidates).argmax(1) == targets[candidates]
+    if logits.dtype == wide:
+        faint = ((at_target - largest).squeeze(1) < _FAINT).nonzero().squeeze(1)
+        rows = logits.index_select(0, faint)
         torch.softmax(logits, 1, out=logits)
-        # the largest probability is 1 / sum(exp(logit - largest)): the log-sum-exp without another pass
-        log_sum = largest - logits.gather(1, best[:, None]).squeeze(1).log()
+        chance = logits.gather(1, index)
+        losses = -chance.squeeze(1).log()
+        losses[faint] = torch.logsumexp(rows, 1) - at_target[faint, 0]
     else:
-        log_sum = torch.logsumexp(logits.to(wide), 1)
-        if with_gradient:
-            torch.softmax(logits, 1, out=logits)
+        losses = torch.logsumexp(logits.to(wide), 1) - at_target.squeeze(1).to(wide)
+        torch.softmax(logits, 1, out=logits)
+        chance = torch.exp(-losses)[:, None]
     if with_gradient:
-        logits.scatter_(1, index, torch.expm1(at_target - log_sum)[:, None].to(logits.dtype))  # p - 1 of the target
-        logits.masked_fill_(~valid[:, None], 0)
-    return (log_sum - at_target).masked_fill_(~valid, 0), (best == targets) & valid
+        logits.scatter_(1, index, (chance - 1).to(logits.dtype))
+        if not bool(valid.all()):
+            logits.masked_fill_(~valid[:, None], 0)
+    return losses.masked_fill_(~valid, 0), hits
 
 
 def scatter_norm_backward(

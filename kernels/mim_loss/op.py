@@ -83,6 +83,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _column_sum(matrix: Tensor) -> Tensor:
+    """(M, V) -> (V,) in at least fp32; on a CPU as a product with ones, which is twice as fast as `sum(0)`."""
+    wide = _wide(matrix.dtype)
+    if matrix.device.type == "cpu" and matrix.dtype == wide:
+        return matrix.new_ones(matrix.shape[0]) @ matrix
+    return matrix.sum(0, dtype=wide)
+
+
 def _product(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     """factor (0-d) times left @ right, in at least fp32; half precision is never rounded between the two."""
     if left.device.type == "cpu":  # here reading the factor stalls nothing
@@ -155,7 +163,7 @@ def _loss_backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, norm_weight, norm_bias, head_weight, head_bias); factor = d(loss) / num_targets."""
     grad_head_weight = _product(grad_logits.t(), normed, factor)
-    grad_head_bias = grad_logits.sum(0, dtype=_wide(normed.dtype)) * factor
+    grad_head_bias = _column_sum(grad_logits) * factor
     grad_normed = grad_logits @ head_weight.to(normed.dtype)
     grad_hidden, grad_norm_weight, grad_norm_bias = _steps(hidden).scatter_norm_backward(
         grad_normed, factor, hidden, rows, targets, mean, rstd, norm_weight
@@ -189,11 +197,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, _, num_targets, *_ = inputs
     _, num_correct, grad_logits, normed, mean, rstd = output
     ctx.mark_non_differentiable(num_correct, grad_logits, normed, mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros for those either, one of which is (M, V)
     ctx.dtypes = [tensor.dtype for tensor in (hidden, norm_weight, norm_bias, head_weight, head_bias)]
     ctx.save_for_backward(grad_logits, normed, mean, rstd, hidden, rows, targets, norm_weight, head_weight, num_targets)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 11
     *saved, num_targets = ctx.saved_tensors
     found = _loss_backward(grad_loss / num_targets, *saved)
     hidden, *others = (grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))
@@ -234,7 +245,7 @@ def _chunked_impl(
         losses.append(loss)
         hits.append(hit)
         if with_gradient:
-            grad_bias += logits.sum(0, dtype=wide)
+            grad_bias += _column_sum(logits)
             if compute == wide:
                 grad_weight.addmm_(logits.t(), some)
             else:
@@ -317,11 +328,14 @@ def _chunked_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, rows, targets, norm_weight, norm_bias, head_weight, head_bias, _, num_targets, *_ = inputs
     _, num_correct, *saved = output
     ctx.mark_non_differentiable(num_correct, *saved)
+    ctx.set_materialize_grads(False)
     ctx.dtypes = [tensor.dtype for tensor in (hidden, norm_weight, norm_bias, head_weight, head_bias)]
     ctx.save_for_backward(*saved, hidden, rows, targets, norm_weight, num_targets)
 
 
-def _chunked_autograd(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _chunked_autograd(ctx: Any, grad_loss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 12
     *saved, num_targets = ctx.saved_tensors
     found = _chunked_backward(grad_loss / num_targets, *saved)
     hidden, *others = (grad.to(dtype) for grad, dtype in zip(found, ctx.dtypes, strict=True))

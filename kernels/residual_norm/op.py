@@ -351,6 +351,8 @@ def _norm_autograd(
 ) -> tuple[Tensor | None, ...]:
     total, mean, rstd, weight, bias, branch, gamma, drop_path, branch_bias = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5, 7)]
+    if grad_total is None and grad_normed is None:
+        return (None,) * 8
     if grad_normed is None:  # nothing downstream read the norm
         grad_normed = total.new_zeros(total.shape, dtype=ctx.branch_dtype)
     # with neither LayerScale nor stochastic depth the sum passes one gradient to both its terms

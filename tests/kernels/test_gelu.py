@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels import bias_gelu, use_backend
+from beit_fast.kernels.gelu import op
 
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
 Inputs = tuple[Tensor, Tensor | None]
@@ -61,8 +62,9 @@ def test_accuracy_on_cpu(bias: bool, dtype: torch.dtype, parameters: torch.dtype
 
 def test_dispatch() -> None:
     x, b = (t.float().requires_grad_() for t in make((2, 3, 8), True))  # type: ignore[union-attr]
-    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x, b))
-    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x.detach().bfloat16().requires_grad_(), None))
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x, b, True))
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x, b, False))
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x.detach().bfloat16().requires_grad_(), None, False))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -77,8 +79,10 @@ def test_compiles_without_a_break(bias: bool) -> None:
         torch.testing.assert_close(b.grad, b2.grad)  # type: ignore[union-attr]
 
 
-def test_inputs_stay_as_they_were_and_a_second_backward_agrees() -> None:
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["adds up again", "keeps the sum"])
+def test_inputs_stay_as_they_were_and_a_second_backward_agrees(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass works in place of a buffer of its own, never of what it was given."""
+    monkeypatch.setattr(op, "MAPPED_ANEW_BYTES", limit)
     x, b = (t.clone().requires_grad_() for t in make((4, 7, 8), True))  # type: ignore[union-attr]
     kept = x.detach().clone()
     y = bias_gelu(x, b)
@@ -86,6 +90,10 @@ def test_inputs_stay_as_they_were_and_a_second_backward_agrees() -> None:
     second = torch.autograd.grad(y.sum(), (x, b))
     assert torch.equal(x.detach(), kept)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    leaf = x.detach().requires_grad_()
+    expected = torch.autograd.grad(F.gelu(leaf + b.detach()).sum(), leaf)[0]
+    torch.testing.assert_close(first[0], expected)
+    torch.testing.assert_close(first[1], expected.sum((0, 1)))
 
 
 def test_odd_layouts() -> None:
