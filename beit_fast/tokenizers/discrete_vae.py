@@ -17,14 +17,14 @@ class _ResBlock(nn.Module):
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) + x
+        return self.net(x).add_(x)
 
 
 class DiscreteVAE(Tokenizer):
@@ -45,8 +45,8 @@ class DiscreteVAE(Tokenizer):
         for layer in range(num_layers):
             down = nn.Conv2d(hidden_dim if layer else 3, hidden_dim, 4, stride=2, padding=1)
             up = nn.ConvTranspose2d(hidden_dim if layer else codebook_dim, hidden_dim, 4, stride=2, padding=1)
-            encoder += [nn.Sequential(down, nn.ReLU()), _ResBlock(hidden_dim)]
-            decoder += [nn.Sequential(up, nn.ReLU()), _ResBlock(hidden_dim)]
+            encoder += [nn.Sequential(down, nn.ReLU(inplace=True)), _ResBlock(hidden_dim)]
+            decoder += [nn.Sequential(up, nn.ReLU(inplace=True)), _ResBlock(hidden_dim)]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(hidden_dim, num_tokens, 1))
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden_dim, 3, 1))
 
@@ -61,8 +61,9 @@ class DiscreteVAE(Tokenizer):
         return next(self.decoder.parameters()).dtype
 
     def features(self, images: Tensor) -> Tensor:
-        x = ((images - 0.5) / 0.5).to(self._dtype())
-        return self.encoder[:-1](x.contiguous(memory_format=torch.channels_last))
+        # 2x - 1 is (x - 0.5) / 0.5 to the bit, in one pass less
+        x = images.contiguous(memory_format=torch.channels_last).mul(2).sub_(1)
+        return self.encoder[:-1](x.to(self._dtype()))
 
     def head(self) -> tuple[Tensor, Tensor]:
         conv = self.encoder[-1]

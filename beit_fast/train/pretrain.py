@@ -140,6 +140,17 @@ class TokenizerConfig:
     comes along. Or a file: encoder.pkl, .safetensors, .pth, .bin."""
     sha256: str | None = None
     """Demand this hash of the file."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of its convolutions, all but the output one, which is fp32 always. `auto`: fp32 on the CPU, fp16 on a GPU, as the
+    official code runs DALL-E's. Rounding moves a token where two are nearly equally probable; bf16 moves more of them
+    (of the demo tokenizer's on built-in images, 1.2 %)."""
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What `precision` is on this device."""
+        name = self.precision
+        if name == "auto":
+            name = "fp32" if device.type == "cpu" else "fp16"
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +200,9 @@ class MaskedImageModeling(Task):
             if data.path is not None
             else builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
         )
-        self.tokenizer = load_tokenizer(c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device)
+        self.tokenizer = load_tokenizer(
+            c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=c.tokenizer.dtype(world.device)
+        )
         self.source = source
         self.bad_images = BadImages(
             len(source), c.output_dir / "bad_files.tsv" if c.output_dir.is_dir() else None, data.max_bad_share

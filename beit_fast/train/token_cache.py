@@ -69,7 +69,7 @@ def open_store(
 def settings_of(
     config: PretrainConfig, tokenizer: Tokenizer, source: sources.ImageSource, masking: BlockwiseMasking
 ) -> dict[str, Any]:
-    """All that the tokens of sample i in epoch e of the cycle depend on, but for the decoder."""
+    """All that the tokens of sample i in epoch e of the cycle depend on, but for what depends on the device."""
     data = config.data
     return {
         "data": sources.fingerprint(source),
