@@ -35,9 +35,13 @@ def _keeps_sum(x: Tensor, bias: Tensor | None) -> bool:
     On a CPU one addition more is cheaper than one more block of memory where that is mapped anew, page by page, every
     time, which is so above the C library's limit.
     """
-    if x.device.type != "cpu" or bias is None or bias.dtype != x.dtype or not torch.is_grad_enabled():
+    if x.device.type != "cpu" or bias is None or bias.dtype != x.dtype or triton_runs(x):
         return False
-    return (x.requires_grad or bias.requires_grad) and x.numel() * x.element_size() <= MAPPED_ANEW_BYTES
+    return (
+        torch.is_grad_enabled()
+        and (x.requires_grad or bias.requires_grad)
+        and x.numel() * x.element_size() <= MAPPED_ANEW_BYTES
+    )
 
 
 def _biased(x: Tensor, bias: Tensor) -> Tensor:

@@ -39,3 +39,14 @@ def assert_accurate() -> Callable[[str, Tensor, Tensor, Tensor], None]:
         assert error <= bound, f"{name}: relative error {error:.2e}, bound {bound:.2e}"
 
     return check
+
+
+@pytest.fixture
+def dirty_memory() -> Iterator[None]:
+    """Every buffer that is asked for without contents arrives full of NaN, or of the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

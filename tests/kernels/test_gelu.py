@@ -122,6 +122,10 @@ def test_triton(triton_device: str, bias: bool, shape: tuple[int, ...], assert_a
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_triton_reads_nothing_unwritten(triton_device: str, dirty_memory: None, assert_accurate: Check) -> None:
+    compare(make((2, 3, 24), True, triton_device), torch.float32, torch.float32, assert_accurate)
+
+
 @pytest.mark.parametrize("D", [pytest.param(3072, marks=pytest.mark.slow, id="BEiT-B")])
 def test_triton_model_width(triton_device: str, D: int, assert_accurate: Check) -> None:
     compare(make((2, 17, D), True, triton_device), torch.bfloat16, torch.float32, assert_accurate)

@@ -191,6 +191,12 @@ def test_triton(triton_device: str, head: torch.dtype, chunk_rows: int | None, a
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_triton_reads_nothing_unwritten(triton_device: str, dirty_memory: None, assert_accurate: Check) -> None:
+    inputs = make(16, 7, 24, 40, padding=2, device=triton_device)
+    compare(inputs, torch.float32, assert_accurate)
+    compare(inputs, torch.float32, assert_accurate, chunk_rows=3)
+
+
 @pytest.mark.parametrize("with_gradient", [True, False])
 def test_triton_cross_entropy(triton_device: str, with_gradient: bool, assert_accurate: Check) -> None:
     """In place, in registers and by loop, with ties, far-off logits and a missing target."""
