@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow aot build clean
+.PHONY: help pretrain test check slow aot bench report gpu-check build clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,16 @@ slow: $(VENV)/.dev  ## the slow tests (installation in clean environments, kills
 
 aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 and sm_90 and check its costs
 	$(PYTEST) -m aot $(ARGS)
+
+bench: $(VENV)/.dev  ## beit_fast beside every peer that is installed; ARGS="--full" for all sizes
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+report: $(VENV)/.dev  ## the tables of the README from benchmarks/records
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one table; needs no network (WHEELS=folder)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check \
+		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 build: $(VENV)/.train  ## rebuild beit_fast._C in place after a change in csrc/
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .

@@ -186,6 +186,8 @@ def measure(
             rivals[name] = build()
         except (Absent, ImportError) as reason:
             measured.absent[name] = str(reason) or type(reason).__name__
+        except Exception as error:
+            _leave_out(name, error, measured)
     _compare(comparison, rivals, measured)
     probes = ceilings(device, comparison.dtype) if comparison.flops or comparison.bytes else {}
     clock = Clock(device)
@@ -212,18 +214,29 @@ def measure(
     return measured
 
 
-def _compare(comparison: Comparison, rivals: Mapping[str, Rival], measured: Measured) -> None:
+def _compare(comparison: Comparison, rivals: dict[str, Rival], measured: Measured) -> None:
     ours = rivals.get(OURS)
     if ours is None or ours.result is None:
         return
     expected = ours.result()
     compare = comparison.compared_by or (lambda a, b: relative_errors(a, b, comparison.tolerance))
-    for name, rival in rivals.items():
+    for name, rival in list(rivals.items()):
         if name != OURS and rival.result is not None:
             try:
                 measured.errors[name] = compare(expected, rival.result())
             except Disagreement as error:
                 raise Disagreement(f"{comparison.group}: {name} computes something else: {error}") from None
+            except Exception as error:
+                del rivals[name]
+                _leave_out(name, error, measured)
+
+
+def _leave_out(name: str, error: Exception, measured: Measured) -> None:
+    """A rival that fails takes no part, and says why; that we fail is an error."""
+    if name == OURS:
+        raise error
+    lines = str(error).strip().splitlines()
+    measured.absent[name] = f"fails here: {type(error).__name__}{': ' + lines[0] if lines else ''}"
 
 
 def relative_errors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tolerance: float) -> dict[str, float]:

@@ -76,6 +76,22 @@ def test_an_absent_rival_is_named_with_its_reason():
     assert list(measured.seconds) == [OURS]
 
 
+def test_a_rival_that_fails_is_left_out_but_our_own_failure_is_an_error():
+    def failing():
+        raise RuntimeError("no kernel image\nmore lines")
+
+    def fails_later():
+        return Rival(lambda: None, failing)
+
+    fine = sleeping(0.0, loss=1.0)
+    rounds = {"pairs": 2, "most_pairs": 2, "turn_s": 1e-9}
+    measured = measure(comparison(beit_fast=fine, one=failing, two=fails_later), CPU, **rounds)
+    assert measured.absent == dict.fromkeys(("one", "two"), "fails here: RuntimeError: no kernel image")
+    assert list(measured.seconds) == [OURS]
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        measure(comparison(beit_fast=failing, one=fine), CPU)
+
+
 def test_the_report_carries_work_over_time_and_conditions():
     case = Comparison("g", {OURS: sleeping(0.01)}, {"B": 4, "grid": (2, 3)}, flops=2e7, bytes=1e7, images=4)
     row = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0).report(OURS)
