@@ -64,6 +64,7 @@ class Comparison:
         images: images in one call, where there are any.
         tolerance: largest relative error (Frobenius) against beit_fast's results.
         compared_by: replaces that comparison: (ours, theirs) -> errors by name; raises `Disagreement`.
+        clock: "wall", or "cpu": seconds of CPU time of all threads of the process, those that work ahead included.
     """
 
     group: str
@@ -75,6 +76,7 @@ class Comparison:
     images: int | None = None
     tolerance: float = 1e-4
     compared_by: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, float]] | None = None
+    clock: str = "wall"
 
 
 class Ratio(NamedTuple):
@@ -135,6 +137,7 @@ class Measured:
             "rival": name,
             **{key: list(value) if isinstance(value, tuple) else value for key, value in case.shapes.items()},
             "dtype": case.dtype,
+            "clock": case.clock,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "calls_per_round": self.calls[name],
@@ -147,7 +150,7 @@ class Measured:
         if (ratio := self.over_ours(name)) is not None:
             row["over_beit_fast"] = ratio._asdict()
         if case.images:
-            row["images_per_s"] = case.images / middle
+            row["images_per_s" if case.clock == "wall" else "images_per_cpu_s"] = case.images / middle
         for work, rate, unit, ceiling in (
             (case.flops, "gflop_per_s", 1e9, "matmul"),
             (case.bytes, "gb_per_s", 1e9, "copy"),
@@ -190,7 +193,7 @@ def measure(
             _leave_out(name, error, measured)
     _compare(comparison, rivals, measured)
     probes = ceilings(device, comparison.dtype) if comparison.flops or comparison.bytes else {}
-    clock = Clock(device)
+    clock = CpuClock() if comparison.clock == "cpu" else Clock(device)
     took: dict[str, float] = {}
     for name, rival in rivals.items():
         with PeakMemory(device) as peak:
@@ -313,6 +316,30 @@ class Clock:
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class CpuClock:
+    """Seconds of CPU time per call, of all threads: from when none works ahead any more to when none does again."""
+
+    def time(self, rival: Rival, calls: int) -> float:
+        elapsed = 0.0
+        for _ in range(calls):
+            if rival.prepare is not None:
+                rival.prepare()
+            self.settle()
+            start = time.process_time()
+            rival.run()
+            self.settle()
+            elapsed += time.process_time() - start
+        return elapsed / calls
+
+    @staticmethod
+    def settle() -> None:
+        while True:
+            before = time.process_time()
+            time.sleep(0.05)
+            if time.process_time() - before < 0.002:
+                return
 
 
 class PeakMemory:
