@@ -167,3 +167,17 @@ def test_the_step_of_the_official_style_moves_the_weights_as_adamw_does():
         assert not torch.equal(tensor, model.state_dict()[name])
         torch.testing.assert_close(moved[("optimizer",)][name], tensor, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(moved[("no_sync",)][name], tensor)
+
+
+def test_cpu_time_counts_work_not_waiting():
+    def working():
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+
+    case = Comparison(
+        "g", {OURS: lambda: Rival(working), "waiting": lambda: Rival(lambda: time.sleep(0.1))}, {}, clock="cpu"
+    )
+    measured = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0)
+    assert min(measured.seconds[OURS]) > 0.04
+    assert max(measured.seconds["waiting"]) < 0.04
