@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -119,16 +120,18 @@ class BeitRelativePositionBias(theirs.BeitRelativePositionBias):
     ) -> Tensor:
         """(1, H, N, N) for a window of (h, w) patches."""
         own, table = self.window_size, self.relative_position_bias_table
+        # `index` makes plain numbers of them in a compiled graph, too: there is one graph for each image size
+        window_size = operator.index(window_size[0]), operator.index(window_size[1])
         num_tokens = window_size[0] * window_size[1] + 1
         if own[0] != own[1] or (interpolate_pos_encoding and dim_size != num_tokens):
             return super().forward(window_size, interpolate_pos_encoding, dim_size)  # it means another sheet by these
-        if tuple(window_size) != tuple(own):
+        if window_size != tuple(own):
             side = 2 * own[0] - 1
             sheet = table[:-3].reshape(1, side, side, -1).permute(0, 3, 1, 2)
             size = (2 * window_size[0] - 1, 2 * window_size[1] - 1)
             resized = F.interpolate(sheet, size=size, mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
             table = torch.cat((resized, table[-3:]))
-        bias = kernels.relative_position_bias(table, (window_size[0], window_size[1]))
+        bias = kernels.relative_position_bias(table, window_size)
         return bias_for_all(bias, bias.unsqueeze(0))
 
 

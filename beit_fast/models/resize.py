@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 _on_device: dict[tuple[int, int, torch.device], Tensor] = {}
 
@@ -78,12 +78,13 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
     Args:
         source, target: patches along the axis, at least 1.
     """
-    key = (source, target, torch.device(device))
-    matrix = _on_device.get(key)
-    if matrix is None:
+    matrix = _on_device.get((source, target, torch.device(device)))
+    if matrix is None or torch.compiler.is_exporting():  # an export knows no Parameters but the model's
         matrix = torch.from_numpy(_spline(source, target)).to(device)
-        if type(matrix) is Tensor:  # not the fake one of a tracer, which must not outlive the trace
-            _on_device[key] = matrix
+        if type(matrix) is Tensor and not torch.compiler.is_exporting():  # no tracer's fake one may outlive its trace
+            # a Parameter, whose shape torch.compile takes for fixed when another matrix comes at the next image size
+            matrix = nn.Parameter(matrix, requires_grad=False)
+            _on_device[source, target, torch.device(device)] = matrix
     return matrix
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -62,7 +63,9 @@ class BeitTrunk(nn.Module):
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         """(h, w), the patches of these images."""
-        return images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size
+        height, width = images.shape[-2:]
+        # `index` makes plain numbers of them in a compiled graph, too: there is one graph for each image size
+        return operator.index(height) // self.config.patch_size, operator.index(width) // self.config.patch_size
 
     def _embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """(B, C, S, S) -> (B, N, D) in the parameters' dtype, masked patches replaced, CLS in front."""
