@@ -59,6 +59,9 @@ SHIPPED: dict[str, dict[str, Config]] = {
     },
     # few and fat programs, each with several turns of its loop: the interpreter's time goes by operations, not elements
     "interpreter": {
+        "attention_forward": {"ROWS": 128, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "attention_backward_query": {"ROWS": 128, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "attention_backward_key": {"ROWS": 128, "COLS": 64, "num_warps": 4, "num_stages": 1},
         "prepare_bias": {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
         "reduce_bias_gradient": {"BLOCK": 16384, "num_warps": 4, "num_stages": 1},
         "spread_table": {"BLOCK": 16384, "num_warps": 4, "num_stages": 1},

@@ -169,9 +169,9 @@ def attention_backward_query(
     grad = _load_tile(grad_ptr + out_offset, read, H * D, D, BLOCK_D)
     out = _load_tile(out_ptr + out_offset, read, H * D, D, BLOCK_D)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    pair_rows = pair.to(tl.int64) * N + rows
-    tl.store(delta_ptr + pair_rows, delta, mask=inside)
-    lse = tl.load(lse_ptr + pair_rows, mask=inside, other=0.0)
+    pair_start = pair.to(tl.int64) * N
+    tl.store(delta_ptr + pair_start + rows, delta, mask=inside)
+    lse = tl.load(lse_ptr + pair_start + read)
     q = _load_tile(q_ptr + b * q_b + h * q_h, read, q_n, D, BLOCK_D)
     grad_q = tl.zeros([ROWS, BLOCK_D], tl.float32)
     full = N // COLS * COLS

@@ -266,3 +266,112 @@ def test_bad_input_is_named() -> None:
         biased_attention(q.half(), k, v, bias)
     with pytest.raises(ValueError, match=r"\(H, N, N\)"):
         prepare_bias(torch.zeros(2, 5, 6), torch.float32)
+
+
+def on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+CASES = [  # tokens, batch, heads, head dim, dtype, with bias: every kind of tail, and none
+    (2, 2, 1, 64, torch.bfloat16, True),
+    (17, 3, 2, 32, torch.bfloat16, True),
+    (50, 1, 2, 80, torch.float16, True),
+    (64, 1, 1, 96, torch.bfloat16, False),
+    (65, 2, 2, 64, torch.float16, True),
+    (81, 1, 1, 128, torch.bfloat16, True),
+    (101, 1, 1, 64, torch.float32, True),
+    (65, 1, 2, 64, torch.bfloat16, False),
+    (197, 1, 1, 64, torch.bfloat16, True),
+]
+SLOW_CASES = [
+    (257, 3, 2, 64, torch.bfloat16, True),
+    (577, 1, 1, 64, torch.float16, True),
+    (1601, 1, 1, 64, torch.bfloat16, True),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW_CASES)], ids=str)
+def test_kernels(
+    case: tuple[int, int, int, int, torch.dtype, bool], triton_device: str, assert_accurate: Check
+) -> None:
+    tokens, batch, heads, head_dim, dtype, with_bias = case
+    qkv, bias, grad = on(triton_device, *inputs_of(batch, tokens, heads, head_dim, dtype))
+    ours = compare(assert_accurate, qkv, bias if with_bias else None, grad)
+    with torch.no_grad():
+        assert torch.equal(packed_attention(qkv, bias if with_bias else None), ours[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_with_a_large_bias(dtype: torch.dtype, triton_device: str, assert_accurate: Check) -> None:
+    qkv, bias, grad = on(triton_device, *inputs_of(1, 65, 2, 64, dtype))
+    compare(assert_accurate, qkv, bias.sign() * 30, grad)
+
+
+def test_kernels_sum_the_bias_gradient_in_order(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch, assert_accurate: Check
+) -> None:
+    """Chunks of samples and the variant without scratch: accurate, repeatable, zero row sums, additive bit for bit."""
+    from beit_fast.kernels.attention import kernel
+
+    qkv, bias, grad = on(triton_device, *inputs_of(3, 66, 1, 16, torch.bfloat16))
+    for chunk in (2, 0):
+        monkeypatch.setattr(kernel, "samples_per_chunk", lambda *_, chunk=chunk: chunk)
+        whole = compare(assert_accurate, qkv, bias, grad)
+        again = run(packed_attention, qkv, bias, grad)
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+        assert whole[2].sum(-1).abs().max() < 2e-2 * whole[2].abs().max()
+        if chunk:
+            parts = [run(packed_attention, qkv[s], bias, grad[s])[2] for s in (slice(0, 2), slice(2, 3))]
+            assert torch.equal(parts[0] + parts[1], whole[2])
+
+
+def test_scratch_is_bounded() -> None:
+    """Less than 64 MB for any shape, and without scratch where not even one sample fits."""
+    kernel = pytest.importorskip("beit_fast.kernels.attention.kernel")
+    for tokens in (2, 65, 197, 257, 577, 785, 1025, 1601, 4097):
+        for heads in (1, 3, 12, 16, 24):
+            samples = kernel.samples_per_chunk(256, heads, tokens, 2)
+            assert samples * heads * tokens * kernel.padded_width(tokens) * 2 < 64e6
+            assert samples or heads * tokens * tokens * 2 > 50e6
+    assert kernel.samples_per_chunk(256, 12, 197, 2) == 34
+    assert kernel.samples_per_chunk(8, 12, 197, 2) == 8
+
+
+def test_kernels_take_views_and_ignore_uninitialised_memory(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv, bias, grad = on(triton_device, *inputs_of(2, 21, 2, 16, torch.bfloat16))
+    clean = run(packed_attention, qkv, bias, grad)
+    wide = torch.full((4, 21, 3, 2, 32), float("nan"), dtype=qkv.dtype, device=triton_device)
+    wide[::2, ..., 8:24] = qkv
+    torch.use_deterministic_algorithms(True)  # fills every new tensor with NaN
+    try:
+        results = [
+            run(packed_attention, wide[::2, ..., 8:24], bias, grad),
+            run(packed_attention, qkv.permute(4, 3, 1, 2, 0).contiguous().permute(4, 2, 3, 1, 0), bias, grad),
+            run(lambda x, b: biased_attention(*x.unbind(2), b.mT.contiguous().mT), qkv, bias, grad.mT.contiguous().mT),
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, clean, strict=True))
+
+
+def test_kernels_share_a_prepared_bias(triton_device: str) -> None:
+    """Blocks sharing one prepared bias give what each would give alone; frozen, it costs no gradient."""
+    qkv, bias, grad = on(triton_device, *inputs_of(1, 17, 2, 32, torch.bfloat16))
+
+    def two_blocks(x: Tensor, b: Tensor | None, prepare: Callable[..., object]) -> Tensor:
+        shared = prepare(bias if b is None else b, x.dtype)
+        return packed_attention(x, shared) + packed_attention(x * 0.5, shared)
+
+    shared = run(lambda x, b: two_blocks(x, b, prepare_bias), qkv, bias, grad)
+    alone = run(lambda x, b: two_blocks(x, b, lambda b, _: b), qkv, bias, grad)
+    frozen = run(lambda x, _: two_blocks(x, None, prepare_bias), qkv, None, grad)
+    with torch.no_grad():
+        early = prepare_bias(bias, qkv.dtype)  # without the copy that gradients read
+    late = run(lambda x, _: packed_attention(x, early) + packed_attention(x * 0.5, early), qkv, None, grad)
+    assert isinstance(early, tuple)
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone, strict=True))
+    for other in (frozen, late):
+        assert all(torch.equal(a, b) for a, b in zip(other, shared[:2], strict=True))
