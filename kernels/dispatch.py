@@ -4,6 +4,7 @@
 is as much as an op takes at batch 1 on a CPU, so eager mode runs the same functions without it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,19 @@ def _traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the GPU of the first argument the current one, which is where Triton launches."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *others: Any) -> Any:
+        if not first.is_cuda or first.device.index == torch.cuda.current_device():
+            return function(first, *others)
+        with torch.cuda.device(first.device):
+            return function(first, *others)
+
+    return run
+
+
 def plain_op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `function`, whose annotations give the schema, as beit_fast::`name`, without autograd.
 
@@ -27,6 +41,7 @@ def plain_op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     Returns:
         what to call.
     """
+    function = _on_its_device(function)
     op = torch.library.custom_op(f"beit_fast::{name}", function, mutates_args=())
     op.register_fake(fake)
 
@@ -51,6 +66,7 @@ def differentiable_op(
     Returns:
         what to call.
     """
+    function = _on_its_device(function)
     op = torch.library.custom_op(f"beit_fast::{name}", function, mutates_args=())
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=setup_context)

@@ -272,8 +272,8 @@ def _norm_fake(
 
 
 def _norm_backward_impl(
-    grad_total: Tensor | None,
     grad_normed: Tensor,
+    grad_total: Tensor | None,
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -315,8 +315,8 @@ def _norm_backward_impl(
 
 
 def _norm_backward_fake(
-    grad_total: Tensor | None,
     grad_normed: Tensor,
+    grad_total: Tensor | None,
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -359,7 +359,7 @@ def _norm_autograd(
     plain = gamma is None and drop_path is None and ctx.branch_dtype == total.dtype
     asked = [True, needs[1] and not plain, *needs[2:]]
     found = _norm_backward(
-        grad_total, grad_normed, total, mean, rstd, weight, branch, gamma, drop_path, branch_bias, asked
+        grad_normed, grad_total, total, mean, rstd, weight, branch, gamma, drop_path, branch_bias, asked
     )
     dx, dbranch, dgamma, dweight, dbias, dbranch_bias = (
         g if need else None for g, need in zip(found, asked, strict=True)
