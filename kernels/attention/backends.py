@@ -29,29 +29,33 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, with_bias: b
     if device.type == "cpu":
         if wanted == "triton" and backend.interpreting():
             return Choice("triton", "chosen by use_backend, in Triton's interpreter")
-        if wanted == "flex":
-            return Choice("flex", "chosen by use_backend")
-        return Choice("cpu", "torch's own batched products, a sample at a time")
+        if wanted in ("xformers", "flex"):
+            return Choice("cpu", f"{wanted} has no gradient on a CPU")
+        return Choice("cpu", "torch's fused kernel; with gradients, batched products a sample at a time")
     if device.type != "cuda":
         return Choice("sdpa", f"our kernels are for CUDA, not {device.type}")
     if wanted in ("xformers", "flex"):
         return Choice(wanted, "chosen by use_backend")
     if not with_bias and wanted == "auto":
         return Choice("sdpa", "without a bias its flash kernels are the fastest")
-    if not backend.triton_installed():
-        return Choice("sdpa", "Triton is not installed")
     if dtype not in (torch.float16, torch.bfloat16):
         return Choice("sdpa", f"our kernels take fp16 and bf16, not {dtype}".replace("torch.", ""))
     if head_dim > MAX_HEAD_DIM:
         return Choice("sdpa", f"our kernels take head dims up to {MAX_HEAD_DIM}")
-    if not _device_runs_triton(device.index or 0):
-        return Choice("sdpa", "below compute capability 8.0 Triton emits no tensor-core instructions")
+    obstacle = _obstacle(device.index or 0)
+    if obstacle:
+        return Choice("sdpa", obstacle)
     return Choice("triton", "adds the learned bias and its gradient within the kernel")
 
 
 @torch.compiler.assume_constant_result
-def _device_runs_triton(index: int) -> bool:
-    return backend.device_runs_triton(index)
+def _obstacle(index: int) -> str:
+    """Why a GPU cannot run our kernels, or ""."""
+    if not backend.triton_installed():
+        return "Triton is not installed"
+    if not backend.device_runs_triton(index):
+        return "below compute capability 8.0 Triton emits no tensor-core instructions"
+    return ""
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -80,13 +84,13 @@ def _compiled_flex() -> Any:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """FlexAttention with the bias gathered in its score_mod; compiled on a GPU."""
+    """FlexAttention with the bias gathered in its score_mod, compiled; without gradients also on a CPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score if bias is None else score + bias[h, i, j]
 
-    run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return run(q, k, v, score_mod=None if bias is None else add_bias, scale=scale).transpose(1, 2)
 
