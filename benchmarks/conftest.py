@@ -89,7 +89,7 @@ class Turns:
                     self.scale.device,
                     pairs=pairs if self.scale.name == "default" and not self.scale.asked_pairs else self.scale.pairs,
                     most_pairs=3 if tiny else 31,
-                    budget_s=0.0 if tiny else budget_s,
+                    budget_s=budget_s * {"tiny": 0.0, "default": 0.5, "full": 1.0}[self.scale.name],
                     turn_s=0.001 if tiny else 0.03,
                 )
             except Disagreement as error:

@@ -1,12 +1,17 @@
 """The benchmarks measure what they say: in turns, results compared before timing, rivals that do equal work."""
 
+import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from benchmarks.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
+from benchmarks.records import read
 from benchmarks.turns import (
     OURS,
     Absent,
@@ -20,6 +25,7 @@ from benchmarks.turns import (
     ratio_of,
 )
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
@@ -181,3 +187,24 @@ def test_cpu_time_counts_work_not_waiting():
     measured = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0)
     assert min(measured.seconds[OURS]) > 0.04
     assert max(measured.seconds["waiting"]) < 0.04
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_at_toy_sizes_beside_at_least_five_peers(tmp_path):
+    path = tmp_path / "2026-11-21_box_all.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--tiny", "--stop-after", "inf"]
+    command += ["--bench-device", "cpu", "--benchmark-json", str(path), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found = read(path)
+    measured = {row.rival for row in found.rows}
+    peers = {"timm", "transformers, SDPA", "torch fused", "safetensors", "plain Python", "Pillow, official order"}
+    assert peers <= measured
+    files = {Path(entry["fullname"].split("::")[0]).name for entry in json.loads(path.read_text())["benchmarks"]}
+    assert files == {file.name for file in (ROOT / "benchmarks").glob("bench_*.py")}
+    for row in found.rows:
+        assert row.info["device"] == "cpu", row.key
+        assert row.info["threads"] >= 1
+    assert found.environment["versions"]["torch"] == torch.__version__
+    assert "pytest benchmarks/ --benchmark-only --tiny" in found.command
+    assert "times as long as beit_fast: median of the rounds and its 95 % interval" in done.stdout
