@@ -39,7 +39,14 @@ def predict(arguments: list[str]) -> int:
     return predict_command(arguments)
 
 
-COMMANDS = {"doctor": doctor, "plot": plot, "evaluate": evaluate, "predict": predict}
+def tune(arguments: list[str]) -> int:
+    """tune                time the kernels' launch configurations on this GPU and keep the faster ones"""
+    from beit_fast.kernels.tune import main as tune_kernels
+
+    return tune_kernels(arguments)
+
+
+COMMANDS = {"doctor": doctor, "plot": plot, "evaluate": evaluate, "predict": predict, "tune": tune}
 
 
 def main(arguments: list[str]) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,25 @@ def launch_config(kernel: str, architecture: str | torch.device, bucket: int | s
     Raises:
         ValueError: the kernel has no row, not even a default one.
     """
+    bucket = None if bucket is None else str(bucket)
+    if (kernel, bucket) in _trials:
+        return _trials[kernel, bucket]
     if isinstance(architecture, torch.device):
         architecture = architecture_of(architecture)
-    return _resolve(kernel, architecture, None if bucket is None else str(bucket))
+    return _resolve(kernel, architecture, bucket)
+
+
+_trials: dict[tuple[str, str | None], Config] = {}
+
+
+@contextmanager
+def trial(kernel: str, bucket: str | None, config: Config) -> Iterator[None]:
+    """Launches one kernel (of one bucket) with another configuration for a while."""
+    _trials[kernel, bucket] = config
+    try:
+        yield
+    finally:
+        del _trials[kernel, bucket]
 
 
 @functools.cache

@@ -1,0 +1,227 @@
+"""Times launch configurations on the GPU at hand and writes the user's own table: `python -m beit_fast tune`.
+
+Every kernel starts from its shipped row; another row replaces it only if it is at least 3 % faster, measured in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .backend import triton_installed
+from .launch import Config, architecture_of, forget, launch_config, trial, user_table_path
+
+GAIN = 0.97  # a new row must take at most this share of the shipped row's time
+TURNS = 7
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One kernel at one size.
+
+    Args:
+        kernel, bucket: its row in the launch table.
+        run: launches it, with whatever row is in force.
+        axes: what is varied, by the row's own names.
+    """
+
+    kernel: str
+    bucket: str | None
+    run: Callable[[], object]
+    axes: Mapping[str, Sequence[int]]
+
+    @property
+    def row(self) -> str:
+        return self.kernel if self.bucket is None else f"{self.kernel}/{self.bucket}"
+
+
+def subjects(
+    device: torch.device, batch: int, tokens: int, width: int, heads: int, vocabulary: int, dtype: torch.dtype
+) -> list[Subject]:
+    """Every kernel worth tuning, at the sizes of one model; `dtype` is that of activations."""
+    from .attention import kernel as attention
+    from .gelu import kernel as gelu
+    from .mim_loss import kernel as loss
+    from .residual_norm import kernel as residual
+    from .views import kernel as views
+
+    def draw(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(kind)
+
+    B, N, D = batch, tokens, width
+    warps: dict[str, Sequence[int]] = {"num_warps": (2, 4, 8, 16)}
+    x, branch, vector, factors = draw(B, N, D), draw(B, N, D, kind=dtype), draw(D), torch.ones(B, device=device)
+    total, normed, mean, rstd = residual.residual_layer_norm_forward(
+        x, branch, vector, factors, vector, vector, 1e-6, vector
+    )
+    row_bucket = str(1 << (D - 1).bit_length())
+    wide, wide_bias = draw(B, N, 4 * D, kind=dtype), draw(4 * D)
+    M = B * max(1, (N - 1) * 3 // 8)
+    rows, targets = torch.arange(M, device=device), torch.randint(0, vocabulary, (M,), device=device)
+    logits, masked = draw(M, vocabulary, kind=dtype), draw(M, D, kind=dtype)
+    _, row_mean, row_rstd = loss.gather_norm(x.view(-1, D), rows, vector, vector, 1e-6, dtype)
+    side = max(1, round((N - 1) ** 0.5)) * 16
+    crops = torch.randint(0, 256, (B, side, side, 3), dtype=torch.uint8, device=device)
+    flips, colours = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, 3, device=device)
+    norm = [0.5] * 3
+
+    found = [
+        Subject(
+            "residual_norm_forward", row_bucket,
+            lambda: residual.residual_layer_norm_forward(x, branch, vector, factors, vector, vector, 1e-6, vector),
+            warps,
+        ),
+        Subject(
+            "residual_norm_backward", row_bucket,
+            lambda: residual.residual_layer_norm_backward(
+                x, normed, total, mean, rstd, vector, branch, vector, factors, vector, dtype, [True] * 6
+            ),
+            {"PROGRAMS": (256, 512, 1024), **warps},
+        ),
+        Subject(
+            "gelu_forward", None, lambda: gelu.bias_gelu_forward(wide, wide_bias),
+            {"ROWS": (1, 2, 4, 8), "COLS": (256, 512, 1024), "num_warps": (4, 8)},
+        ),
+        Subject(
+            "gelu_backward", None, lambda: gelu.bias_gelu_backward(wide, wide, wide_bias, True),
+            {"ROWS": (2, 4, 8), "COLS": (128, 256, 512), "PROGRAMS": (128, 256, 512), "num_warps": (4, 8)},
+        ),
+        Subject(
+            "cross_entropy", None, lambda: loss.cross_entropy_(logits, targets, True), {"num_warps": (4, 8, 16, 32)},
+        ),
+        Subject(
+            "gather_norm_forward", row_bucket,
+            lambda: loss.gather_norm(x.view(-1, D), rows, vector, vector, 1e-6, dtype), warps,
+        ),
+        Subject(
+            "gather_norm_backward", row_bucket,
+            lambda: loss.scatter_norm_backward(
+                masked, factors[0], x.view(-1, D), rows, targets, row_mean, row_rstd, vector
+            ),
+            {"PROGRAMS": (128, 256, 512), **warps},
+        ),
+        Subject(
+            "view_transform", None, lambda: views.transform(crops, flips, colours, factors, norm, norm, dtype),
+            {"BLOCK": (256, 512, 1024, 2048), "num_warps": (2, 4, 8)},
+        ),
+    ]  # fmt: skip
+    qkv = draw(B, N, 3, heads, D // heads, kind=dtype)
+    q, k, v = qkv.unbind(2)
+    padded = attention.prepare_bias(draw(heads, N, N), dtype, True)
+    scale = (D // heads) ** -0.5
+    out, lse = attention.forward(q, k, v, padded, scale, True)
+    assert lse is not None
+
+    def backward() -> object:
+        return attention.backward(out, q, k, v, padded, out, lse, scale, True)
+
+    tiles = {"ROWS": (32, 64, 128), "COLS": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
+    head_bucket = str(attention.block_of(D // heads))
+    runs: dict[str, Callable[[], object]] = {
+        "attention_forward": lambda: attention.forward(q, k, v, padded, scale, True)
+    }
+    runs |= dict.fromkeys(("attention_backward_query", "attention_backward_key"), backward)
+    return found + [Subject(name, head_bucket, run, tiles) for name, run in runs.items()]
+
+
+def best_row(subject: Subject, device: torch.device, clock: Callable[[Callable[[], object]], float]) -> Config | None:
+    """The fastest row for this kernel, or None if the one in force is as good.
+
+    Args:
+        clock: seconds of a call.
+    """
+    shipped = launch_config(subject.kernel, device, subject.bucket)
+    times: dict[int, float] = {}
+    rows: list[Config] = [dict(shipped) | dict(zip(subject.axes, values, strict=True))
+            for values in itertools.product(*subject.axes.values())]  # fmt: skip
+    for index, row in enumerate(rows):
+        with trial(subject.kernel, subject.bucket, row):
+            try:
+                times[index] = clock(subject.run)
+            except Exception as error:
+                if not _does_not_fit(error):
+                    raise
+    if not times:
+        return None
+    best = rows[min(times, key=times.__getitem__)]
+    ratios = []
+    for _ in range(TURNS):
+        seconds = []
+        for row in (best, shipped):
+            with trial(subject.kernel, subject.bucket, row):
+                seconds.append(clock(subject.run))
+        ratios.append(seconds[0] / seconds[1])
+    return best if median(ratios) < GAIN else None
+
+
+def _does_not_fit(error: Exception) -> bool:
+    """Whether a configuration asks for more registers or shared memory than there are, or tiles that do not exist."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return isinstance(error, OutOfResources | PTXASError | CompilationError)
+
+
+def tune(found: Iterable[Subject], device: torch.device, path: Path, say: Callable[[str], None] = print) -> int:
+    """Writes the rows that are faster than the shipped ones into the table at `path`, beside what it holds already.
+
+    Returns:
+        the number of rows written.
+    """
+    clock = _gpu_clock if device.type == "cuda" else _wall_clock
+    rows: dict[str, Config] = {}
+    for subject in found:
+        row = best_row(subject, device, clock)
+        say(f"{subject.row:36s} {'as shipped' if row is None else json.dumps(row)}")
+        if row is not None:
+            rows[subject.row] = row
+    if rows:
+        table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        table.setdefault(architecture_of(device), {}).update(rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        draft.replace(path)
+        forget()
+    return len(rows)
+
+
+def _gpu_clock(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=5, rep=30, return_mode="median")) / 1e3
+
+
+def _wall_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m beit_fast tune", description=__doc__)
+    parser.add_argument("--batch-size", type=int, default=64, help="images on this GPU (default 64)")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--width", type=int, default=768, help="768 for BEiT-B, 1024 for BEiT-L")
+    parser.add_argument("--heads", type=int, default=12, help="12 for BEiT-B, 16 for BEiT-L")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() or not triton_installed():
+        print("error: tune needs a CUDA device and triton; without them no kernel of ours runs", file=sys.stderr)
+        return 2
+    device, path = torch.device("cuda", torch.cuda.current_device()), user_table_path()
+    tokens = (options.image_size // 16) ** 2 + 1
+    found = subjects(device, options.batch_size, tokens, options.width, options.heads, 8192, torch.bfloat16)
+    count = tune(found, device, path)
+    print(f"{count} rows written to {path}" if count else "the shipped table is as good; nothing written")
+    return 0

@@ -1,0 +1,107 @@
+"""`python -m beit_fast tune`: what it tries, what it keeps, where it writes."""
+
+import json
+import time
+from collections import UserDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_fast.kernels import tune
+from beit_fast.kernels.launch import SHIPPED, forget, launch_config, trial
+from beit_fast.kernels.tune import Subject, best_row
+
+
+@pytest.fixture
+def own_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "deep" / "launch.json"
+    monkeypatch.setenv("BEIT_FAST_LAUNCH", str(path))
+    forget()
+    yield path
+    monkeypatch.undo()
+    forget()
+
+
+CPU = torch.device("cpu")
+
+
+def sleeper(fastest: int) -> Subject:
+    """A kernel that takes the longer the further its row is from the best one."""
+
+    def run() -> None:
+        warps = launch_config("gelu_forward", CPU)["num_warps"]
+        time.sleep(0.004 * (1 + abs(warps - fastest)))
+
+    return Subject("gelu_forward", None, run, {"num_warps": (1, 2, 4, 8)})
+
+
+def test_keeps_what_is_faster_and_nothing_else(own_table: Path) -> None:
+    assert tune.tune([sleeper(fastest=4)], CPU, own_table, say=lambda _: None) == 0
+    assert not own_table.exists()
+    own_table.parent.mkdir()
+    own_table.write_text(json.dumps({"sm_90": {"cross_entropy": {"BLOCK": 1}}}))
+    assert tune.tune([sleeper(fastest=2)], CPU, own_table, say=lambda _: None) == 1
+    written = json.loads(own_table.read_text())
+    assert written["sm_90"] == {"cross_entropy": {"BLOCK": 1}}
+    expected = dict(SHIPPED["interpreter"]["gelu_forward"]) | {"num_warps": 2}
+    assert written["interpreter"] == {"gelu_forward": expected}
+    assert launch_config("gelu_forward", CPU) == expected
+    assert list(own_table.parent.iterdir()) == [own_table]
+
+
+def test_a_trial_ends() -> None:
+    with trial("gelu_forward", None, {"ROWS": 1}):
+        assert launch_config("gelu_forward", "sm_90") == {"ROWS": 1}
+    assert launch_config("gelu_forward", "sm_90") == SHIPPED["default"]["gelu_forward"]
+
+
+def test_rows_that_do_not_fit_are_passed_over_and_real_faults_are_not() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def too_large() -> None:
+        if launch_config("gelu_forward", CPU)["num_warps"] != 4:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+    subject = Subject("gelu_forward", None, too_large, {"num_warps": (2, 8)})
+    assert best_row(subject, CPU, lambda run: run() or 1.0) is None  # type: ignore[func-returns-value]
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        best_row(Subject("gelu_forward", None, broken, {"num_warps": (2,)}), CPU, lambda run: run() or 1.0)  # type: ignore[func-returns-value]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+class Watched(UserDict[str, int]):
+    """Knows which of its values were read."""
+
+    def __init__(self, row: dict[str, int]) -> None:
+        self.read: set[str] = set()
+        super().__init__(row)
+
+    def __getitem__(self, name: str) -> int:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def test_every_subject_runs(triton_device: str) -> None:
+    """Each launches its kernel with the row on trial, under names the launch table knows."""
+    device = torch.device(triton_device)
+    names = set()
+    for subject in tune.subjects(device, 1, 5, 32, 2, 24, torch.float32):
+        row = dict(launch_config(subject.kernel, device, subject.bucket))
+        assert set(subject.axes) <= set(row)
+        watched = Watched(row)
+        with trial(subject.kernel, subject.bucket, watched):
+            subject.run()
+        assert watched.read == set(row), subject.row
+        names.add(subject.kernel)
+    assert names <= set(SHIPPED["default"])
