@@ -10,7 +10,7 @@ from beit_fast import kernels
 from beit_fast.kernels import relative_position_bias, relative_position_index, use_backend
 from beit_fast.kernels.position_bias import reference
 
-WINDOWS = [(1, 1), (1, 4), (2, 2), (3, 2), (4, 7), (14, 14), (8, 17)]
+WINDOWS = [(1, 1), (1, 4), (2, 2), (3, 2), (4, 7), (14, 14), (8, 17), (3, 90)]
 
 
 def table_of(window: tuple[int, int], heads: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
