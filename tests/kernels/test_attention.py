@@ -116,26 +116,21 @@ def test_inference_keeps_nothing(with_bias: bool, dtype: torch.dtype, assert_acc
         assert torch.equal(packed_attention(qkv, given), out)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_strided_inputs_and_gradients(dtype: torch.dtype) -> None:
-    """Slices, transposes and expanded gradients give, bit for bit, what their contiguous copies give."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs_and_gradients(dtype: torch.dtype, assert_accurate: Check) -> None:
+    """Slices, transposes and expanded gradients are as accurate as contiguous tensors.
+
+    They need not give the same bits: the BLAS may have another kernel for another layout.
+    """
     qkv, bias, grad = inputs_of(3, 11, 4, 16, dtype)
-    contiguous = run(packed_attention, qkv, bias, grad)
     wide = torch.zeros(6, 11, 3, 4, 32, dtype=dtype)
     wide[::2, ..., 8:24] = qkv
     sliced = wide[::2, ..., 8:24]
     by_heads = qkv.permute(3, 1, 2, 4, 0).contiguous().permute(4, 1, 2, 0, 3)
-    for strided in (sliced, by_heads):
-        for gradient in (grad, grad.transpose(1, 3).contiguous().transpose(1, 3)):
-            assert all(
-                torch.equal(a, b)
-                for a, b in zip(run(packed_attention, strided, bias, gradient), contiguous, strict=True)
-            )
-    ones = run(packed_attention, qkv, bias, torch.ones_like(grad))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(run(packed_attention, qkv, bias, grad.new_ones(1).expand_as(grad)), ones, strict=True)
-    )
+    by_tokens = grad.transpose(1, 3).contiguous().transpose(1, 3)
+    for strided in (qkv, sliced, by_heads):
+        for gradient in (grad, by_tokens, grad.new_ones(1).expand_as(grad)):
+            compare(assert_accurate, strided, bias, gradient)
 
 
 def test_three_tensors_equal_the_packed_one() -> None:
