@@ -32,13 +32,18 @@ REGISTER_SLACK = 8
 
 @dataclass(frozen=True)
 class Cost:
-    """registers and stack (bytes) per thread, shared memory (bytes) per program, HMMA / HGMMA instructions."""
+    """registers and stack (bytes) per thread, shared memory (bytes) per program, HMMA / HGMMA instructions.
+
+    `narrow` counts loads and stores of 8 or 16 bits in global memory: a mask that the compiler cannot prove to be the
+    same for neighbours turns one of 128 bits into eight of them.
+    """
 
     registers: int
     stack: int
     shared: int
     hmma: int
     hgmma: int
+    narrow: int
 
 
 def all_specs(folders: Iterable[str] = FOLDERS) -> dict[str, AotSpec]:
@@ -88,6 +93,7 @@ def measure(spec: AotSpec, capability: int) -> Cost:
         shared=int(compiled.metadata.shared),
         hmma=len(re.findall(r"\bHMMA\.", code)),
         hgmma=len(re.findall(r"\bHGMMA\.", code)),
+        narrow=len(re.findall(r"\b(?:LDG|STG)\.E\S*\.[US](?:8|16)\b", code)),
     )
 
 
@@ -118,6 +124,8 @@ def faults(spec: AotSpec, capability: int, cost: Cost, recorded: Cost | None) ->
         found.append(f"{where}: {cost.registers} registers, recorded {recorded.registers}")
     if cost.shared > recorded.shared:
         found.append(f"{where}: {cost.shared} bytes of shared memory, recorded {recorded.shared}")
+    if cost.narrow > recorded.narrow:
+        found.append(f"{where}: {cost.narrow} loads or stores of 8 or 16 bits, recorded {recorded.narrow}")
     return found
 
 
@@ -159,7 +167,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             key = f"{name} sm_{capability}"
             cost = costs[key] = measure(spec, capability)
             print(f"{key:64s} {cost.registers:4d} regs {cost.stack:5d} B stack {cost.shared / 1024:6.1f} KB "
-                  f"{cost.hmma:4d} HMMA {cost.hgmma:4d} HGMMA", flush=True)  # fmt: skip
+                  f"{cost.hmma:4d} HMMA {cost.hgmma:4d} HGMMA {cost.narrow:3d} narrow", flush=True)  # fmt: skip
             wrong += faults(spec, capability, cost, cost if options.write else recorded.get(key))
     if options.write:
         write(costs, folders)

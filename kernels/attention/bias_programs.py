@@ -31,7 +31,7 @@ def prepare_bias(
             tl.store(target, value.to(padded_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def reduce_bias_gradient(ds_ptr, grad_bias_ptr, samples, N, H, W, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr):
     """Adds dS (samples, H, N, W) over its samples, in order, into (H, N, N) fp32."""
     h = tl.program_id(1).to(tl.int64)
@@ -52,7 +52,7 @@ def reduce_bias_gradient(ds_ptr, grad_bias_ptr, samples, N, H, W, ACCUMULATE: tl
     tl.store(target, total, mask=store)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def bias_gradient(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, grad_bias_ptr, B, N, H, W, scale_log2,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,

@@ -56,8 +56,9 @@ def prepare_bias(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if the kernels can read its strides: unit in the last dimension, below 2**24 per token."""
-    return tensor if tensor.stride(3) == 1 and tensor.stride(1) < 2**24 else tensor.contiguous()
+    """The tensor itself if the kernels can read it: unit stride in the last dimension, offsets of tokens in int32."""
+    readable = tensor.stride(3) == 1 and tensor.stride(1) * tensor.shape[1] < 2**31
+    return tensor if readable else tensor.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:

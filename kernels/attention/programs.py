@@ -141,7 +141,7 @@ def _query_step(
     return grad_q + _dot(ds, k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_pair"])
 def attention_backward_query(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, grad_qkv_ptr, delta_ptr, ds_ptr,
     first_pair, N, H, W, scale_log2, scale,

@@ -29,7 +29,7 @@ def residual_norm_forward(
     read = inside
     if HAS_DROP:
         factor = tl.load(drop_path_ptr + row // N).to(tl.float32)
-        read = tl.where(inside, factor, 0.0) != 0.0  # a dropped branch is not even read
+        read = cols < tl.where(factor != 0.0, D, 0)  # a dropped branch is not even read
     update = tl.load(branch_ptr + row * D + cols, mask=read, other=0.0).to(tl.float32)
     if HAS_BRANCH_BIAS:
         update += tl.load(branch_bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -90,7 +90,7 @@ def residual_norm_backward(
         read = inside
         if HAS_DROP:
             factor = tl.load(drop_path_ptr + row // N).to(tl.float32)
-            read = tl.where(inside, factor, 0.0) != 0.0
+            read = cols < tl.where(factor != 0.0, D, 0)
             grad *= factor
         if NEED_BRANCH_BIAS or (NEED_GAMMA and HAS_BRANCH_BIAS):
             sum_branch += grad

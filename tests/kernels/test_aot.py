@@ -38,7 +38,7 @@ def test_labels_and_table_agree() -> None:
 
 
 SPEC = AotSpec("name", kernel=None, signature={}, constants={}, has_matmul=True)
-GOOD = Cost(registers=128, stack=0, shared=49152, hmma=80, hgmma=13)
+GOOD = Cost(registers=128, stack=0, shared=49152, hmma=80, hgmma=13, narrow=0)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ GOOD = Cost(registers=128, stack=0, shared=49152, hmma=80, hgmma=13)
         ({"registers": 137}, 90, "137 registers"),
         ({"shared": 228 * 1024}, 90, "shared memory, limit"),
         ({"shared": 50000}, 80, "shared memory, recorded"),
+        ({"narrow": 8}, 90, "8 loads or stores"),
         ({"hgmma": 0}, 90, "no HGMMA"),
         ({"hmma": 0}, 80, "no HMMA"),
     ],
