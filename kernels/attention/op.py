@@ -174,7 +174,7 @@ def _biased_fake(
         batch, num_tokens, num_heads, _ = q.shape
         saved = q.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     else:
-        saved = q.new_empty(cpu.saved_shape(q), dtype=cpu.compute_dtype(q.dtype))
+        saved = q.new_empty(cpu.saved_shape(q, bias), dtype=cpu.compute_dtype(q.dtype))
     return q.new_empty(q.shape), saved
 
 
@@ -208,7 +208,7 @@ def _backward_impl(
             padded = kernel.prepare_bias(bias, q.dtype, transposed=True)
         grad_qkv, grad_bias = kernel.backward(grad_out, q, k, v, padded, out, saved, scale, need_bias)
     else:
-        grad_qkv, grad_bias = cpu.backward(grad_out, q, k, v, bias, saved, scale, need_bias)
+        grad_qkv, grad_bias = cpu.backward(grad_out, q, k, v, bias, out, saved, scale, need_bias)
     return grad_qkv, saved.new_empty(0) if grad_bias is None else grad_bias
 
 

@@ -13,14 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .reference import relative_position_index, table_rows
-
-_FEW_TOKENS = 256  # up to here one gather through the index of all pairs is as fast as anything
-
-
-@functools.lru_cache(maxsize=16)
-def _flat_index(height: int, width: int) -> Tensor:
-    return relative_position_index((height, width)).flatten().cpu()
+from .reference import table_rows
 
 
 @functools.lru_cache(maxsize=16)
@@ -38,42 +31,39 @@ def _strip_index(height: int, width: int) -> Tensor:
 
 
 def _windows(strip: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
-    """The window (H, w, h * w) of each query row in a strip (H, w * (2h - 1) * w), overlapping views."""
-    rows = strip.unflatten(1, (width, (2 * height - 1) * width))
-    return rows.unfold(2, height * width, width).unbind(2)[::-1]
+    """The window (H, w, h * w) of each query row in strips (H, w * (2h - 1) * w + ...), overlapping views."""
+    strides = (width, strip.stride(0), (2 * height - 1) * width, 1)
+    return strip.as_strided((height, strip.shape[0], width, height * width), strides).unbind(0)[::-1]
 
 
-def _parts(height: int, width: int) -> list[int]:
-    """Sizes of the strip, and of the row and the rest of the column of CLS."""
-    return [width * (2 * height - 1) * width, height * width + 1, height * width]
+def _query_rows(bias: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
+    """The (H, w, h * w) of each query row in a contiguous bias (H, N, N), without CLS."""
+    num_heads, num_tokens, _ = bias.shape
+    strides = (width * num_tokens, num_tokens**2, num_tokens, 1)
+    first = bias.storage_offset() + num_tokens + 1
+    return bias.as_strided((height, num_heads, width, height * width), strides, first).unbind(0)
 
 
 def spread_table(table: Tensor, height: int, width: int) -> Tensor:
     """(R, H) -> (H, N, N)."""
-    num_tokens = height * width + 1
-    heads_first = table.t().contiguous()
-    if num_tokens <= _FEW_TOKENS:
-        return heads_first.index_select(1, _flat_index(height, width)).unflatten(1, (num_tokens, num_tokens))
-    strip, from_cls, to_cls = heads_first.index_select(1, _strip_index(height, width)).split(_parts(height, width), 1)
-    bias = table.new_empty(table.shape[1], num_tokens, num_tokens)
-    query_rows = bias[:, 1:, 1:].split(width, dim=1)
-    for query_row, window in zip(query_rows, _windows(strip, height, width), strict=True):
-        query_row.copy_(window)
-    bias[:, 0] = from_cls
-    bias[:, 1:, 0] = to_cls
+    num_patches = height * width
+    strip = table.t().contiguous().index_select(1, _strip_index(height, width))
+    bias = table.new_empty(table.shape[1], num_patches + 1, num_patches + 1)
+    torch._foreach_copy_(_query_rows(bias, height, width), _windows(strip, height, width))
+    bias[:, 0].copy_(strip[:, -2 * num_patches - 1 : -num_patches])
+    bias[:, 1:, 0].copy_(strip[:, -num_patches:])
     return bias
 
 
 def fold_bias(grad_bias: Tensor, height: int, width: int) -> Tensor:
     """(H, N, N) -> (R, H), summed in a fixed order in at least fp32."""
-    num_heads = grad_bias.shape[0]
+    num_heads, num_patches = grad_bias.shape[0], height * width
     grad = grad_bias.contiguous().to(torch.promote_types(grad_bias.dtype, torch.float32))
     index = _strip_index(height, width)
-    gathered = grad.new_zeros(num_heads, len(index))
-    strip, from_cls, to_cls = gathered.split(_parts(height, width), dim=1)
+    strip = grad.new_zeros(num_heads, len(index))
     # one query row after the other: on a CPU a _foreach_ is a plain loop, so that the windows may overlap
-    torch._foreach_add_(_windows(strip, height, width), grad[:, 1:, 1:].split(width, dim=1))
-    from_cls.copy_(grad[:, 0])
-    to_cls.copy_(grad[:, 1:, 0])
-    folded = grad.new_zeros(num_heads, table_rows((height, width))).index_add_(1, index, gathered)
+    torch._foreach_add_(_windows(strip, height, width), _query_rows(grad, height, width))
+    strip[:, -2 * num_patches - 1 : -num_patches].copy_(grad[:, 0])
+    strip[:, -num_patches:].copy_(grad[:, 1:, 0])
+    folded = grad.new_zeros(num_heads, table_rows((height, width))).index_add_(1, index, strip)
     return folded.t().contiguous().to(grad_bias.dtype)

@@ -84,10 +84,17 @@ def test_accuracy_of_a_large_bias(dtype: torch.dtype, assert_accurate: Check) ->
 def test_accuracy_without_kept_probabilities(
     with_bias: bool, dtype: torch.dtype, few_bytes: None, assert_accurate: Check
 ) -> None:
-    """Long sequences keep log-sum-exp only, and take heads a few at a time."""
+    """Long sequences keep log-sum-exp only, and take heads a few at a time; a frozen bias takes torch's gradient."""
     qkv, bias, grad = inputs_of(2, 17, 5, 32, dtype)
-    assert not cpu.keeps_probabilities(qkv[:, :, 0])
+    assert not cpu.keeps_probabilities(qkv[:, :, 0], bias)
     compare(assert_accurate, qkv, bias if with_bias else None, grad)
+    if with_bias:
+        ours, usual, exact = (
+            run(lambda x, _, attend=attend: attend(x, bias.to(x.dtype)), x, None, grad.to(x.dtype))
+            for attend, x in ((packed_attention, qkv), (eager, qkv), (by_definition, qkv.double()))
+        )
+        for name, *three in zip(("out", "qkv"), ours, usual, exact, strict=True):
+            assert_accurate(name, *three)
 
 
 @pytest.mark.parametrize("head_dim", [1, 32, 80, 96, 128])
