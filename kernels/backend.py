@@ -49,8 +49,14 @@ class use_backend:
 
 
 def chosen_backend() -> str:
-    """The name given to `use_backend`, or "auto"; "reference" during an export, whose result must run without us."""
-    return "reference" if torch.compiler.is_exporting() else _chosen
+    """The name given to `use_backend`, or "auto".
+
+    "reference" during an export, whose result must run without us, and within `torch.func.grad`, `vmap` and the like,
+    which can follow the plain formulas only.
+    """
+    # what autograd.Function.apply itself asks before it refuses a transform
+    transformed = torch._C._are_functorch_transforms_active()
+    return "reference" if torch.compiler.is_exporting() or transformed else _chosen
 
 
 @functools.cache

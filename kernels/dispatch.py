@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def _traced(tensor: Tensor) -> bool:
@@ -76,7 +75,16 @@ def differentiable_op(
         setup_context(ctx, inputs, output)
         return output
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    def once(ctx: Any, *grads: Any) -> Any:
+        # torch's own `once_differentiable` complains only where the second pass meets it, and where that one is asked
+        # for the gradients of certain tensors it may not: they then come out wrong
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"beit_fast::{name} has no second derivatives (create_graph=True): use_backend('reference') has them"
+            )
+        return backward(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
     eager: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*inputs: Any) -> Any:

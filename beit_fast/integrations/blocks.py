@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast import kernels
 from beit_fast.kernels import Bias
-
-
-def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling the module runs the `forward` of exactly one of these classes and nothing else."""
-    return type(module) in kinds and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+from beit_fast.nn.fusible import untouched
 
 
 def inactive(dropout: nn.Module) -> bool:
@@ -22,13 +15,6 @@ def inactive(dropout: nn.Module) -> bool:
     if type(dropout) is nn.Dropout and dropout.p and dropout.training:
         return False
     return untouched(dropout, nn.Dropout, nn.Identity)
-
-
-def branch_of(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a linear layer gives, and the bias that it has not added yet (none where the layer was replaced)."""
-    if untouched(linear, nn.Linear):
-        return F.linear(x, linear.weight), linear.bias  # type: ignore[arg-type, return-value]
-    return linear(x), None
 
 
 def drop_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:

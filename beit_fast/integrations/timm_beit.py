@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import beit_fast
 from beit_fast import kernels
 from beit_fast.kernels import Bias
+from beit_fast.nn.fusible import branch_of, untouched
 
-from .blocks import bias_for_all, branch_of, drop_factors, inactive, prepared, untouched
+from .blocks import bias_for_all, drop_factors, inactive, prepared
 
 
 class Block(theirs.Block):

@@ -18,8 +18,9 @@ from transformers.utils.generic import can_return_tuple
 
 from beit_fast import kernels
 from beit_fast.kernels import Bias
+from beit_fast.nn.fusible import branch_of, untouched
 
-from .blocks import bias_for_all, branch_of, drop_factors, inactive, prepared, untouched
+from .blocks import bias_for_all, drop_factors, inactive, prepared
 from .later_logits import LaterLogits
 
 _SAME_RESULT = (None, "eager", "sdpa", "beit_fast")  # implementations of attention that compute what ours does
@@ -94,7 +95,7 @@ def _is_bias(mask: Tensor, x: Tensor, attention: Any) -> bool:
 def _unwatched(attention: nn.Module) -> bool:
     """As `untouched`; transformers' own hooks, which only wait for attention weights to be asked for, do not count."""
     hooks = attention._forward_hooks.values()
-    return all(hook.__qualname__.startswith("install_output_capuring_hook") for hook in hooks) and not (
+    return all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks) and not (
         type(attention) is not theirs.BeitAttention
         or attention._forward_pre_hooks
         or attention._backward_hooks

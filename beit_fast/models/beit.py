@@ -88,12 +88,14 @@ class Beit(HubMethods, BeitTrunk):
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Makes `img_size` the model's own: position parameters are resized once and for all, as new Parameters.
 
         Not needed to run on images of another size, which the model does by itself; it saves the resizing at each step
-        of a fine-tuning, and it is the size that the weights are then saved with.
+        of a fine-tuning, and it is the size that the weights are then saved with. None leaves it as it is.
         """
+        if img_size is None:
+            return
         before, self.config = self.config.grid, replace(self.config, image_size=img_size)
         grid = self.config.grid
 
@@ -117,9 +119,12 @@ class Beit(HubMethods, BeitTrunk):
     def _features(self, images: Tensor, keys: Tensor | None, count: int, outputs: list[Tensor] | None) -> Tensor:
         bias_of = self._attention_biases(images)
         drop_path = self.drop_path(images.shape[0], keys)
-        final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) and count == len(self.blocks) else None
+        whole = count == len(self.blocks)
+        final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) and whole else None
         x, normed = self._run_blocks(self._embed(images), bias_of, drop_path, count, final_norm, outputs)
-        return x if normed is None else normed
+        if normed is not None:
+            return normed
+        return self.norm(x) if whole else x
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, N, D) -> (B, num_classes), (B, N, num_classes) without pooling; `pre_logits`: what goes into the head."""

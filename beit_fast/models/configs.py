@@ -28,7 +28,8 @@ class BeitConfig:
     """Architecture and initialisation of a BEiT.
 
     Raises:
-        ValueError: a size is not positive, the image is not a multiple of the patch, or the width of the heads.
+        ValueError: a size is not positive, a choice is unknown, the image is not a multiple of the patch, or the width
+            of the heads.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -73,12 +74,21 @@ class BeitConfig:
     def __post_init__(self) -> None:
         height, width = self.image_hw
         for name in ("patch_size", "in_chans", "width", "depth", "num_heads", "vocab_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if height <= 0 or width <= 0 or height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image_size {height}x{width} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if not isinstance(self.mlp_ratio, int | float) or self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be a positive number, got {self.mlp_ratio!r}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {self.num_classes}")
+        choices = {"global_pool": ("avg", "token", ""), "relative_position_bias": ("none", "shared", "per_block")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {known}")
 
     @property
     def image_hw(self) -> tuple[int, int]:

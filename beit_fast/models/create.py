@@ -36,7 +36,7 @@ _FIXED = {
     "pos_drop_rate": 0.0, "proj_drop_rate": 0.0, "attn_drop_rate": 0.0, "qkv_bias": True, "swiglu_mlp": False,
     "scale_mlp": False,
 }  # fmt: skip
-_MEANINGLESS = ("pretrained_cfg", "pretrained_cfg_overlay", "scriptable", "exportable", "no_jit")
+_MEANINGLESS = ("scriptable", "exportable", "no_jit")
 
 
 def list_models() -> list[str]:
@@ -71,9 +71,14 @@ def create_model(
         ValueError: the name or an argument is unknown or does not fit; CheckpointError, a ValueError, for weights.
     """
     base, _, tag = name.partition(".")
+    tag = _tag_of(overrides.pop("pretrained_cfg", None), tag)
+    if overrides.pop("pretrained_cfg_overlay", None):
+        raise ValueError("pretrained_cfg_overlay is not supported: give the weights as pretrained= or checkpoint_path=")
     if base not in list_models() or (tag and tag not in _TAGS.get(base, ())):
         known = ", ".join(f"{base}.{t}" for t in _TAGS.get(base, ())) or ", ".join(list_models())
-        raise ValueError(f"model {name!r} is unknown; choose one of {known}")
+        hint = "; for weights elsewhere give pretrained= a path or 'hf-hub:owner/name'" if ":" in name else ""
+        wanted = name if "." in name or not tag else f"{name}.{tag}"
+        raise ValueError(f"model {wanted!r} is unknown; choose one of {known}{hint}")
     tag = tag or _TAGS.get(base, ("",))[0]
     options = {key: value for key, value in overrides.items() if value is not None and key not in _MEANINGLESS}
     features_only, out_indices = options.pop("features_only", False), options.pop("out_indices", 3)
@@ -99,6 +104,15 @@ def create_model(
     return model
 
 
+def _tag_of(pretrained_cfg: Any, tag: str) -> str:
+    """The tag of the weights: timm hands over the one it has cut off a registered name as `pretrained_cfg`."""
+    if pretrained_cfg is None:
+        return tag
+    if not isinstance(pretrained_cfg, str):
+        raise ValueError("pretrained_cfg is not supported: give the weights as pretrained= or checkpoint_path=")
+    return pretrained_cfg
+
+
 def _config_fields(options: dict[str, Any]) -> dict[str, Any]:
     """timm's argument names as fields of `BeitConfig`."""
     known = {field.name for field in fields(BeitConfig)}
@@ -108,6 +122,8 @@ def _config_fields(options: dict[str, Any]) -> dict[str, Any]:
         if key in _FIXED:
             if value != _FIXED[key]:
                 raise ValueError(f"{key}={value!r} is not supported: BEiT has {key}={_FIXED[key]!r}")
+        elif key == "patch_size" and not isinstance(value, int):
+            values[field] = _square(value)
         elif field in known:
             values[field] = value
         elif key not in ("use_rel_pos_bias", "use_shared_rel_pos_bias"):
@@ -119,6 +135,14 @@ def _config_fields(options: dict[str, Any]) -> dict[str, Any]:
     if "use_rel_pos_bias" in options or shared:
         values["relative_position_bias"] = "shared" if shared else "per_block" if own else "none"
     return values
+
+
+def _square(patch_size: Any) -> int:
+    """timm also takes (side, side)."""
+    sides = set(patch_size)
+    if len(sides) != 1:
+        raise ValueError(f"patch_size {tuple(patch_size)} is not supported: patches are square")
+    return int(sides.pop())
 
 
 def _default_cfg(base: str, tag: str, num_classes: int, config: BeitConfig) -> dict[str, Any]:

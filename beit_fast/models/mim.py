@@ -121,12 +121,15 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
         bias_of = self._attention_biases(images)
         drop_path = self.drop_path(images.shape[0], sample_keys)
         x = self._embed(images, mask, self.mask_token)
+        sample = torch.div(rows, mask.shape[1], rounding_mode="floor")
+        at = rows + sample + 1  # every sample has one CLS token in front of its patches
         *_, last = self.layers()
+        if not last.fusible():
+            x, _ = self._run_blocks(x, bias_of, drop_path, len(self.blocks), None)
+            return x.flatten(0, 1).index_select(0, at)
         x, normed = self._run_blocks(x, bias_of, drop_path, len(self.blocks) - 1, last.norm1)
         assert normed is not None
         # The last block: attention over all tokens, the rest at the masked positions, each a sample of one token.
-        sample = torch.div(rows, mask.shape[1], rounding_mode="floor")
-        at = rows + sample + 1  # every sample has one CLS token in front of its patches
         mixed = last.attn.mix(normed, bias_of(len(self.blocks) - 1)).flatten(0, 1).index_select(0, at)
         hidden = x.flatten(0, 1).index_select(0, at).unsqueeze(1)
         factors = None if drop_path is None else drop_path[-1].index_select(1, sample)

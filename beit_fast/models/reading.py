@@ -144,7 +144,9 @@ def _first_line(error: Exception) -> str:
 
 def _tensors_of(loaded: Any, file: Path) -> dict[str, Tensor]:
     """The state dict in what a file holds: its tensors, wherever the usual containers put them."""
-    while isinstance(loaded, Mapping):
+    opened: set[int] = set()
+    while isinstance(loaded, Mapping) and id(loaded) not in opened:  # one may hold itself
+        opened.add(id(loaded))
         inner = [loaded[container] for container in _CONTAINERS if isinstance(loaded.get(container), Mapping)]
         if not inner:
             break
@@ -159,7 +161,8 @@ def _tensors_of(loaded: Any, file: Path) -> dict[str, Tensor]:
 
 
 def _check_layout(file: Path, name: str, tensor: Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise CheckpointError(f"{file}: {name!r} is not a plain tensor ({tensor.layout}, {tensor.device})")
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        kind = "nested" if tensor.is_nested else f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+        raise CheckpointError(f"{file}: {name!r} is not a plain tensor ({kind})")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{file}: {name!r} claims shape {tuple(tensor.shape)}, more than the file holds")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from beit_fast import kernels
 from beit_fast.kernels import Bias
 from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
+from beit_fast.nn.fusible import untouched
 
 from .configs import BeitConfig
 from .resize import resize_position_embedding, resize_relative_position_bias_table
@@ -118,16 +120,28 @@ class BeitTrunk(nn.Module):
             The residual stream after the last block, and its `final_norm`.
         """
         layers = list(self.layers())[:count]
-        norms: list[nn.LayerNorm | None] = [*(block.norm1 for block in layers), final_norm]
-        normed = None if norms[0] is None else norms[0](x)
-        for index, (block, following) in enumerate(zip(layers, norms[1:], strict=True)):
+        fusible = [block.fusible() for block in layers]
+        # the norm that each block computes for its successor, where that one does not have to call it itself
+        norms = [block.norm1 if can else None for block, can in zip(layers, fusible, strict=True)]
+        norms.append(final_norm if final_norm is not None and untouched(final_norm, nn.LayerNorm) else None)
+        run = _checkpointed if self.grad_checkpointing and torch.is_grad_enabled() else _called
+        normed: Tensor | None = None
+        for index, block in enumerate(layers):
             factors = None if drop_path is None else drop_path[index]
-            bias = bias_of(index)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, normed = checkpoint(block.chain, x, normed, bias, factors, following, use_reentrant=False)
+            # no name for the bias: one of an earlier block must be gone before the next is made
+            if fusible[index]:
+                normed = block.norm1(x) if normed is None else normed
+                x, normed = run(block.chain, x, normed, bias_of(index), factors, norms[index + 1])
             else:
-                assert normed is not None
-                x, normed = block.chain(x, normed, bias, factors, following)
+                x, normed = run(block, x, bias_of(index), factors), None
             if outputs is not None:
                 outputs.append(x)
-        return x, normed
+        return x, final_norm(x) if normed is None and final_norm is not None else normed
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)

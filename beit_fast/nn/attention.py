@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from beit_fast import kernels
 from beit_fast.kernels import Bias
 
+from .fusible import untouched
 from .relative_position_bias import table_parameter
 
 
@@ -43,7 +44,12 @@ class Attention(nn.Module):
     def mix(self, x: Tensor, bias: Bias) -> Tensor:
         """(B, N, D) -> (B, N, D): the heads' outputs side by side, before `proj`."""
         batch, tokens, width = x.shape
-        qkv = F.linear(x, self.qkv.weight, self.qkv_bias())
+        bias_of_qkv = self.qkv_bias()
+        if untouched(self.qkv, nn.Linear):
+            qkv = F.linear(x, self.qkv.weight, bias_of_qkv)
+        else:
+            qkv = self.qkv(x)
+            qkv = qkv + bias_of_qkv.to(qkv.dtype)
         qkv = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         return kernels.packed_attention(qkv, bias, self.scale).reshape(batch, tokens, width)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast import kernels
+
+from .fusible import branch_of
 
 
 class Mlp(nn.Module):
@@ -18,10 +19,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        branch = self.branch(x)
-        return branch + self.fc2.bias.to(branch.dtype)
+        branch, bias = self.branch(x)
+        return branch if bias is None else branch + bias.to(branch.dtype)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D) without fc2's bias, which the residual op that follows adds."""
-        hidden = F.linear(x, self.fc1.weight)
-        return F.linear(kernels.bias_gelu(hidden, self.fc1.bias), self.fc2.weight)
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(..., D) -> (..., D), and the bias of fc2 that is still to be added: the residual op that follows does it."""
+        return branch_of(self.fc2, kernels.bias_gelu(*branch_of(self.fc1, x)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fusible import untouched
+
 
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each to the model width (paper section 2.1).
@@ -23,12 +25,16 @@ class PatchEmbed(nn.Module):
         """(B, C, h*P, w*P) -> (B, h*w, D), patches in row-major order.
 
         Raises:
-            ValueError: the image's sides are not multiples of the patch size.
+            ValueError: the images are not (B, C, height, width), or their sides not multiples of the patch size.
         """
-        p = self.patch_size
-        batch, channels, height, width = images.shape
+        p, channels = self.patch_size, self.proj.in_channels
+        if images.dim() != 4 or images.shape[1] != channels:
+            raise ValueError(f"images must be (B, {channels}, height, width), got {tuple(images.shape)}")
+        batch, _, height, width = images.shape
         if height % p or width % p:
             raise ValueError(f"image sides must be multiples of the patch size {p}, got {height}x{width}")
+        if not untouched(self.proj, nn.Conv2d):
+            return self.proj(images).flatten(2).transpose(1, 2)
         patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

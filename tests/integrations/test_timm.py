@@ -181,6 +181,31 @@ def test_distributed_data_parallel():
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """DistributedDataParallel on two processes: the gradients of the untouched model on the whole batch."""
+    torch.multiprocessing.start_processes(train_in_two, (tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
+    model = make("shared").train()
+    expected = step(model)[1]
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
+
+
+def train_in_two(rank, store, folder):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), 2), rank=rank, world_size=2)
+    model = beit_fast.accelerate(make("shared").train())
+    parallel = nn.parallel.DistributedDataParallel(model)
+    F.cross_entropy(parallel(X[2 * rank : 2 * rank + 2]), Y[2 * rank : 2 * rank + 2]).backward()
+    torch.save({name: p.grad for name, p in model.named_parameters()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
 def test_features():
     model = timm_beit(SMALL.for_classification(7))
     expected = model.forward_intermediates(X, intermediates_only=True)
@@ -263,5 +288,7 @@ def test_registered_names():
     model = timm.create_model("beit_fast_tiny_patch16_224", num_classes=3, drop_path_rate=0.1, depth=2)
     assert isinstance(model, beit_fast.Beit)
     assert model(torch.randn(1, 3, 224, 224)).shape == (1, 3)
+    tagged = timm.create_model("beit_fast_base_patch16_224.in22k_ft_in22k", embed_dim=48, num_heads=3, depth=1)
+    assert tagged.num_classes == 21841
     features = timm.create_model("beit_fast_tiny_patch16_224", features_only=True, out_indices=(0, 1), depth=2)
     assert features.feature_info.channels() == [192, 192]

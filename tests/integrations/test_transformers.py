@@ -226,6 +226,29 @@ def test_compiled_without_graph_breaks(architecture):
     torch.testing.assert_close(compiled(X).logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["BeitModel", "BeitBackbone", "BeitForSemanticSegmentation"])
+def test_models_that_collect_hidden_states_compile_too(kind):
+    model = make(kind).eval()
+    with torch.no_grad():
+        expected = tensors_of(model(X))
+        found = tensors_of(torch.compile(beit_fast.accelerate(model), backend="aot_eager", fullgraph=True)(X))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_before_and_restored_after():
+    kind = "BeitForMaskedImageModeling"
+    model = make(kind, "shared", num_hidden_layers=2)
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = compiled(**inputs(kind))
+    for change in (beit_fast.accelerate, beit_fast.restore):
+        change(model)
+        found = compiled(**inputs(kind))
+        torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
+
+
 def test_gradient_checkpointing():
     kind = "BeitForImageClassification"
     model = make(kind, "shared", drop_path_rate=0.3)
@@ -381,3 +404,17 @@ def test_stages_are_numbered_from_one():
     found = ours.forward_intermediates(X, indices=[1, 3], intermediates_only=True)
     for ours_map, theirs in zip(found, model(X).feature_maps, strict=True):
         torch.testing.assert_close(ours_map, theirs, atol=1e-5, rtol=0)
+
+
+def test_the_segmentation_model_reads_one_stage_less():
+    """As the README says: out_indices [1, 2, 3, 4] are the embedding and the official blocks 0, 1 and 2."""
+    model = make("BeitForSemanticSegmentation").eval()
+    tokens, read = [], []
+    model.beit.embeddings.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    for layer in model.beit.layers:
+        layer.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    model.fpn.register_forward_pre_hook(lambda module, inputs: read.extend(inputs[0]))
+    beit_fast.accelerate(model)(X)
+    assert len(tokens) == 5
+    for stage, features in zip(tokens[:4], read, strict=True):
+        assert torch.equal(features.flatten(2).transpose(1, 2), stage[:, 1:])

@@ -427,3 +427,50 @@ def test_files_without_named_tensors(held, tmp_path):
     torch.save(held, tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=r"not a state dict|holds no named tensors"):
         load_checkpoint(Beit(CLASSIFIER), tmp_path / "w.pth")
+
+
+def containing_itself():
+    held = {}
+    held["model"] = {"module": held}
+    return held
+
+
+def strange(tensor):
+    state = dict(Beit(CLASSIFIER).state_dict())
+    state["blocks.0.attn.proj.weight"] = tensor
+    return state
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch about prototypes
+@pytest.mark.parametrize(
+    ("held", "problem"),
+    [
+        (containing_itself, "holds no named tensors"),
+        (lambda: strange(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), "not a plain tensor .nested"),
+        (
+            lambda: strange(torch.quantize_per_tensor(torch.ones(32, 32), 0.1, 0, torch.qint8)),
+            "plain tensor .torch.qint8",
+        ),
+        (lambda: strange(torch.empty(32, 32, device="meta")), "not a plain tensor .*meta"),
+        (lambda: strange(torch.ones(32, 32).numpy()), "an object of numpy"),
+        (lambda: {**strange(torch.ones(32, 32)), "blocks.0.bad\nname": 1.0, "blocks.0.gamma\n": torch.ones(3)}, None),
+    ],
+)
+def test_strange_contents(held, problem, tmp_path):
+    torch.save(held(), tmp_path / "file.pt")
+    if problem is None:
+        report = load_checkpoint(Beit(CLASSIFIER), tmp_path / "file.pt", verbose=False)
+        assert list(report.ignored) == ["blocks.0.gamma\n"]
+        return
+    with pytest.raises(CheckpointError, match=problem) as error:
+        load_checkpoint(Beit(CLASSIFIER), tmp_path / "file.pt")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_numbers_of_eight_bits_are_read(tmp_path):
+    model = Beit(CLASSIFIER)
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    report = load_checkpoint(model, tmp_path, verbose=False)
+    assert len(report.loaded) == len(state)
+    assert torch.equal(model.head.weight.data, state["head.weight"].float())

@@ -181,11 +181,39 @@ def names_of(model, group):
         ({"use_rel_pos_bias": True, "use_shared_rel_pos_bias": True}, "choose one table"),
         ({"name": "beit_tiny_patch16_224", "pretrained": True}, "no weights are published"),
         ({"features_only": True, "out_indices": [12]}, "give some of 0 to 2"),
+        ({"global_pool": "map"}, "global_pool 'map' is unknown"),
+        ({"patch_size": (16, 8)}, "patches are square"),
+        ({"depth": 2.5}, "depth must be a positive integer, got 2.5"),
+        ({"mlp_ratio": "4"}, "mlp_ratio must be a positive number"),
+        ({"num_classes": -1}, "num_classes must be 0 or more"),
+        ({"pretrained_cfg": {"file": "weights.pth"}}, "give the weights as pretrained="),
+        ({"pretrained_cfg_overlay": {"file": "weights.pth"}}, "give the weights as pretrained="),
+        ({"pretrained_cfg": "in21k"}, "'beit_base_patch16_224.in21k' is unknown; choose one of .*in22k_ft_in22k"),
+        ({"name": "hf-hub:timm/beit_base_patch16_224"}, "give pretrained= a path or 'hf-hub:owner/name'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         beit_fast.create_model(**{"name": "beit_base_patch16_224", **NARROW, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("x", "shape"), [(torch.zeros(1, 1, 64, 64), "1, 1, 64, 64"), (torch.zeros(3, 64, 64), "3, 64")]
+)
+def test_wrong_images_are_named(x, shape):
+    model = beit_fast.create_model("beit_base_patch16_224", **NARROW, img_size=64)
+    with pytest.raises(ValueError, match=rf"images must be \(B, 3, height, width\), got \({shape}"):
+        model(x)
+
+
+def test_arguments_as_timm_gives_them():
+    model = beit_fast.create_model(
+        "beit_base_patch16_224", **NARROW, patch_size=(8, 8), pretrained_cfg="in22k_ft_in22k"
+    )
+    assert model.num_classes == 21841
+    assert model.patch_embed.patch_size == 8
+    model.set_input_size(None)
+    assert model.config.image_size == 224
 
 
 def test_a_model_is_made_on_the_device_and_in_the_dtype_asked_for():

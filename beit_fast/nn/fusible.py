@@ -1,0 +1,24 @@
+"""When a fused op may stand for the modules whose parameters it takes, and when they have to be called themselves."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling the module runs the `forward` of exactly one of these classes and nothing else.
+
+    It does not where it has hooks (feature extraction, pruning, FSDP), or was replaced (LoRA, quantisation) or
+    parametrised: then whoever did that expects the module to be called.
+    """
+    return type(module) in kinds and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def branch_of(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a linear layer gives, and the bias that it has not added yet (none where the layer has been touched)."""
+    if untouched(linear, nn.Linear):
+        return F.linear(x, linear.weight), linear.bias  # type: ignore[arg-type, return-value]
+    return linear(x), None

@@ -1,0 +1,68 @@
+"""Runs the before and after snippets of the README's migration page, and compares what they give."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import beit_fast
+from beit_fast.models import resize_relative_position_bias_table
+from benchmarks.torchvision_stubs import make_torchvision_importable
+
+make_torchvision_importable()
+pytest.importorskip("timm")
+pytest.importorskip("transformers")
+
+README = Path(__file__).parents[2] / "README.md"
+TITLE = "## Coming from timm, transformers or the official code"
+
+
+def snippets():
+    """The code blocks of the page: before and after, in pairs."""
+    _, found, page = README.read_text().partition(TITLE)
+    assert found, f"README.md has no section {TITLE!r}"
+    blocks = re.findall(r"```python\n# (before|after)\n(.*?)```", page.split("\n## ")[0], flags=re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["before", "after"] * 3
+    codes = [code for _, code in blocks]
+    return list(zip(codes[::2], codes[1::2], strict=True))
+
+
+def run(code, names):
+    exec(compile(code, str(README), "exec"), names)
+    return names
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 224, 224)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1], ids=["timm", "transformers"])
+def test_the_same_logits_before_and_after(index, images):
+    before, after = snippets()[index]
+    names = run(before, {"images": images})
+    for parameter in names["model"].parameters():
+        parameter.add_(0.02 * torch.randn(parameter.shape))
+    expected = names["model"](images)
+    names["weights"] = names["model"].state_dict()
+    logits = run(after, names)["logits"]
+    torch.testing.assert_close(logits, getattr(expected, "logits", expected), atol=1e-5, rtol=0)
+
+
+def test_official_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = beit_fast.BeitConfig.from_preset("base", depth=12)
+    state = beit_fast.BeitForMaskedImageModeling(config).state_dict()
+    state["rel_pos_bias.relative_position_bias_table"].normal_()
+    saved = {"model": state, "args": argparse.Namespace(lr=1.5e-3), "epoch": 799}
+    torch.save(saved, "beit_base_patch16_224_pt22k.pth")
+    before, after = snippets()[2]
+    tables = run(before, {})["tables"]
+    names = run(after, {})
+    for found, given in zip(names["tables"], tables, strict=True):
+        assert torch.equal(found.data, resize_relative_position_bias_table(given, (14, 14), (24, 24)))
+    assert "12 expanded" in capsys.readouterr().out
