@@ -24,19 +24,11 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from beit_fast.data.builtin import NOTICE, builtin_source
-from beit_fast.train import engine
-from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
-from beit_fast.train.finetune import AugmentConfig, ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
-from beit_fast.train.pretrain import (
-    DataConfig,
-    EvaluationConfig,
-    MaskedImageModeling,
-    MaskingConfig,
-    ModelConfig,
-    PretrainConfig,
-    TokenizerConfig,
-)
+from beit_fast.data.builtin import NOTICE
+from beit_fast.train import engine, scene_protocol
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.finetune import ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
+from beit_fast.train.pretrain import MaskedImageModeling, ModelConfig, PretrainConfig
 from beit_fast.train.probe import LinearProbe, ProbeConfig
 from benchmarks import machine
 
@@ -45,10 +37,7 @@ ARMS: tuple[Arm, ...] = ("pretrain", "probe", "tune", "finetune", "scratch")
 TUNING_SEED = 100
 HELD_OUT = 600
 """Scenes on which pre-training is measured."""
-SHAPE: dict[str, Any] = {
-    "size": "tiny", "width": 128, "depth": 4, "num_heads": 4, "image_size": 64, "patch_size": 8, "drop_path_rate": 0.0,
-    "use_abs_pos_emb": True, "layer_scale_init": 0.0, "init_std": 0.05,
-}  # fmt: skip
+SHAPE: dict[str, Any] = scene_protocol.SHAPE | {"use_abs_pos_emb": True, "layer_scale_init": 0.0}
 
 
 @dataclass(frozen=True)
@@ -93,36 +82,22 @@ class Protocol:
 
 def common(protocol: Protocol, folder: str, every: int) -> dict[str, Any]:
     """What all runs share."""
-    return {
-        "output_dir": protocol.output / folder, "device": protocol.device, "precision": "fp32",
-        "log": LogConfig(every_steps=every, progress="lines"), "checkpoint": CheckpointConfig(every_steps=500),
-    }  # fmt: skip
+    return scene_protocol.common(protocol.output / folder, protocol.device, every)
 
 
 def pretraining(protocol: Protocol) -> PretrainConfig:
-    """Masked image modelling on unlabelled scenes, seed 7; held out are those of seed 8."""
-    scenes, held_out = (
-        builtin_source(protocol.cache_dir, count, seed, 64, labelled=True).root
-        for count, seed in ((protocol.unlabelled_images, 7), (HELD_OUT, 8))
-    )
-    return PretrainConfig(
-        **common(protocol, "pretrain", 100), steps=protocol.pretrain_steps, batch_size=32, batch_per_device=32,
-        eval_every=500, model=ModelConfig(**SHAPE), masking=MaskingConfig(num_masked=26, min_num_patches=4),
-        data=DataConfig(
-            path=str(scenes), normalization="half", scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.0,
-            threads=protocol.threads,
-        ),
-        tokenizer=TokenizerConfig(name="demo"), evaluation=EvaluationConfig(images=HELD_OUT, path=str(held_out)),
-        optim=OptimConfig(lr=1.5e-3, warmup_steps=protocol.pretrain_steps // 16, betas=(0.9, 0.98)),
+    """Masked image modelling on unlabelled scenes."""
+    return scene_protocol.pretraining(
+        common(protocol, "pretrain", 100), ModelConfig(**SHAPE), steps=protocol.pretrain_steps,
+        images=protocol.unlabelled_images, held_out=HELD_OUT, cache_dir=protocol.cache_dir, threads=protocol.threads,
     )  # fmt: skip
 
 
 def labelled(protocol: Protocol, seed: int) -> LabelledDataConfig:
     """Training scenes of a seed and the validation scenes."""
-    return LabelledDataConfig(
-        builtin_images=protocol.labelled_images, builtin_validation_images=protocol.validation_images, builtin_size=64,
-        builtin_seed=1000 + seed, cache_dir=protocol.cache_dir, normalization="half", crop_share=1.0,
-        threads=protocol.threads,
+    return scene_protocol.labelled(
+        seed, images=protocol.labelled_images, validation_images=protocol.validation_images,
+        cache_dir=protocol.cache_dir, threads=protocol.threads,
     )  # fmt: skip
 
 
@@ -143,14 +118,9 @@ def classifying(protocol: Protocol, weights: str | None, rate: float, seed: int)
     scratch = weights is None
     steps = protocol.scratch_steps if scratch else protocol.finetune_steps
     name = f"{'scratch' if scratch else 'finetune'}_lr{rate:g}_seed{seed}"
-    return FinetuneConfig(
-        **common(protocol, name, 50), weights=weights, scratch=scratch, seed=seed, steps=steps, batch_size=32,
-        batch_per_device=32, eval_every=max(steps // 12, 1), layer_decay=1.0 if scratch else protocol.layer_decay,
-        data=labelled(protocol, seed), model=ClassifierModelConfig(**SHAPE),
-        augment=AugmentConfig(
-            scale=(0.7, 1.0), rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0
-        ),
-        optim=OptimConfig(lr=rate, min_lr=1e-6, warmup_steps=steps // 10, clip_grad=3.0),
+    return scene_protocol.classifying(
+        common(protocol, name, 50), ClassifierModelConfig(**SHAPE), labelled(protocol, seed), weights=weights,
+        steps=steps, rate=rate, layer_decay=protocol.layer_decay, seed=seed, evaluations=12,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ PUBLISHED = {
     "finetune_imagenet_after_22k": "BEiT-B 85.2, 86.8 at 384 px; BEiT-L 87.4, 88.4 at 384 px, 88.6 at 512 px",
     "finetune_cifar100": "90.1; after ImageNet-1k 91.8; from scratch 48.5",
     "scratch_imagenet_base": "ViT-B 77.9 at 384 px, DeiT-B 81.8 at 224 px",
+    "ablations": "82.86 for the first row, 80.50 to 83.22 for the others",
     "linear_probe": "BEiT-B 56.7 (layer 9), BEiT-L 73.5 (layer 14)",
 }
 """Top-1 in percent, on ImageNet-1k unless the recipe is for other data (paper, and the official README for 22k)."""
@@ -57,6 +58,8 @@ def load(path: Path) -> Any:
 
 def settings(config: Any) -> str:
     """Length, batch, learning rate and what else sets the recipe apart."""
+    if hasattr(config, "describe"):
+        return str(config.describe())
     model, augment = getattr(config, "model", None), getattr(config, "augment", None)
     length = f"{config.steps:,} steps" if config.steps is not None else f"{config.epochs:g} epochs"
     parts = [length, f"batch {config.batch_size}", f"lr {config.optim.lr:g}"]

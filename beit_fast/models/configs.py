@@ -60,6 +60,8 @@ class BeitConfig:
     """Dropout before the classifier's head; BEiT uses none."""
     vocab_size: int = 8192
     """V, the number of visual tokens."""
+    mim_target: Literal["visual_tokens", "pixels"] = "visual_tokens"
+    """What masked image modelling predicts: visual tokens, or the pixels of a patch (an ablation of table 4)."""
     num_classes: int = 1000
     """Outputs of the classifier; 0 leaves its head out."""
     global_pool: Literal["avg", "token", ""] = "avg"
@@ -79,6 +81,8 @@ class BeitConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if height <= 0 or width <= 0 or height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image_size {height}x{width} is not a multiple of patch_size {self.patch_size}")
+        if self.mim_target not in ("visual_tokens", "pixels"):
+            raise ValueError(f"mim_target must be visual_tokens or pixels, got {self.mim_target!r}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if not isinstance(self.mlp_ratio, int | float) or self.mlp_ratio <= 0:

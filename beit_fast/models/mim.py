@@ -1,10 +1,15 @@
-"""Masked image modelling: predict the visual tokens of masked patches (paper sections 2.2 to 2.4)."""
+"""Masked image modelling: predict the visual tokens of masked patches (paper sections 2.2 to 2.4).
+
+The ablations of the paper's table 4 are options: `BeitConfig.mim_target` regresses pixels in place of visual tokens,
+and `everywhere` asks for all patches in place of the masked ones.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast import kernels
@@ -20,13 +25,14 @@ class MaskedImageModelingOutput:
     """Result of one forward pass; all tensors are 0-d and stay on the device."""
 
     loss: Tensor
-    """Cross-entropy over the masked positions, float32; the mean, unless `num_targets` said otherwise."""
+    """Cross-entropy (nats) or squared error over the masked positions, float32; the mean, unless `num_targets` said
+    otherwise."""
     accuracy: Tensor
-    """Share of masked positions whose most probable token is the right one, float32."""
+    """Share of masked positions whose most probable token is the right one, float32; nan for pixels."""
     num_masked: int
-    """M, the masked positions of this batch."""
+    """M, the masked positions of this batch; all its patches where the loss is taken `everywhere`."""
     num_correct: Tensor
-    """Masked positions predicted right, int64."""
+    """Masked positions predicted right, int64; 0 for pixels."""
 
 
 class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
@@ -34,23 +40,30 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
 
     Only masked positions go through the head, and in the last block only they go through everything behind the
     attention: nothing reads the others, so the loss and all gradients are the same.
+
+    With `config.mim_target` "pixels" the head predicts the C * P * P pixels of a patch instead, ordered (C, P, P). The
+    paper does not say how it compares pixels (table 4); here it is by the mean squared error of the pixels as they are
+    given, that is, normalised by the data's mean and standard deviation, each patch counting alike.
     """
 
     def __init__(self, config: BeitConfig) -> None:
         super().__init__(config)
+        pixels = config.mim_target == "pixels"
+        outputs = config.in_chans * config.patch_size**2 if pixels else config.vocab_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.width, config.vocab_size)
+        self.lm_head = nn.Linear(config.width, outputs)
         init_for_pretraining(self, self.mask_token)
 
     def forward(
         self,
         images: Tensor,
         mask: Tensor,
-        visual_tokens: Tensor,
+        visual_tokens: Tensor | None = None,
         sample_keys: Tensor | None = None,
         num_targets: Tensor | None = None,
         masked_rows: Tensor | None = None,
+        everywhere: bool = False,
     ) -> MaskedImageModelingOutput:
         """Loss and accuracy of predicting the visual tokens at the masked positions.
 
@@ -58,16 +71,27 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
             images: (B, C, S, S), normalised.
             mask: bool (B, N-1) or (B, h, w), true where a patch is hidden.
             visual_tokens: int64; of all patches, (B, N-1) or (B, h, w), or of the masked ones in row order, (M,) or
-                (B, M/B).
+                (B, M/B). None where the targets are pixels: they are taken from `images`.
             sample_keys: int64 (B,), makes drop path a function of the sample (see `nn.drop_path_scales`).
             num_targets: 0-d; the sum of losses is divided by it instead of M, which makes the gradient independent
                 of how a global batch was split.
             masked_rows: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
+            everywhere: take the loss at all patches, hidden or not ("recover 100 % visual tokens", table 4); the mask
+                may then be empty.
 
         Raises:
-            ValueError: nothing is masked, or the shapes do not fit.
+            ValueError: nothing is masked, the shapes do not fit, or visual tokens are missing.
         """
-        mask, rows = self._masked_rows(images, mask, masked_rows)
+        mask, rows = self._masked_rows(images, mask, masked_rows, everywhere)
+        num_masked = rows.shape[0]
+        if self.config.mim_target == "pixels":
+            predicted = self.lm_head(self.norm(self._hidden_at(images, mask, rows, sample_keys)))
+            losses = (predicted.float() - self._pixels_at(images, rows)).square().mean(1)
+            loss = losses.mean() if num_targets is None else losses.sum() / num_targets
+            nothing = torch.zeros((), dtype=torch.int64, device=rows.device)
+            return MaskedImageModelingOutput(loss, torch.full_like(loss, torch.nan), num_masked, nothing)
+        if visual_tokens is None:
+            raise ValueError("visual_tokens are missing; only a model with mim_target='pixels' needs none")
         targets = self._targets_at(visual_tokens, rows, mask)
         hidden = self._hidden_at(images, mask, rows, sample_keys)
         loss, num_correct = kernels.masked_cross_entropy(
@@ -81,21 +105,24 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
             self.norm.eps,
             num_targets,
         )
-        num_masked = rows.shape[0]
         return MaskedImageModelingOutput(loss, num_correct.float() / num_masked, num_masked, num_correct)
 
-    def predict_tokens(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Logits (M, V) at the masked positions, in row order."""
-        mask, rows = self._masked_rows(images, mask, None)
+    def predict_tokens(self, images: Tensor, mask: Tensor, everywhere: bool = False) -> Tensor:
+        """Logits (M, V), or pixels (M, C * P * P), at the masked positions in row order, or at all."""
+        mask, rows = self._masked_rows(images, mask, None, everywhere)
         return self.lm_head(self.norm(self._hidden_at(images, mask, rows, None)))
 
-    def _masked_rows(self, images: Tensor, mask: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mask as (B, N-1) and the indices of its true entries in the flattened mask."""
+    def _masked_rows(
+        self, images: Tensor, mask: Tensor, rows: Tensor | None, everywhere: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The mask as (B, N-1) and where to predict: the indices of its true entries in the flattened mask, or all."""
         batch, patches = images.shape[0], self._patches_of(images)
         mask = mask.flatten(1)
         if mask.shape != (batch, patches) or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool ({batch}, {patches}), got {mask.dtype} {tuple(mask.shape)}")
-        if rows is None:
+        if everywhere:
+            rows = torch.arange(mask.numel(), device=mask.device)
+        elif rows is None:
             rows = mask.flatten().nonzero().squeeze(1)
         if rows.shape[0] == 0:
             raise ValueError("the mask hides no patch, so there is nothing to predict: mask at least one")
@@ -115,6 +142,11 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
             f"visual_tokens has {flat.shape[0]} entries; give one for each of the {mask.numel()} patches or for each "
             f"of the {rows.shape[0]} masked ones"
         )
+
+    def _pixels_at(self, images: Tensor, rows: Tensor) -> Tensor:
+        """(M, C * P * P) float32: the patches of the images that `rows` number."""
+        patches = F.unfold(images.float(), self.config.patch_size, stride=self.config.patch_size)  # (B, C*P*P, N-1)
+        return patches.transpose(1, 2).flatten(0, 1).index_select(0, rows)
 
     def _hidden_at(self, images: Tensor, mask: Tensor, rows: Tensor, sample_keys: Tensor | None) -> Tensor:
         """(M, D): the residual stream after the last block at the masked positions, before the final norm."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +19,7 @@ from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.configs import Preset, Size
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
-from beit_fast.train import token_cache
+from beit_fast.train import held_out, token_cache
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed import World
 from beit_fast.train.task import Request, StepOutput, Task
@@ -101,9 +100,9 @@ class ModelConfig:
     grad_checkpointing: bool = free(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    def architecture(self, vocab_size: int) -> BeitConfig:
+    def architecture(self, vocab_size: int, **more: Any) -> BeitConfig:
         """The model's configuration for a tokenizer with `vocab_size` tokens; ValueError where it cannot be."""
-        overrides: dict[str, Any] = {
+        overrides: dict[str, Any] = more | {
             name: value
             for name in ("width", "depth", "num_heads", "use_abs_pos_emb")
             if (value := getattr(self, name)) is not None
@@ -122,13 +121,24 @@ class MaskingConfig:
 
     num_masked: int = 75
     """Masked patches per image; about 40 % in the paper."""
-    mode: Literal["exact", "official", "random"] = "exact"
+    mode: Literal["exact", "official", "random", "none"] = "exact"
     """`exact`: blockwise, always `num_masked`. `official`: blockwise, stops a patch or two short in a third of the
-    images. `random`: without blocks (an ablation of table 4)."""
+    images. Ablations of table 4: `random`, without blocks; `none` hides nothing, which needs --objective.recover all.
+    """
     min_num_patches: int = 16
     """Smallest block, in patches."""
     min_aspect: float = 0.3
     """Smallest ratio of a block's sides; the largest is its inverse."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is predicted where; all but the defaults are ablations of table 4."""
+
+    target: Literal["visual_tokens", "pixels"] = "visual_tokens"
+    """`pixels`: regress the normalised pixels of patches by their mean squared error, without a tokenizer."""
+    recover: Literal["masked", "all"] = "masked"
+    """`all`: predict visible patches as well as hidden ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +180,7 @@ class PretrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -181,16 +192,19 @@ class MaskedImageModeling(Task):
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
-        self.tokenizer: Tokenizer
+        self.everywhere = config.objective.recover == "all"
+        self.tokenizer: Tokenizer | None = None
         self.views: PretrainViews | None = None
         self.held_out: PretrainViews | None = None
         self.bad_images: BadImages | None = None
         self.token_store: TokenStore | None = None
-        self.tokens: TokenSource
+        self.tokens: TokenSource | None = None
 
     def build(self, config: RunConfig, world: World) -> nn.Module:
         c, data = self.config, self.config.data
         self.world = world
+        if c.masking.mode == "none" and not self.everywhere:
+            raise ValueError("--masking.mode none leaves nothing to predict; it needs --objective.recover all")
         side = c.model.image_size // c.model.patch_size
         masking = BlockwiseMasking(
             (side, side), c.masking.num_masked, c.masking.mode, c.masking.min_num_patches, None, c.masking.min_aspect
@@ -200,15 +214,17 @@ class MaskedImageModeling(Task):
             if data.path is not None
             else builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
         )
-        self.tokenizer = load_tokenizer(
-            c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=c.tokenizer.dtype(world.device)
-        )
+        if c.objective.target == "visual_tokens":
+            self.tokenizer = load_tokenizer(
+                c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=c.tokenizer.dtype(world.device)
+            )
         self.source = source
         self.bad_images = BadImages(
             len(source), c.output_dir / "bad_files.tsv" if c.output_dir.is_dir() else None, data.max_bad_share
         )
-        self.token_store = token_cache.open_store(c, self.tokenizer, source, masking, world.device)
-        self.tokens = TokenSource(self.tokenizer, self.token_store)
+        if self.tokenizer is not None:
+            self.token_store = token_cache.open_store(c, self.tokenizer, source, masking, world.device)
+            self.tokens = TokenSource(self.tokenizer, self.token_store)
         self.views = self._views(source, masking, self.bad_images, data.view_cycle, self.token_store)
         if c.evaluation.images:
             held_out = (
@@ -220,9 +236,14 @@ class MaskedImageModeling(Task):
             )
             self.held_out = self._views(held_out, masking, BadImages(len(held_out), None, data.max_bad_share))
         torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
-        model = BeitForMaskedImageModeling(c.model.architecture(self.tokenizer.vocab_size))
+        model = BeitForMaskedImageModeling(self.architecture())
         model.set_grad_checkpointing(c.model.grad_checkpointing)
         return model.to(world.device)
+
+    def architecture(self) -> BeitConfig:
+        """The model's; asked after the tokenizer is open."""
+        vocab_size = BeitConfig.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        return self.config.model.architecture(vocab_size, mim_target=self.config.objective.target)
 
     def _views(
         self,
@@ -236,9 +257,10 @@ class MaskedImageModeling(Task):
         mean, std = NORMALIZATION[data.normalization]
         jitter = data.jitter
         sampling = ViewSampling(data.scale, data.ratio, data.flip_probability, jitter, jitter, jitter)
+        stride = 1 if self.tokenizer is None else self.tokenizer.stride
         return PretrainViews(
             source, masking, sampling, seed=self.config.seed, image_size=self.config.model.image_size,
-            token_image_size=masking.grid[0] * self.tokenizer.stride, mean=mean, std=std, device=self.world.device,
+            token_image_size=masking.grid[0] * stride, mean=mean, std=std, device=self.world.device,
             decoder=data.decoder, bad_images=bad, threads=data.threads, prefetch=data.prefetch,
             view_cycle=view_cycle, token_store=store,
         )  # fmt: skip
@@ -247,26 +269,31 @@ class MaskedImageModeling(Task):
         return len(self.source)
 
     def identity(self) -> dict[str, Any]:
-        return {"data": sources.fingerprint(self.source), "tokenizer_sha256": self.tokenizer.sha256}
+        tokenizer = {} if self.tokenizer is None else {"tokenizer_sha256": self.tokenizer.sha256}
+        return {"data": sources.fingerprint(self.source), **tokenizer}
 
     def batches(self, requests: Iterator[Request]) -> Iterator[PretrainBatch]:
         assert self.views is not None
         return self.views.batches(requests)
 
     def num_targets(self, batch: PretrainBatch) -> Tensor | int:
-        return len(batch.masked_rows)
+        return batch.mask.numel() if self.everywhere else len(batch.masked_rows)
 
-    def prepare(self, batch: PretrainBatch, step: int) -> tuple[PretrainBatch, Tensor]:
-        """The visual tokens at the masked positions, int64 (M,)."""
-        return batch, self.tokens.at_masked(batch)
+    def prepare(self, batch: PretrainBatch, step: int) -> tuple[PretrainBatch, Tensor | None]:
+        """The visual tokens to predict, int64 (M,) or (B, h, w); none where pixels are."""
+        return batch, None if self.tokens is None else self.tokens.of(batch, self.everywhere)
 
-    def loss(self, model: nn.Module, batch: tuple[PretrainBatch, Tensor], num_targets: Tensor) -> StepOutput:
+    def loss(self, model: nn.Module, batch: tuple[PretrainBatch, Tensor | None], num_targets: Tensor) -> StepOutput:
         views, tokens = batch
-        output = model(views.images, views.mask, tokens, views.sample_keys, num_targets, views.masked_rows)
-        masked = torch.full((), output.num_masked, dtype=torch.float64, device=tokens.device)
+        output = model(
+            views.images, views.mask, tokens, views.sample_keys, num_targets, views.masked_rows, self.everywhere
+        )
+        masked = torch.full((), output.num_masked, dtype=torch.float64, device=views.images.device)
         return StepOutput(output.loss, {"num_correct": output.num_correct, "num_masked": masked})
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        if self.tokenizer is None:
+            return {}
         return {"accuracy": sums["num_correct"] / sums["num_masked"]}
 
     def counters(self) -> dict[str, float]:
@@ -276,43 +303,19 @@ class MaskedImageModeling(Task):
         return counts
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Held-out images under the training views and fixed masks, in nats per masked patch:
-
-        `held_out_loss`; `token_entropy_nats`, the entropy of the tokens' distribution over all held-out patches, which
-        is what a model that ignores its input can reach at best; `other_context_loss`, with the visible patches taken
-        from another image, which is what a model that ignores the context would reach too.
-        """
+        """Held-out images under the training views and fixed masks; see `held_out.measure`."""
         if self.held_out is None:
             return {}
-        count, size = self.config.evaluation.images, min(self.config.batch_per_device, self.config.evaluation.images)
-        if size < 2:
-            raise ValueError("--evaluation.images and --batch-per-device must be at least 2: the context is exchanged")
-        sums = torch.zeros(4, dtype=torch.float64)
-        histogram = torch.zeros(self.tokenizer.vocab_size, dtype=torch.float64)
-        positions = np.array_split(np.arange(count, dtype=np.int64), max(count // size, 1))
-        for batch in self.held_out.batches(Request(0, part) for part in positions):
-            with torch.autocast(self.world.device.type, enabled=False):
-                tokens = self.tokenizer.encode(batch.token_images)
-            histogram += torch.bincount(tokens.flatten().cpu(), minlength=len(histogram))
-            right = model(batch.images, batch.mask, tokens)
-            wrong = model(batch.images.roll(1, 0), batch.mask, tokens)
-            masked = right.num_masked
-            sums += torch.tensor(
-                [masked, *(float(v) for v in (right.num_correct, right.loss * masked, wrong.loss * masked))]
-            )
-        share = histogram[histogram > 0] / histogram.sum()
-        masked, correct, right_sum, wrong_sum = sums.tolist()
-        return {
-            "held_out_loss": right_sum / masked,
-            "held_out_accuracy": correct / masked,
-            "token_entropy_nats": float(-(share * share.log()).sum()),
-            "other_context_loss": wrong_sum / masked,
-            "held_out_images": count,
-        }
+        assert isinstance(model, BeitForMaskedImageModeling)
+        images, size = self.config.evaluation.images, self.config.batch_per_device
+        return held_out.measure(model, self.tokenizer, self.held_out, images, size, self.everywhere)
 
     def plan(self, config: RunConfig) -> dict[str, float]:
-        architecture = self.config.model.architecture(self.tokenizer.vocab_size)
-        forward = 2.0 * multiply_adds(architecture, self.config.masking.num_masked)
+        architecture = self.architecture()
+        targets = architecture.num_patches if self.everywhere else self.config.masking.num_masked
+        forward = 2.0 * multiply_adds(architecture, targets)
+        if self.tokenizer is None:
+            return {"flops_per_image": 3 * forward}
         side = self.config.model.image_size // self.config.model.patch_size * self.tokenizer.stride
         with FlopCounterMode(display=False) as counter:
             self.tokenizer.encode(torch.zeros(1, 3, side, side, device=self.world.device))
@@ -328,7 +331,7 @@ class MaskedImageModeling(Task):
         for views in (self.views, self.held_out):
             if views is not None:
                 views.close()
-        if self.token_store is not None:
+        if self.token_store is not None and self.tokens is not None:
             self.tokens.flush()
             self.token_store.close()
 
@@ -344,9 +347,10 @@ def multiply_adds(config: BeitConfig, num_masked: int) -> float:
     that throughputs compare with others'.
     """
     n, d = config.num_patches + 1, config.width
+    outputs = config.vocab_size if config.mim_target == "visual_tokens" else config.in_chans * config.patch_size**2
     block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d
     patches = config.num_patches * d * config.in_chans * config.patch_size**2
-    return patches + config.depth * block + num_masked * d * config.vocab_size
+    return patches + config.depth * block + num_masked * d * outputs
 
 
 def demo_banner(paper: PretrainConfig, demo: PretrainConfig) -> str:

@@ -87,23 +87,23 @@ def settings_of(
 
 
 class TokenSource:
-    """Tokens of batches at their masked positions; what the tokenizer has to compute for a store is kept there."""
+    """Tokens of batches where they are to be predicted; what the tokenizer computes for a store is kept there."""
 
     def __init__(self, tokenizer: Tokenizer, store: TokenStore | None) -> None:
         self.tokenizer, self.store = tokenizer, store
         self._copies: deque[tuple[torch.cuda.Event, int, NDArray[np.int64], Tensor]] = deque()
 
-    def at_masked(self, batch: PretrainBatch) -> Tensor:
-        """int64 (M,), in row order."""
+    def of(self, batch: PretrainBatch, everywhere: bool = False) -> Tensor:
+        """int64: (M,) at the masked positions in row order, or (B, h, w)."""
         if batch.known_tokens is None:
-            return self.tokenizer.encode(batch.token_images, batch.mask)
+            return self.tokenizer.encode(batch.token_images, None if everywhere else batch.mask)
         assert batch.unknown is not None
         tokens = batch.known_tokens
         if len(batch.unknown):
             made = self.tokenizer.encode(batch.token_images)  # at all positions: the next masks are others
             self._keep(batch, made)
             tokens = tokens.index_copy(0, batch.unknown.to(tokens.device, non_blocking=True), made)
-        return tokens.flatten()[batch.masked_rows]
+        return tokens if everywhere else tokens.flatten()[batch.masked_rows]
 
     def flush(self) -> None:
         """Write what is still on its way from the device."""

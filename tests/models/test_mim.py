@@ -135,3 +135,43 @@ def test_predicted_tokens_are_those_of_the_loss():
     model, images, mask, tokens = make("plus")
     logits = model.predict_tokens(images, mask)
     torch.testing.assert_close(F.cross_entropy(logits, tokens[mask]), model(images, mask, tokens).loss)
+
+
+def test_the_loss_everywhere_is_that_of_all_patches():
+    model, images, mask, tokens = make("plus")
+    logits = model.predict_tokens(images, mask, everywhere=True)
+    assert logits.shape == (mask.numel(), 50)
+    torch.testing.assert_close(logits[mask.flatten()], model.predict_tokens(images, mask))
+    found = model(images, mask, tokens, everywhere=True)
+    torch.testing.assert_close(F.cross_entropy(logits, tokens.flatten()), found.loss)
+    assert (found.num_masked, int(found.num_correct)) == (
+        mask.numel(),
+        int((logits.argmax(1) == tokens.flatten()).sum()),
+    )
+    nothing = torch.zeros_like(mask)
+    clean = model(images, nothing, tokens, everywhere=True)
+    assert clean.loss != found.loss
+    torch.testing.assert_close(model(images, nothing, tokens, num_targets=torch.tensor(2.0), everywhere=True).loss,
+                               clean.loss * mask.numel() / 2)  # fmt: skip
+
+
+def test_pixels_are_those_of_the_hidden_patches():
+    model, images, mask, _ = make("plain", mim_target="pixels")
+    predicted = model.predict_tokens(images, mask)
+    assert predicted.shape == (int(mask.sum()), 3 * 8 * 8)
+    errors = [
+        (row.view(3, 8, 8) - images[b, :, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8]).square().mean()
+        for row, (b, i, j) in zip(predicted, mask.nonzero().tolist(), strict=True)
+    ]
+    found = model(images, mask)
+    torch.testing.assert_close(torch.stack(errors).mean(), found.loss)
+    torch.testing.assert_close(model(images, mask, num_targets=torch.tensor(3.0)).loss, torch.stack(errors).sum() / 3)
+    assert torch.isnan(found.accuracy)
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_visual_tokens_may_be_left_out_for_pixels_only():
+    model, images, mask, _ = make("plus")
+    with pytest.raises(ValueError, match="visual_tokens are missing"):
+        model(images, mask)

@@ -1,0 +1,260 @@
+"""An ablation study: pre-train each row, fine-tune it on several labelled sets, one record, one table.
+
+    main(Study(rows=...))
+
+Every run is a run folder of its own and is continued where it was stopped; a run that is complete is not run again.
+What has been measured is appended to the record, a line of JSON per run; the table is made from the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from beit_fast.data.builtin import NOTICE
+from beit_fast.train import engine, scene_protocol
+from beit_fast.train.cli import EXPECTED_ERRORS, fail, parse
+from beit_fast.train.config import to_plain
+from beit_fast.train.finetune import ClassifierModelConfig, Finetune, FinetuneConfig
+from beit_fast.train.pretrain import MaskedImageModeling, ModelConfig, PretrainConfig
+
+BASE_MODEL = scene_protocol.SHAPE | {"preset": "plain"}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Two-sided 95 % points of Student's t by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the paper's tables."""
+
+    label: str
+    """As the paper names it."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted fields of the pre-training that differ from the first row; `model.*` differ in fine-tuning too."""
+    length: float = 1.0
+    """Factor on the steps of pre-training; 0 trains from random weights, with the steps of `Study.scratch_steps`."""
+    paper: float | None = None
+    """The paper's top-1 on ImageNet-1k in percent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Ablations on drawn scenes with a small `plain` BEiT; the first row is what the others are compared with."""
+
+    choices: tuple[tuple[str, Row], ...] = dataclasses.field(default=(), metadata={"free": True})
+    rows: tuple[str, ...] = ()
+    """Names of the rows to run."""
+    output: Path = Path("runs/ablations")
+    """Run folders of all rows."""
+    record: Path | None = None
+    """JSON lines; None: record.jsonl in the output folder."""
+    seeds: int = 3
+    """Labelled sets, orders and initial heads per row."""
+    images: int = 16_000
+    """Unlabelled scenes for pre-training."""
+    pretrain_steps: int = 1500
+    """Steps of pre-training, 32 scenes each."""
+    labelled_images: int = 2000
+    """Labelled training scenes per seed."""
+    validation_images: int = 1500
+    """Validation scenes, the same for all."""
+    held_out: int = 600
+    """Scenes on which pre-training is measured."""
+    finetune_steps: int = 400
+    """Steps of fine-tuning, 32 scenes each."""
+    scratch_steps: int = 400
+    """Steps of training from random weights."""
+    rate: float = 1e-3
+    """Learning rate of fine-tuning and of training from scratch."""
+    layer_decay: float = 0.85
+    """Of fine-tuning."""
+    cache_dir: str | None = None
+    """Where scenes are kept."""
+    device: str = "auto"
+    """Where to run."""
+    threads: int = 1
+    """Threads that make views."""
+
+    def describe(self) -> str:
+        """The settings in a line."""
+        return (
+            f"width 128, depth 4, plain, 64 px; {self.pretrain_steps:,} + {self.finetune_steps:,} steps, batch 32, "
+            f"{self.seeds} seeds"
+        )
+
+
+class Measured(NamedTuple):
+    """Top-1 of a row in percent, by fine-tuning seed."""
+
+    name: str
+    row: Row
+    top1: dict[int, float]
+
+
+def changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`config` with dotted fields replaced; TypeError where there is no such field."""
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        config = dataclasses.replace(
+            config, **{first: changed(getattr(config, first), {rest: value}) if rest else value}
+        )
+    return config
+
+
+def pretraining(study: Study, name: str, row: Row) -> PretrainConfig:
+    """The row's pre-training. All rows see the same views, so that their tokens are computed once."""
+    shared = scene_protocol.common(study.output / name / "pretrain", study.device, 100)
+    base = scene_protocol.pretraining(
+        shared, ModelConfig(**BASE_MODEL), steps=round(study.pretrain_steps * row.length), images=study.images,
+        held_out=study.held_out, cache_dir=study.cache_dir, threads=study.threads,
+    )  # fmt: skip
+    data = dataclasses.replace(base.data, view_cycle=2, token_cache=str(study.output / "tokens.cache"))
+    config: PretrainConfig = changed(dataclasses.replace(base, data=data), row.changes)
+    if config.objective.target == "pixels":  # no tokens to keep
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, token_cache=None))
+    return config
+
+
+def finetuning(study: Study, name: str, row: Row, seed: int) -> FinetuneConfig:
+    """The row's fine-tuning, or its training from random weights."""
+    model = {key.removeprefix("model."): value for key, value in row.changes.items() if key.startswith("model.")}
+    weights = str(study.output / name / "pretrain") if row.length else None
+    data = scene_protocol.labelled(
+        seed, images=study.labelled_images, validation_images=study.validation_images, cache_dir=study.cache_dir,
+        threads=study.threads,
+    )  # fmt: skip
+    return scene_protocol.classifying(
+        scene_protocol.common(study.output / name / f"finetune_seed{seed}", study.device, 50),
+        ClassifierModelConfig(**(BASE_MODEL | model)), data, weights=weights,
+        steps=study.finetune_steps if row.length else study.scratch_steps, rate=study.rate,
+        layer_decay=study.layer_decay, seed=seed, evaluations=4,
+    )  # fmt: skip
+
+
+class Record:
+    """JSON lines: the settings of each start, and a line per finished run, never the same one twice."""
+
+    def __init__(self, path: Path, study: Study) -> None:
+        self.path = path
+        self.settings = {
+            key: value
+            for key, value in to_plain(study).items()
+            if key not in ("choices", "rows", "output", "record", "cache_dir", "seeds", "threads", "device")
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = [line for line in self.lines() if line["kind"] == "study"]
+        if found and found[-1]["settings"] != self.settings:
+            raise ValueError(f"{path} was made with other settings; repeat them, or give another --record")
+        if not found:
+            self._append({"kind": "study", "data": NOTICE, "settings": self.settings})
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        if self.path.exists():
+            yield from (json.loads(text) for text in self.path.read_text().splitlines())
+
+    def add(self, folder: Path, row: str, seed: int | None, metrics: dict[str, Any]) -> None:
+        key = {"kind": "pretrain" if seed is None else "finetune", "row": row, "seed": seed}
+        if any(all(line.get(name) == value for name, value in key.items()) for line in self.lines()):
+            return
+        start = json.loads((folder / "environment.json").read_text())["starts"][-1]
+        machine = {name: start[name] for name in ("device", "cpu_count", "torch_threads", "versions")}
+        self._append({**key, "metrics": metrics, "machine": machine})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def measured(self, choices: Mapping[str, Row]) -> list[Measured]:
+        """What the record holds of these rows, in their order."""
+        found: dict[str, dict[int, float]] = {}
+        for line in self.lines():
+            if line["kind"] == "finetune":
+                found.setdefault(line["row"], {})[line["seed"]] = line["metrics"]["top1_percent"]
+        return [Measured(name, row, found[name]) for name, row in choices.items() if name in found]
+
+
+def run(study: Study) -> Record:
+    """Run what is missing: every row's pre-training first, then all rows on one labelled set after the other."""
+    choices = dict(study.choices)
+    if unknown := [name for name in study.rows if name not in choices]:
+        raise ValueError(f"there is no row {unknown[0]!r}; choose from {', '.join(choices)}")
+    record = Record(study.record or study.output / "record.jsonl", study)
+    for name in study.rows:
+        if choices[name].length:
+            config = pretraining(study, name, choices[name])
+            record.add(config.output_dir, name, None, _complete(MaskedImageModeling, config))
+    for seed in range(study.seeds):
+        for name in study.rows:
+            fine = finetuning(study, name, choices[name], seed)
+            record.add(fine.output_dir, name, seed, _complete(Finetune, fine))
+    return record
+
+
+def _complete(task: Callable[[Any], Any], config: Any) -> dict[str, Any]:
+    """Train to the end, or find it trained; the last metrics."""
+    result = engine.run(task(config), config)
+    if result.exit_code:
+        raise SystemExit(result.exit_code)
+    return result.metrics
+
+
+def difference(row: Measured, base: Measured) -> tuple[float, float] | None:
+    """Mean of the paired differences over seeds in points, and half the width of its 95 % interval (Student's t)."""
+    pairs = [row.top1[seed] - base.top1[seed] for seed in sorted(row.top1.keys() & base.top1.keys())]
+    if len(pairs) < 2 or len(pairs) - 1 not in T_95:
+        return None
+    return statistics.mean(pairs), T_95[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+
+
+def verdict(ours: tuple[float, float] | None, paper: float | None) -> str:
+    """Whether the paper's ordering holds here, by the interval about our difference."""
+    if ours is None or not paper:
+        return ""
+    mean, half = ours
+    if abs(mean) <= half:
+        return "not told apart"
+    return "holds" if (mean > 0) == (paper > 0) else "reversed"
+
+
+def table(measured: list[Measured]) -> str:
+    """Markdown: mean and standard deviation over seeds, the difference to the first row, the paper's beside them."""
+    head = (
+        "| row | top-1 here, % (mean ± sd, n) | difference here (95 %) | paper, % | difference there | ordering |\n"
+        "|---|---|---|---|---|---|\n"
+    )
+    base = measured[0]
+    lines = []
+    for entry in measured:
+        values = list(entry.top1.values())
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        there = None
+        if entry is not base and entry.row.paper is not None and base.row.paper is not None:
+            there = entry.row.paper - base.row.paper
+        ours = None if entry is base else difference(entry, base)
+        cells = (
+            entry.row.label, f"{statistics.mean(values):.2f}{spread}, {len(values)}",
+            "" if ours is None else f"{ours[0]:+.2f} ± {ours[1]:.2f}",
+            "not published" if entry.row.paper is None else f"{entry.row.paper:.2f}",
+            "" if there is None else f"{there:+.2f}", verdict(ours, there),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return head + "\n".join(lines) + "\n"
+
+
+def main(default: Study) -> None:
+    """Run a recipe's study: its values, overridden by the command line; prints the table, keeps it as table.md."""
+    study: Study = parse(default, sys.argv[1:])  # type: ignore[type-var]
+    try:
+        record = run(study)
+    except EXPECTED_ERRORS as error:
+        fail(str(error), code=1)
+    text = table(record.measured(dict(study.choices)))
+    (study.output / "table.md").write_text(text)
+    print(f"{NOTICE}\n\n{text}\nrecord {record.path}")
