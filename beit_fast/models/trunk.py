@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +63,47 @@ class BeitTrunk(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of matrices and higher tensors that the official optimizer exempts from weight decay."""
         return {"pos_embed", "cls_token"}
+
+    @torch.no_grad()
+    def attention_probabilities(self, images: Tensor, block: int = -1, queries: Tensor | None = None) -> Tensor:
+        """What the tokens of one block attend to: float32 (B, H, Q, N); each row sums to 1.
+
+        The blocks in front of it run as always, on the fused kernels; those behind it do not run. Memory is that of the
+        rows asked for, so a single query is cheap at any resolution.
+
+        Args:
+            images: (B, C, S, S), normalised, of any size that is a multiple of the patch.
+            block: number of the block, negative from the end.
+            queries: int64 (Q,), tokens whose rows to give; 0 is CLS, 1 + row * w + column a patch. None: all.
+
+        Raises:
+            ValueError: there is no such block or token.
+        """
+        depth = len(self.blocks)
+        if not -depth <= block < depth:
+            raise ValueError(f"block {block} does not exist; the model has {depth}, numbered from 0")
+        block %= depth
+        grid = self._grid_of(images)
+        tokens = 1 + grid[0] * grid[1]
+        if queries is not None and queries.numel() and not 0 <= int(queries.min()) <= int(queries.max()) < tokens:
+            raise ValueError(f"queries must lie in [0, {tokens}), got {int(queries.min())} to {int(queries.max())}")
+        layer = list(self.layers())[block]
+        _, normed = self._run_blocks(self._embed(images), self._attention_biases(images), None, block, layer.norm1)
+        assert normed is not None
+        attn = layer.attn
+        q, k, _ = F.linear(normed, attn.qkv.weight, attn.qkv_bias()).float().chunk(3, dim=-1)
+        q, k = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (q, k))  # (B, H, N, K)
+        table = attn.relative_position_bias_table
+        if self.rel_pos_bias is not None:
+            table = self.rel_pos_bias.relative_position_bias_table
+        bias = torch.zeros((), device=q.device)
+        if table is not None:
+            bias = kernels.relative_position_bias(
+                resize_relative_position_bias_table(table, self.config.grid, grid), grid
+            ).float()
+        if queries is not None:
+            q, bias = q.index_select(2, queries), bias if table is None else bias.index_select(1, queries)
+        return (q @ k.transpose(-2, -1) * attn.scale + bias).softmax(-1)
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         """(h, w), the patches of these images."""
