@@ -2,27 +2,43 @@
 
 import difflib
 import sys
-from pathlib import Path
 
 
 def doctor(arguments: list[str]) -> int:
     """doctor              what is installed, what is missing, what to do"""
-    from beit_fast.doctor import report
+    from beit_fast.doctor import report as look
 
-    lines, ready = report()
+    lines, ready = look()
     print("\n".join(lines))
     return 0 if ready else 1
 
 
-def plot(arguments: list[str]) -> int:
-    """plot RUN_FOLDER     draw the loss of a run, finished or not, into its loss.png"""
-    from beit_fast.visualize.run_report import loss_picture
+def report(arguments: list[str]) -> int:
+    """report RUN          write the report.html of a run folder, finished or not"""
+    from beit_fast.train.picture_commands import report_command
 
-    if len(arguments) != 1 or not (Path(arguments[0]) / "metrics.jsonl").is_file():
-        print("error: plot takes one run folder, which holds a metrics.jsonl", file=sys.stderr)
-        return 2
-    print(loss_picture(Path(arguments[0])))
-    return 0
+    return report_command(arguments)
+
+
+def compare(arguments: list[str]) -> int:
+    """compare RUN...      lay the curves of several runs over each other, in one page"""
+    from beit_fast.train.picture_commands import compare_command
+
+    return compare_command(arguments)
+
+
+def visualize(arguments: list[str]) -> int:
+    """visualize reconstructions|attention|codes   what a pre-trained model or a tokenizer has learnt, as pictures"""
+    from beit_fast.train.picture_commands import visualize_command
+
+    return visualize_command(arguments)
+
+
+def tokens(arguments: list[str]) -> int:
+    """tokens IMAGE...     the visual tokens of images and what they decode to, for any tokenizer"""
+    from beit_fast.train.picture_commands import tokens_command
+
+    return tokens_command(arguments)
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -46,7 +62,10 @@ def tune(arguments: list[str]) -> int:
     return tune_kernels(arguments)
 
 
-COMMANDS = {"doctor": doctor, "plot": plot, "evaluate": evaluate, "predict": predict, "tune": tune}
+COMMANDS = {
+    "doctor": doctor, "report": report, "compare": compare, "evaluate": evaluate, "predict": predict,
+    "visualize": visualize, "tokens": tokens, "tune": tune,
+}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:

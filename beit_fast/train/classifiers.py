@@ -75,8 +75,9 @@ def open_classifier(path: str | Path, image_size: int | None = None) -> Classifi
     )  # fmt: skip
 
 
-def architecture_of(state: Mapping[str, Tensor], source: str) -> BeitConfig:
-    """The configuration of a square-image classifier, from the shapes of its tensors.
+def architecture_of(state: Mapping[str, Tensor], source: str, classifier: bool = True) -> BeitConfig:
+    """The configuration of a square-image classifier, from the shapes of its tensors; or, without `classifier`, of a
+    backbone that need not have a head.
 
     The width of a head is that of a relative table's heads, or 64 where there is no table.
 
@@ -88,7 +89,7 @@ def architecture_of(state: Mapping[str, Tensor], source: str) -> BeitConfig:
         projection, hidden = tensors["patch_embed.proj.weight"], tensors["blocks.0.mlp.fc1.weight"]
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{source}: not the weights of a BEiT ({error})") from error
-    if "head.weight" not in tensors:
+    if classifier and "head.weight" not in tensors:
         raise CheckpointError(f"{source}: holds no classifier (no head.weight); fine-tune it first")
     width, channels, patch, _ = projection.shape
     own = tensors.get(f"blocks.0.attn.{_TABLE}")
@@ -109,7 +110,7 @@ def architecture_of(state: Mapping[str, Tensor], source: str) -> BeitConfig:
         use_abs_pos_emb=positions is not None,
         relative_position_bias="per_block" if own is not None else "shared" if shared is not None else "none",
         layer_scale_init=0.1 if "blocks.0.gamma_1" in tensors else None,
-        num_classes=tensors["head.weight"].shape[0],
+        num_classes=tensors["head.weight"].shape[0] if "head.weight" in tensors else 0,
         global_pool="avg" if "fc_norm.weight" in tensors else "token",
     )  # fmt: skip
 

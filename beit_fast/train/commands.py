@@ -79,7 +79,7 @@ class PredictOptions(ClassifierOptions):
 
 def evaluate_command(arguments: Sequence[str]) -> int:
     """`evaluate CHECKPOINT [--data.path ...]`: prints top-1, top-5 and loss; under torchrun on several devices."""
-    places, options = _split(arguments)
+    places, options = split_words(arguments)
     chosen: EvaluateOptions = parse(EvaluateOptions(), options)  # type: ignore[type-var]
     if len(places) != 1:
         fail("evaluate takes one checkpoint: python -m beit_fast evaluate CHECKPOINT --data.path DIR", code=2)
@@ -118,7 +118,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 def predict_command(arguments: Sequence[str]) -> int:
     """`predict CHECKPOINT IMAGE...`: five likeliest classes of each image; 1 where an image cannot be read."""
-    places, options = _split(arguments)
+    places, options = split_words(arguments)
     chosen: PredictOptions = parse(PredictOptions(), options)  # type: ignore[type-var]
     if len(places) < 2:
         fail("predict takes a checkpoint and images: python -m beit_fast predict CHECKPOINT IMAGE...", code=2)
@@ -141,7 +141,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     return 1 if unread else 0
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words in front of the first option, and the options."""
     first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return list(arguments[:first]), list(arguments[first:])
@@ -179,8 +179,8 @@ def _images(data: EvaluationDataConfig, classifier: Classifier) -> LabelledImage
     return LabelledImages(images.source, images.labels, classifier.classes)
 
 
-def _view(path: Path, classifier: Classifier) -> torch.Tensor | str:
-    """One normalised view (1, 3, S, S), or why there is none."""
+def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | str:
+    """The central view (3, S, S) of an image file, float32 in [0, 1], or why there is none."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -191,6 +191,13 @@ def _view(path: Path, classifier: Classifier) -> torch.Tensor | str:
     picture = PilDecoder().decode([data], np.array([(0, 0, header.height, header.width)], np.int32))[0]
     if isinstance(picture, Rejection):
         return picture.reason
-    view = centre_view(picture, classifier.image_size, classifier.crop_share).permute(2, 0, 1).float() / 255
+    return centre_view(picture, image_size, crop_share).permute(2, 0, 1).float() / 255
+
+
+def _view(path: Path, classifier: Classifier) -> torch.Tensor | str:
+    """One normalised view (1, 3, S, S), or why there is none."""
+    view = read_view(path, classifier.image_size, classifier.crop_share)
+    if isinstance(view, str):
+        return view
     mean, std = (torch.tensor(values)[:, None, None] for values in (classifier.mean, classifier.std))
     return ((view - mean) / std)[None]

@@ -4,9 +4,12 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+Config = TypeVar("Config")
 
 
 def free(default: Any) -> Any:
@@ -115,6 +118,23 @@ def to_plain(config: Any) -> dict[str, Any]:
     result = plain(config)
     assert isinstance(result, dict)
     return result
+
+
+def from_plain(kind: type[Config], value: Mapping[str, Any]) -> Config:
+    """The configuration that `to_plain` was given; fields that `value` lacks keep their defaults.
+
+    TypeError where `value` has a field that `kind` has not.
+    """
+    hints = get_type_hints(kind)
+
+    def made(hint: Any, item: Any) -> Any:
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            return from_plain(hint, item)
+        if isinstance(item, list):
+            return tuple(item)
+        return Path(item) if hint is Path or (Path in get_args(hint) and isinstance(item, str)) else item
+
+    return kind(**{name: made(hints.get(name), item) for name, item in value.items()})
 
 
 def free_fields(config: Any, prefix: str = "") -> set[str]:

@@ -384,12 +384,8 @@ class _Run:
         """Pictures and exports of a run that reached its target."""
         if self.world.is_main:
             self.task.finish(self.averaged_model(), self.folder.path)
-            text = f"complete: step {self.step} in {duration(time.perf_counter() - self.started)}"
-            try:
-                from beit_fast.visualize.run_report import loss_picture
+            from beit_fast.visualize.run_report import write_report
 
-                text += f"; loss picture {loss_picture(self.folder.path)}"
-            except ModuleNotFoundError as missing:
-                text += f"; no loss picture, {missing.name} is not installed"
-            self.say(text)
+            took = duration(time.perf_counter() - self.started)
+            self.say(f"complete: step {self.step} in {took}; report {write_report(self.folder.path)}")
         self.world.barrier()

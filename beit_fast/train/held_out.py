@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer
 from beit_fast.train.task import Request
 
 if TYPE_CHECKING:
-    from beit_fast.data.pretrain_views import PretrainViews
+    from beit_fast.data.pretrain_views import PretrainBatch, PretrainViews
 
 
 def measure(
@@ -22,13 +23,14 @@ def measure(
     images: int,
     batch_size: int,
     everywhere: bool,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """Losses per masked patch (per patch, if `everywhere`) of the first `images` of `views`.
 
     `held_out_loss`, in nats; `token_entropy_nats`, the entropy of the tokens' distribution over all held-out patches,
     which is what a model that ignores its input can reach at best; `other_context_loss`, with the visible patches taken
     from another image, which is what a model that ignores the context would reach too. Where pixels are the target
     (no tokenizer), losses are squared errors, to be compared with `pixel_variance` about each channel's mean.
+    And the histogram of the tokens, float64 (V,).
 
     Raises:
         ValueError: a batch would hold one image, whose context cannot be exchanged.
@@ -59,10 +61,15 @@ def measure(
     found = {"held_out_loss": right_sum / masked, "held_out_images": float(images)}
     if tokenizer is None:
         number, total, squares = pixels
-        return found | {"pixel_variance": float((squares / number - (total / number).square()).mean())}
+        return found | {"pixel_variance": float((squares / number - (total / number).square()).mean())}, histogram
     share = histogram[histogram > 0] / histogram.sum()
     return found | {
         "held_out_accuracy": correct / masked,
         "token_entropy_nats": float(-(share * share.log()).sum()),
         "other_context_loss": wrong_sum / masked,
-    }
+    }, histogram
+
+
+def first(views: PretrainViews, count: int) -> PretrainBatch:
+    """The first images of the held-out order, always the same."""
+    return next(iter(views.batches([Request(0, np.arange(count, dtype=np.int64))])))

@@ -19,7 +19,7 @@ from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.configs import Preset, Size
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
-from beit_fast.train import held_out, token_cache
+from beit_fast.train import held_out, run_pictures, token_cache
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed import World
 from beit_fast.train.task import Request, StepOutput, Task
@@ -171,6 +171,8 @@ class EvaluationConfig:
     """Number of held-out images; 0 evaluates nothing."""
     path: str | None = free(None)
     """Folder or shards of held-out images; None: built-in images of another seed, without photographs."""
+    pictures: int = free(4)
+    """Held-out images to draw at every evaluation: masked, decoded from predicted tokens, attended to; 0 draws none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,22 +204,12 @@ class MaskedImageModeling(Task):
 
     def build(self, config: RunConfig, world: World) -> nn.Module:
         c, data = self.config, self.config.data
-        self.world = world
-        if c.masking.mode == "none" and not self.everywhere:
-            raise ValueError("--masking.mode none leaves nothing to predict; it needs --objective.recover all")
-        side = c.model.image_size // c.model.patch_size
-        masking = BlockwiseMasking(
-            (side, side), c.masking.num_masked, c.masking.mode, c.masking.min_num_patches, None, c.masking.min_aspect
-        )
+        masking = self.open_tokenizer(world)
         source = (
             sources.open_source(data.path)
             if data.path is not None
             else builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
         )
-        if c.objective.target == "visual_tokens":
-            self.tokenizer = load_tokenizer(
-                c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=c.tokenizer.dtype(world.device)
-            )
         self.source = source
         self.bad_images = BadImages(
             len(source), c.output_dir / "bad_files.tsv" if c.output_dir.is_dir() else None, data.max_bad_share
@@ -227,18 +219,41 @@ class MaskedImageModeling(Task):
             self.tokens = TokenSource(self.tokenizer, self.token_store)
         self.views = self._views(source, masking, self.bad_images, data.view_cycle, self.token_store)
         if c.evaluation.images:
-            held_out = (
-                sources.open_source(c.evaluation.path)
-                if c.evaluation.path is not None
-                else builtin.builtin_source(
-                    data.cache_dir, c.evaluation.images, c.seed + 1, data.builtin_size, photograph_share=0.0
-                )
-            )
-            self.held_out = self._views(held_out, masking, BadImages(len(held_out), None, data.max_bad_share))
+            self.held_out = self.open_held_out(masking)
         torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
         model = BeitForMaskedImageModeling(self.architecture())
         model.set_grad_checkpointing(c.model.grad_checkpointing)
         return model.to(world.device)
+
+    def open_tokenizer(self, world: World, decoder: bool = False) -> BlockwiseMasking:
+        """What the objective needs: the tokenizer, where there is one (with `decoder`, so that it decodes), and the
+        masks.
+        """
+        c, self.world = self.config, world
+        if c.masking.mode == "none" and not self.everywhere:
+            raise ValueError("--masking.mode none leaves nothing to predict; it needs --objective.recover all")
+        if c.objective.target == "visual_tokens":
+            self.tokenizer = load_tokenizer(
+                c.tokenizer.name,
+                sha256=c.tokenizer.sha256,
+                device=world.device,
+                dtype=c.tokenizer.dtype(world.device),
+                decoder=decoder,
+            )
+        side, mask = c.model.image_size // c.model.patch_size, c.masking
+        return BlockwiseMasking((side, side), mask.num_masked, mask.mode, mask.min_num_patches, None, mask.min_aspect)
+
+    def open_held_out(self, masking: BlockwiseMasking) -> PretrainViews:
+        """Views of the held-out images."""
+        c, data = self.config, self.config.data
+        held_out = (
+            sources.open_source(c.evaluation.path)
+            if c.evaluation.path is not None
+            else builtin.builtin_source(
+                data.cache_dir, c.evaluation.images, c.seed + 1, data.builtin_size, photograph_share=0.0
+            )
+        )
+        return self._views(held_out, masking, BadImages(len(held_out), None, data.max_bad_share))
 
     def architecture(self) -> BeitConfig:
         """The model's; asked after the tokenizer is open."""
@@ -308,7 +323,14 @@ class MaskedImageModeling(Task):
             return {}
         assert isinstance(model, BeitForMaskedImageModeling)
         images, size = self.config.evaluation.images, self.config.batch_per_device
-        return held_out.measure(model, self.tokenizer, self.held_out, images, size, self.everywhere)
+        found, histogram = held_out.measure(model, self.tokenizer, self.held_out, images, size, self.everywhere)
+        count = min(self.config.evaluation.pictures, images)
+        if count and self.world.is_main and self.config.output_dir.is_dir():
+            batch = held_out.first(self.held_out, count)
+            norm = NORMALIZATION[self.config.data.normalization]
+            run_pictures.draw(self.config.output_dir, step, model, self.tokenizer, batch, norm)
+            run_pictures.write_histogram(self.config.output_dir, histogram, images)
+        return found
 
     def plan(self, config: RunConfig) -> dict[str, float]:
         architecture = self.architecture()

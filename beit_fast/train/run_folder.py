@@ -1,6 +1,6 @@
 """The run folder: one process at a time, continued only by the configuration that began it.
 
-config.json  environment.json  metrics.jsonl  checkpoints/  loss.png
+config.json  environment.json  metrics.jsonl  checkpoints/  pictures/  report.html
 """
 
 import fcntl

@@ -25,7 +25,7 @@ class AttentionMaps(NamedTuple):
     """Attention from one patch of one image to all patches."""
 
     maps: Tensor
-    """(H, h, w) float32; what each head gives to each patch. What goes to CLS is left out, so a map sums to at most 1."""
+    """(H, h, w) float32; what each head gives to each patch. CLS is left out, so a map sums to at most 1."""
     masks: Tensor
     """bool (H, h, w): the patches with the largest attention, together `MASS` of the map."""
     query: tuple[int, int]

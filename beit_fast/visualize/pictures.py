@@ -40,6 +40,24 @@ def heat(values: Tensor, scale: int) -> Tensor:
     return mixed.repeat_interleave(scale, 0).repeat_interleave(scale, 1).permute(2, 0, 1)
 
 
+def mosaic(images: Tensor, columns: int) -> Image:
+    """(B, 3, H, W) in [0, 1] side by side, `columns` in a row, a white line between them."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    page = torch.ones(3, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for number, image in enumerate(images.cpu()):
+        y, x = divmod(number, columns)
+        page[:, y * (height + 1) : y * (height + 1) + height, x * (width + 1) : x * (width + 1) + width] = image
+    return to_pil(page)
+
+
+def labels(ids: Tensor, scale: int) -> Tensor:
+    """ids (h, w) -> (3, h * scale, w * scale): a colour for each number, the same everywhere, without an order."""
+    mixed = (ids[None].long() + 1) * torch.tensor([73856093, 19349663, 83492791], device=ids.device)[:, None, None]
+    colours = 0.15 + 0.8 * ((mixed ^ (mixed >> 13)) % 256).float() / 255
+    return colours.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
 def sheet(rows: Sequence[Sequence[Tensor]], columns: Sequence[str]) -> Image:
     """Rows of images (3, H, W) in [0, 1], all of one size, under the names of their columns.
 

@@ -46,11 +46,11 @@ def test_a_run_leaves_its_folder(train):
     assert (result.exit_code, result.step) == (0, 12)
     assert task.closed
     names = {p.name for p in folder.iterdir()}
-    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "loss.png"} <= names
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "report.html"} <= names
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
     assert lines[-1]["kind"] == "evaluation"
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "report.html").read_text()
     start = json.loads((folder / "environment.json").read_text())["starts"][0]
     assert start["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 

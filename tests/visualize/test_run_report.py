@@ -1,0 +1,136 @@
+"""The run report: it holds what the run measured, it stands alone, and its pictures can be seen."""
+
+import base64
+import io
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_fast.visualize import charts
+from beit_fast.visualize.charts import Series, line_chart
+from beit_fast.visualize.run_report import read_run, write_comparison, write_report
+
+
+def make_run(folder, loss=6.0, **config):
+    """A run folder as training leaves it, a line cut short by a kill included."""
+    (folder / "pictures").mkdir(parents=True)
+    saved = {"task": "pretrain", "config": {"steps": 100, "model": {"width": 128}, **config}}
+    (folder / "config.json").write_text(json.dumps(saved))
+    start = {"step": 0, "time": "2026-01-02T03:04:05", "device": "a <device>", "world_size": 1, "command": ["x", "-y"]}
+    (folder / "environment.json").write_text(json.dumps({"starts": [start]}))
+    lines = [
+        {"kind": "train", "step": step, "loss": loss - step / 100, "accuracy": step / 1000, "lr": 1e-3,
+         "grad_norm": 1.5, "images_per_s": 90.0 + step, "data_wait_share": 0.02, "skipped_steps": 0, "bad_images": 1.0,
+         "peak_memory_mib": 812.5}
+        for step in range(10, 101, 10)
+    ]  # fmt: skip
+    lines[3]["loss"] = None
+    lines.append({"kind": "evaluation", "step": 100, "held_out_loss": 5.1, "token_entropy_nats": 5.5})
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '\n{"kind": "train", "st')
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    for step in (50, 100):
+        Image.fromarray(pixels).save(folder / "pictures" / f"reconstructions_step_{step:08d}.png")
+    Image.fromarray(pixels).save(folder / "confusion.png")
+    histogram = {"images": 600, "vocab_size": 8192, "counts": [50, 20, 7, 1]}
+    (folder / "pictures" / "token_histogram.json").write_text(json.dumps(histogram))
+    return folder
+
+
+def assert_stands_alone(page):
+    assert not re.findall(r"""(?:src|href|srcset|action)=["'](?!data:|#)""", page)
+    assert not re.findall(r"url\(|@import|https?://|<script|<link", page)
+
+
+def pictures_of(page):
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def charts_of(page):
+    """Title to points of each line, in pixels of the chart."""
+    found = {}
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        root = ET.fromstring(svg)
+        lines = [[tuple(map(float, p.split(","))) for p in line.attrib["points"].split()]
+                 for line in root.iter("polyline")]  # fmt: skip
+        found[root.attrib["aria-label"]] = lines
+    return found
+
+
+def test_a_report_stands_alone_and_shows_everything(tmp_path):
+    page = write_report(make_run(tmp_path / "run <1>")).read_text()
+    assert_stands_alone(page)
+    pictures = pictures_of(page)
+    assert len(pictures) == 3
+    assert all(picture.std() > 10 for picture in pictures)
+    drawn = charts_of(page)
+    assert set(drawn) >= {
+        "loss", "accuracy, share of masked patches", "learning rate", "gradient norm before clipping",
+        "images per second", "share of the time spent waiting for data",
+        "skipped steps (gradient not finite), per interval", "bad images so far", "peak memory, MiB",
+        "perplexity of the visual tokens on held-out images", "4 of 8,192 tokens occur in 600 held-out images",
+    }  # fmt: skip
+    assert len(drawn["loss"]) == 3
+    assert len(drawn["loss"][0]) == 9 + 1  # one loss is missing; the last point stands twice
+    heights = [y for _, y in drawn["loss"][0]]
+    assert heights == sorted(heights)  # a falling loss goes down the page
+    assert all(
+        0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for each in drawn.values() for l in each for x, y in l
+    )
+    assert "run &lt;1&gt;" in page
+    assert "a &lt;device&gt;" in page
+    assert "model.width" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_a_report_of_little(tmp_path):
+    """A run that was killed before its first interval, and no run at all."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert_stands_alone(write_report(tmp_path).read_text())
+    with pytest.raises(ValueError, match="is not a run folder"):
+        write_report(tmp_path / "elsewhere")
+
+
+def test_a_comparison_lays_runs_over_each_other(tmp_path):
+    folders = [make_run(tmp_path / name / "pretrain", loss, seed=seed) for name, loss, seed in
+               (("a", 6.0, 0), ("b", 7.0, 1))]  # fmt: skip
+    page = write_comparison(folders, tmp_path / "out" / "page.html").read_text()
+    assert_stands_alone(page)
+    assert "a/pretrain" in page
+    assert "b/pretrain" in page
+    first, second = charts_of(page)["loss"]
+    assert all(y1 > y2 for (_, y1), (_, y2) in zip(first, second, strict=True))  # the larger loss is higher up
+    differing = page[page.index("Where the configurations differ") :]
+    assert "<td>seed</td><td>0</td><td>1</td>" in differing
+    assert "model.width" not in differing
+
+
+def test_a_cut_line_is_passed_over(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    assert len(run.metrics) == 11
+    assert run.series("held_out_loss").y == [5.1]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1e-3, 2e-3, 1e-3], [-5.0, 1e6], [3.0], [1e-9, 1.0, float("nan")]])
+def test_charts_of_all_kinds_of_values(values, log):
+    chart = line_chart("a <b>", [Series("s", list(range(1, len(values) + 1)), values)], log_y=log, log_x=log)
+    finite = [v for v in values if np.isfinite(v) and (v > 0 or not log)]
+    if not finite:
+        assert chart == ""
+        return
+    (points,) = charts_of(chart)["a <b>"]
+    assert all(0 <= x <= charts.WIDTH and 0 <= y <= charts.HEIGHT for x, y in points)
+    order = np.argsort(finite, kind="stable")
+    assert (np.diff([points[i][1] for i in order]) <= 0).all()
+    ticks = len(ET.fromstring(re.search(r"<svg.*?</svg>", chart).group()).findall("line"))
+    assert 2 <= ticks <= 20
+
+
+def test_no_chart_of_nothing():
+    assert line_chart("x", [Series("s", [], []), Series("t", [1], [None])]) == ""
