@@ -9,15 +9,18 @@ from .key_names import convert_state_dict
 from .mim import BeitForMaskedImageModeling, MaskedImageModelingOutput
 from .reading import CheckpointError
 from .resize import resize_position_embedding, resize_relative_position_bias_table
+from .segmentation import BeitForSemanticSegmentation, SegmentationConfig
 
 __all__ = [
     "Beit",
     "BeitConfig",
     "BeitFeatures",
     "BeitForMaskedImageModeling",
+    "BeitForSemanticSegmentation",
     "CheckpointError",
     "LoadReport",
     "MaskedImageModelingOutput",
+    "SegmentationConfig",
     "convert_state_dict",
     "create_model",
     "list_models",

@@ -78,7 +78,8 @@ def load_checkpoint(
     number of channels as timm does; a head of another size stays as it was initialised. Parameters keep their identity.
 
     Args:
-        model: `Beit`, `BeitForMaskedImageModeling`, or a feature extractor made from one.
+        model: `Beit`, `BeitForMaskedImageModeling`, `BeitForSemanticSegmentation` (in the report without `backbone.`),
+            or a feature extractor.
         sha256: expected of the file, in hexadecimal.
         source_grid: (h, w), the patches of the images the weights were learned at; only needed where it is not square.
         verbose: print the report.
@@ -100,20 +101,22 @@ def load_state_dict(
     verbose: bool = False,
 ) -> LoadReport:
     """`load_checkpoint` from tensors at hand; arguments and errors as there."""
-    trunk = model if isinstance(model, BeitTrunk) else getattr(model, "model", None)
+    whole = model if isinstance(model, BeitTrunk) else getattr(model, "model", model)
+    trunk = getattr(whole, "backbone", whole)  # a segmentation model has its heads beside the trunk
     if not isinstance(trunk, BeitTrunk):
         raise CheckpointError(f"model is a {type(model).__name__}; weights can be loaded into a BEiT of beit_fast only")
     try:
         tensors, strangers = to_official(state)
         fit = _Fit(trunk, tensors, LoadReport(source), source_grid)
-        values = {name: fit(name, target) for name, target in trunk.state_dict().items()}
+        targets = {name.removeprefix("backbone."): t for name, t in whole.state_dict(keep_vars=True).items()}
+        values = {name: fit(name, target) for name, target in targets.items()}
         fit.check_leftovers(strangers)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error.__cause__
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
     with torch.no_grad():
-        for name, parameter in trunk.state_dict(keep_vars=True).items():
+        for name, parameter in targets.items():
             value = values[name]
             if value is not None:
                 parameter.copy_(value)
@@ -144,8 +147,8 @@ class _Fit:
             raise CheckpointError(self._why_missing(name, target))
         self.used.add(found)
         tensor = self.tensors[found]
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{found!r} is {tensor.dtype}, not floating")
+        if tensor.is_floating_point() != target.is_floating_point():  # batch norms count their batches in integers
+            raise CheckpointError(f"{found!r} is {tensor.dtype}, not {'floating' if target.is_floating_point() else target.dtype}")
         value = self._fitted(found, tensor, target)
         if value is None:
             self.report.ignored[found] = f"its shape {tuple(tensor.shape)} is not the model's {tuple(target.shape)}"
@@ -178,7 +181,7 @@ class _Fit:
             target.shape[2:],
         ):
             return _with_channels(tensor, target.shape[1])
-        if name.startswith(("head.", "lm_head.")) and tensor.shape[1:] == target.shape[1:]:
+        if (name.startswith(("head.", "lm_head.")) or ".conv_seg." in name) and tensor.shape[1:] == target.shape[1:]:
             return None
         raise CheckpointError(
             f"{name!r} is {tuple(tensor.shape)} in the file and {tuple(target.shape)} in the model: another size"
