@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.scenes import NUM_CLASSES, draw_scene, generator, labelled_class, render_labelled
+from beit_fast.data.scenes import NUM_CLASSES, draw_scene, generator, labelled_class, render_labelled, render_scene
 from beit_fast.data.sources import FolderSource
 
 __all__ = ["NOTICE", "NUM_CLASSES", "builtin_source", "default_cache_dir", "render", "render_labelled"]
@@ -66,7 +66,7 @@ def render(index: int, seed: int, size: int, photograph_share: float = 0.2) -> N
     rng = generator(seed, index)
     if rng.random() < photograph_share:
         return _photograph_crop(rng, size)
-    return draw_scene(rng, size)[0]
+    return draw_scene(rng, size).pixels
 
 
 def default_cache_dir() -> Path:
@@ -84,6 +84,7 @@ def builtin_source(
     *,
     photograph_share: float = 0.2,
     labelled: bool = False,
+    label_maps: bool = False,
     workers: int | None = None,
 ) -> FolderSource:
     """The first `count` built-in images of set `seed` as JPEG files of `size` pixels a side.
@@ -91,23 +92,33 @@ def builtin_source(
     They are drawn into a folder of `cache_dir` (None: `default_cache_dir()`) at the first call, with a progress line
     on stderr, and found there afterwards; a larger `count` draws only what is missing, and so does a cache with
     missing, empty or truncated files. Several processes may call at once: one draws, the others wait.
-    `labelled=True` gives the 24-class scenes (class = 4 * shape + texture) and no photographs.
+    `labelled=True` gives the 24-class scenes (class = 4 * shape + texture) and no photographs; with `label_maps=True`
+    a PNG beside each holds the number of the surface (`scenes.SURFACES`) that each pixel shows.
 
     ValueError where the folder holds something else than these images.
     """
+    if label_maps and not labelled:
+        raise ValueError("builtin_source: only labelled scenes have label maps")
     if count < 1 or size < 8 or seed < 0 or not 0 <= photograph_share <= 1:
         raise ValueError(
             f"builtin_source needs count >= 1, size >= 8, seed >= 0 and photograph_share in [0, 1]; "
             f"got {count}, {size}, {seed}, {photograph_share}"
         )
     share = 0.0 if labelled else photograph_share
-    kind = "labelled" if labelled else f"photographs{round(100 * share)}"
+    kind = "segmented" if label_maps else "labelled" if labelled else f"photographs{round(100 * share)}"
     folder = Path(cache_dir or default_cache_dir()) / f"{RENDERER}-{kind}-seed{seed}-{size}px"
     manifest = {"renderer": RENDERER, "seed": seed, "size": size, "photograph_share": share, "labelled": labelled}
+    if label_maps:
+        manifest["label_maps"] = True
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         _check_manifest(folder, manifest | {"jpeg_quality": _QUALITY})
-        missing = [index for index in range(count) if not _is_whole(folder / _file_name(index))]
+        missing = [
+            index
+            for index in range(count)
+            if not _is_whole(path := folder / _file_name(index))
+            or (label_maps and not path.with_suffix(".png").is_file())
+        ]
         if missing:
             _draw_missing(folder, missing, manifest, workers)
     labels = np.array([labelled_class(index, seed) for index in range(count)], np.int32) if labelled else None
@@ -202,20 +213,28 @@ def _draw(folder: Path, indices: list[int], manifest: dict[str, Any]) -> Iterato
 
     seed, size, share = manifest["seed"], manifest["size"], manifest["photograph_share"]
     for index in indices:
-        if manifest["labelled"]:
-            pixels, _ = render_labelled(index, seed, size)
-        else:
-            pixels = render(index, seed, size, share)
         path = folder / _file_name(index)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            Image.fromarray(pixels).save(temporary, "JPEG", quality=_QUALITY)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        if manifest["labelled"]:
+            scene = render_scene(index, seed, size)
+            pixels = scene.pixels
+            if manifest.get("label_maps"):
+                _save(Image.fromarray(scene.surfaces), path.with_suffix(".png"), format="PNG")
+        else:
+            pixels = render(index, seed, size, share)
+        _save(Image.fromarray(pixels), path, format="JPEG", quality=_QUALITY)
         yield index
+
+
+def _save(image: Any, path: Path, **options: Any) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        image.save(temporary, **options)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _help() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +114,8 @@ def blotches(x: Floats, y: Floats, period: float, u: Floats) -> Floats:
 
 TEXTURES: tuple[Callable[[Floats, Floats, float, Floats], Floats], ...] = (stripes, checker, dots, blotches)
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
+SURFACES = ("ground", *(f"{kind} {shape.__name__}" for kind in ("plain", "textured") for shape in SHAPES))
+"""What a pixel of a scene can show, in the order of the numbers in label maps."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class _Canvas:
         self.size = size
         self.unit = size / 64  # pixels per unit
         self.pixels = np.zeros((3, size, size), np.float32)
+        self.surfaces = np.zeros((size, size), np.uint8)  # the ground
         self.centres = np.arange(size, dtype=np.float32) + np.float32(0.5)
 
     def surface(self, x: Floats, y: Floats, u: Floats, texture: int | None) -> Floats:
@@ -181,6 +185,7 @@ class _Canvas:
         # cover * surface + (1 - cover) * below, where the shadow takes up to 45 % of the light below
         below *= (np.float32(1) - np.float32(0.45) * shade) * (np.float32(1) - cover)
         below += cover * self.surface(x, y, u, texture)
+        self.surfaces[y0:y1, x0:x1][cover >= 0.5] = 1 + shape + (0 if texture is None else len(SHAPES))
 
 
 def _unit(values: Floats) -> Floats:
@@ -207,8 +212,19 @@ def generator(seed: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], np.uint64)))
 
 
-def draw_scene(rng: np.random.Generator, size: int, style: SceneStyle = CLUTTERED) -> tuple[NDArray[np.uint8], int]:
-    """Draw one scene: uint8 (size, size, 3) and the class of its object, `4 * shape + texture` in [0, 24)."""
+class Scene(NamedTuple):
+    """A drawn scene and what is known about it."""
+
+    pixels: NDArray[np.uint8]
+    """(size, size, 3)"""
+    number: int
+    """Class of its object, `4 * shape + texture` in [0, 24)."""
+    surfaces: NDArray[np.uint8]
+    """(size, size): which of `SURFACES` covers at least half of each pixel."""
+
+
+def draw_scene(rng: np.random.Generator, size: int, style: SceneStyle = CLUTTERED) -> Scene:
+    """Draw one scene."""
     head = rng.random(8, dtype=np.float32)
     num_leaves = style.leaves[0] + int(head[0] * (style.leaves[1] - style.leaves[0]))
     u = rng.random((num_leaves + 2, _PER_SURFACE), dtype=np.float32)
@@ -233,7 +249,7 @@ def draw_scene(rng: np.random.Generator, size: int, style: SceneStyle = CLUTTERE
     np.maximum(image, np.float32(0), out=image)
     np.minimum(image, np.float32(254.5), out=image)
     image += np.float32(0.5)
-    return np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0)), 4 * shape + texture
+    return Scene(np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0)), 4 * shape + texture, canvas.surfaces)
 
 
 def labelled_class(index: int, seed: int) -> int:
@@ -244,4 +260,9 @@ def labelled_class(index: int, seed: int) -> int:
 
 def render_labelled(index: int, seed: int, size: int) -> tuple[NDArray[np.uint8], int]:
     """One labelled scene, uint8 (size, size, 3), and its class in [0, 24); a pure function of its arguments."""
+    return render_scene(index, seed, size)[:2]
+
+
+def render_scene(index: int, seed: int, size: int) -> Scene:
+    """The same labelled scene with all that is known about it, label map included."""
     return draw_scene(generator(seed, index), size, LABELLED)

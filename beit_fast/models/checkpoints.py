@@ -148,7 +148,8 @@ class _Fit:
         self.used.add(found)
         tensor = self.tensors[found]
         if tensor.is_floating_point() != target.is_floating_point():  # batch norms count their batches in integers
-            raise CheckpointError(f"{found!r} is {tensor.dtype}, not {'floating' if target.is_floating_point() else target.dtype}")
+            wanted = "floating" if target.is_floating_point() else "an integer"
+            raise CheckpointError(f"{found!r} is {tensor.dtype}, not {wanted}")
         value = self._fitted(found, tensor, target)
         if value is None:
             self.report.ignored[found] = f"its shape {tuple(tensor.shape)} is not the model's {tuple(target.shape)}"

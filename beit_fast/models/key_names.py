@@ -113,9 +113,7 @@ _MASKED_NORM = ("norm.{s}", "layernorm.{s}")  # of the masked image model: besid
 _FROM_HUGGING_FACE = _Translation([(v, o) for o, *hf in _ROWS for v in hf] + [_MASKED_NORM[::-1]])
 _KNOWN = _Translation([(o, o) for o, *_ in _ROWS] + [("blocks.{i}.attn.qkv.weight",) * 2])
 # SETR-PUP has no counterpart in transformers.
-_SETR = re.compile(
-    r"(decode_head|auxiliary_head\.\d+)\.(norm\.\w+|up_convs\.\d+\.0\.(conv|bn)\.\w+|conv_seg\.\w+)"
-)
+_SETR = re.compile(r"(decode_head|auxiliary_head\.\d+)\.(norm\.\w+|up_convs\.\d+\.0\.(conv|bn)\.\w+|conv_seg\.\w+)")
 _TO = {
     "transformers": _Translation([(o, v5) for o, v5, _ in _ROWS]),
     "transformers_v4": _Translation([(o, v4) for o, _, v4 in _ROWS]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +41,7 @@ class SegmentationConfig:
     num_classes: int = 150
     """Classes of a pixel; 150 in ADE20K."""
     head: SegmentationHead = "upernet"
-    """`upernet` (the released models; paper, appendix) or `setr_pup` (the paper's tables; its head was not released)."""
+    """`upernet` (the released models) or `setr_pup` (the paper's tables; its head was not released)."""
     taps: tuple[int, int, int, int] | None = None
     """Blocks (from 0) whose outputs the head reads, the last block last; None: `default_taps`."""
     channels: int | None = None
@@ -59,7 +60,7 @@ class SegmentationConfig:
         if self.head not in ("upernet", "setr_pup"):
             raise ValueError(f"head {self.head!r} is unknown; choose upernet or setr_pup")
         depth, taps = self.backbone.depth, self.blocks
-        if len(taps) != 4 or any(b < a for a, b in zip(taps, taps[1:], strict=False)) or taps[0] < 0:
+        if len(taps) != 4 or any(b < a for a, b in pairwise(taps)) or taps[0] < 0:
             raise ValueError(f"taps must be four blocks from 0 on in ascending order, got {taps}")
         if taps[-1] != depth - 1:
             raise ValueError(f"the last tap must be the last block, {depth - 1}, got {taps[-1]}")
@@ -111,6 +112,10 @@ class SegmentationBackbone(BeitTrunk):
         grid = self._grid_of(images)
         # Not made contiguous: channels come last in memory, which is how convolutions run fastest.
         maps = [outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]
+        return self.pyramid(maps)
+
+    def pyramid(self, maps: list[Tensor]) -> list[Tensor]:
+        """Four maps (B, D, h, w) to their resolutions."""
         if self.fpn1 is None or self.fpn2 is None:
             return maps
         return [self.fpn1(maps[0]), self.fpn2(maps[1]), maps[2], nn.functional.max_pool2d(maps[3], 2)]
@@ -168,7 +173,7 @@ class BeitForSemanticSegmentation(nn.Module):
 
     def predict(self, images: Tensor) -> Tensor:
         """(B, C, S, T) -> logits (B, num_classes, S, T) in fp32, at the size of the images."""
-        return resize(self(images).main.float(), (images.shape[-2], images.shape[-1]))
+        return resize(self(images).main.float(), images.shape[-2:])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder."""
@@ -216,11 +221,10 @@ def segmentation_loss(logits: SegmentationLogits, labels: Tensor, ignore: int, a
     """
 
     def summed(scores: Tensor) -> Tensor:
-        full = resize(scores.float(), (labels.shape[-2], labels.shape[-1]))
+        full = resize(scores.float(), labels.shape[-2:])
         return nn.functional.cross_entropy(full, labels, ignore_index=ignore, reduction="sum")
 
     total = summed(logits.main)
     for scores in logits.auxiliary:
         total = total + auxiliary_weight * summed(scores)
     return total
-

@@ -7,17 +7,18 @@ Parameter names are those of mmsegmentation, in which the official weights were 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(features: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, h, w) -> (B, C, *size), bilinear."""
-    if (features.shape[-2], features.shape[-1]) == size:
+    if features.shape[-2:] == tuple(size):
         return features
-    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 class ConvModule(nn.Module):
@@ -41,7 +42,7 @@ class _Head(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        nn.init.zeros_(cast(Tensor, self.conv_seg.bias))
 
     def classify(self, x: Tensor) -> Tensor:
         return self.conv_seg(self.dropout(x))

@@ -133,7 +133,7 @@ def bilinear(x, size):
 
 
 def convolution(x, weight):
-    """"Same" convolution as a sum of shifted matrix products."""
+    """ "Same" convolution as a sum of shifted matrix products."""
     reach = weight.shape[-1] // 2
     padded = F.pad(x, (reach,) * 4)
     h, w = x.shape[-2:]
