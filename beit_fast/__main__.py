@@ -55,6 +55,13 @@ def predict(arguments: list[str]) -> int:
     return predict_command(arguments)
 
 
+def segment(arguments: list[str]) -> int:
+    """segment CHECKPOINT IMAGE...                 classes of every pixel as colours over images"""
+    from beit_fast.train.commands import segment_command
+
+    return segment_command(arguments)
+
+
 def tune(arguments: list[str]) -> int:
     """tune                time the kernels' launch configurations on this GPU and keep the faster ones"""
     from beit_fast.kernels.tune import main as tune_kernels
@@ -64,7 +71,7 @@ def tune(arguments: list[str]) -> int:
 
 COMMANDS = {
     "doctor": doctor, "report": report, "compare": compare, "evaluate": evaluate, "predict": predict,
-    "visualize": visualize, "tokens": tokens, "tune": tune,
+    "segment": segment, "visualize": visualize, "tokens": tokens, "tune": tune,
 }  # fmt: skip
 
 

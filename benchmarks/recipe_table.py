@@ -25,6 +25,9 @@ PUBLISHED = {
     "scratch_imagenet_base": "ViT-B 77.9 at 384 px, DeiT-B 81.8 at 224 px",
     "ablations": "82.86 for the first row, 80.50 to 83.22 for the others",
     "linear_probe": "BEiT-B 56.7 (layer 9), BEiT-L 73.5 (layer 14)",
+    "segment_ade20k_base": "mIoU 45.7 (300 epochs, `plus`)",
+    "segment_ade20k_640": "mIoU 53.6, multi-scale 54.2; BEiT-L 56.7, multi-scale 57.0",
+    "segment_ade20k_setr": "mIoU 45.6 (800 epochs, `plain`); after ImageNet-1k labels 47.7 (its head was not released)",
 }
 """Top-1 in percent, on ImageNet-1k unless the recipe is for other data (paper, and the official README for 22k)."""
 
@@ -41,7 +44,7 @@ One experiment per file, values only. Every field can be overridden on the comma
 what a run takes. Without `--data.path` most run a short demo of the real model on built-in images.
 This page is written by `python -m benchmarks.recipe_table`.
 
-| recipe | experiment | settings | published top-1, % | our evidence so far |
+| recipe | experiment | settings | published, % | our evidence so far |
 |---|---|---|---|---|
 """
 
@@ -66,6 +69,8 @@ def settings(config: Any) -> str:
     if model is not None:
         shape = f"{model.size}, {model.preset}" if model.width is None else f"width {model.width}, depth {model.depth}"
         parts = [f"{shape}, {model.image_size} px", *parts]
+        if head := getattr(model, "head", None):
+            parts.insert(1, {"upernet": "UPerNet", "setr_pup": "SETR-PUP"}[head])
         if model.drop_path_rate:
             parts.append(f"drop path {model.drop_path_rate:g}")
     if getattr(config, "layer_decay", 1.0) != 1.0:

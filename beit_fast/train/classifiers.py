@@ -54,7 +54,7 @@ def open_classifier(path: str | Path, image_size: int | None = None) -> Classifi
     described: dict[str, Any] = {}
     if (root / "config.json").is_file():
         model = Beit.from_pretrained(root, **changes)
-        described = _description(root)
+        described = read_description(root)
     else:
         config = architecture_of(read_state_dict(root), str(root))
         model = Beit(replace(config, **changes))
@@ -115,7 +115,7 @@ def architecture_of(state: Mapping[str, Tensor], source: str, classifier: bool =
     )  # fmt: skip
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """Classes and preprocessing, as far as our, timm's or transformers' files of a folder tell."""
     own, config = _json(folder / "preprocessing.json"), _json(folder / "config.json")
     if own:

@@ -1,10 +1,10 @@
-"""`python -m beit_fast evaluate` and `python -m beit_fast predict`."""
+"""`python -m beit_fast evaluate`, `predict` and `segment`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from beit_fast.data.classification import EvaluationViews, centre_view
-from beit_fast.data.decoding import PilDecoder
+from beit_fast.data.decoding import Crop, PilDecoder
 from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evaluation
 from beit_fast.data.screening import BadImages, Rejection, TooManyBadImages, screen
 from beit_fast.train.classifiers import Classifier, open_classifier
@@ -23,6 +23,8 @@ from beit_fast.train.distributed import end_world, resolve_device, start_world
 from beit_fast.train.engine import DTYPES, precision_of
 from beit_fast.train.evaluate import evaluate_classifier
 from beit_fast.train.pretrain import NORMALIZATION
+from beit_fast.train.segmentors import open_segmentor
+from beit_fast.visualize.segmentations import overlay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,17 @@ class EvaluationDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierOptions:
+class DeviceOptions:
+    """Where and how precisely a model runs."""
+
+    device: str = "auto"
+    """`auto`: cuda where there is one, else cpu."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(DeviceOptions):
     """How images are shown to the classifier."""
 
     image_size: int | None = None
@@ -55,10 +67,6 @@ class ClassifierOptions:
     """Share of the shorter side in the centre crop, in place of the classifier's own."""
     normalization: Literal["own", "imagenet", "half"] = "own"
     """Mean and standard deviation of the pixels: the classifier's own (0.5 where its file names none), or these."""
-    device: str = "auto"
-    """`auto`: cuda where there is one, else cpu."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,22 @@ class EvaluateOptions(ClassifierOptions):
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions(ClassifierOptions):
     """The five likeliest classes of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions(DeviceOptions):
+    """Classes of every pixel, as colours over images."""
+
+    output_dir: Path = Path()
+    """Where to write <image>_segments.png."""
+    opacity: float = 0.5
+    """Of the colours."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Scales of the image whose class shares are averaged."""
+    flip: bool = False
+    """Average with the mirrored image, too."""
+    windows_per_batch: int = 4
+    """Windows that go through the model at once."""
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
@@ -141,13 +165,48 @@ def predict_command(arguments: Sequence[str]) -> int:
     return 1 if unread else 0
 
 
+def segment_command(arguments: Sequence[str]) -> int:
+    """`segment CHECKPOINT IMAGE...`: a coloured overlay of each image; 1 where an image cannot be read."""
+    from PIL import Image
+
+    places, options = split_words(arguments)
+    chosen: SegmentOptions = parse(SegmentOptions(), options)  # type: ignore[type-var]
+    if len(places) < 2:
+        fail("segment takes a checkpoint and images: python -m beit_fast segment CHECKPOINT IMAGE...", code=2)
+    try:
+        if not 0 <= chosen.opacity <= 1:
+            raise ValueError(f"--opacity must be in [0, 1], got {chosen.opacity}")
+        segmentor, device = open_segmentor(places[0]), resolve_device(chosen.device)
+        inference = replace(
+            segmentor.inference, ratios=chosen.ratios, flip=chosen.flip, windows_per_batch=chosen.windows_per_batch
+        )
+        chosen.output_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        fail(str(error), code=1)
+    model, unread, count = segmentor.model.to(device), 0, len(segmentor.classes)
+    for name in places[1:]:
+        picture = read_picture(Path(name))
+        if isinstance(picture, str):
+            print(f"error: {name}: {picture}", file=sys.stderr, flush=True)
+            unread += 1
+            continue
+        with _autocast(chosen, device):
+            found = inference.classes(model, torch.from_numpy(picture).to(device)).cpu().numpy()
+        shares = np.bincount(found.ravel(), minlength=count) / found.size
+        largest = [number for number in np.argsort(-shares, kind="stable")[:5].tolist() if shares[number]]
+        target = chosen.output_dir / f"{Path(name).stem}_segments.png"
+        Image.fromarray(overlay(picture, found, count, chosen.opacity)).save(target)
+        print(f"{target}: " + ", ".join(f"{100 * shares[n]:.1f} % {segmentor.classes[n]}" for n in largest))
+    return 1 if unread else 0
+
+
 def split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Words in front of the first option, and the options."""
     first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     return list(arguments[:first]), list(arguments[first:])
 
 
-def _autocast(options: ClassifierOptions, device: torch.device) -> torch.autocast:
+def _autocast(options: DeviceOptions, device: torch.device) -> torch.autocast:
     dtype = DTYPES[precision_of(RunConfig(precision=options.precision), device)]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -179,8 +238,8 @@ def _images(data: EvaluationDataConfig, classifier: Classifier) -> LabelledImage
     return LabelledImages(images.source, images.labels, classifier.classes)
 
 
-def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | str:
-    """The central view (3, S, S) of an image file, float32 in [0, 1], or why there is none."""
+def read_picture(path: Path) -> Crop | str:
+    """Pixels uint8 (H, W, 3) of an image file, or why there are none."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -189,8 +248,14 @@ def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | 
     if isinstance(header, Rejection):
         return header.reason
     picture = PilDecoder().decode([data], np.array([(0, 0, header.height, header.width)], np.int32))[0]
-    if isinstance(picture, Rejection):
-        return picture.reason
+    return picture.reason if isinstance(picture, Rejection) else picture
+
+
+def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | str:
+    """The central view (3, S, S) of an image file, float32 in [0, 1], or why there is none."""
+    picture = read_picture(path)
+    if isinstance(picture, str):
+        return picture
     return centre_view(picture, image_size, crop_share).permute(2, 0, 1).float() / 255
 
 

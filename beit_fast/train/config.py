@@ -31,8 +31,9 @@ class OptimConfig:
     """Length of the warm-up in epochs."""
     warmup_steps: int | None = None
     """Length of the warm-up in optimizer steps, in place of epochs."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "poly"] = "cosine"
+    """Shape of the decay after the warm-up. `poly`, that of segmentation, is a straight line over the whole run, which
+    the warm-up multiplies by a factor that rises from warmup_lr / lr to 1."""
     weight_decay: float = 0.05
     """Decoupled weight decay. Exempt are 1-D parameters, biases, pos_embed and cls_token."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -1,7 +1,8 @@
 """Learning-rate schedules as closed forms of the step: nothing to save, nothing to restore.
 
-The numbers are the official code's per-step arrays: warm-up includes both ends (first step `warmup_lr`, last step the
-peak), so the peak occurs twice, and the minimum is approached but not reached.
+The numbers are those of the official code's per-step arrays: warm-up includes both ends (first step `warmup_lr`, last
+step the peak), so the peak occurs twice, and the minimum is approached but not reached. `poly` is mmsegmentation's, in
+which the official segmentation runs.
 """
 
 import math
@@ -12,6 +13,10 @@ from beit_fast.train.config import OptimConfig, RunConfig
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int, warmup_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0) of `total_steps`, before any layer decay."""
+    if config.schedule == "poly":
+        ratio = config.warmup_lr / config.lr
+        factor = 1.0 - (1.0 - step / warmup_steps) * (1.0 - ratio) if step < warmup_steps else 1.0
+        return factor * (config.min_lr + (config.lr - config.min_lr) * (1.0 - min(step / total_steps, 1.0)))
     if step < warmup_steps:
         if warmup_steps == 1:
             return config.warmup_lr

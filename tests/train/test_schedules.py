@@ -40,6 +40,19 @@ def test_equals_the_tabulated_schedule(epochs, warmup_epochs):
     np.testing.assert_allclose(closed, table, rtol=1e-12, atol=1e-18)
 
 
+def test_poly_is_mmsegmentations():
+    """Written from its description: a line from the base rate to the least, times a factor in the warm-up."""
+    base, least, ratio, warmup, total = 7e-4, 0.0, 1e-6, 1500, 160_000
+    config = OptimConfig(lr=base, min_lr=least, warmup_lr=base * ratio, schedule="poly")
+    steps = np.arange(0, total, 37)
+    line = (base - least) * (1 - steps / total) + least
+    missing = np.clip(1 - steps / warmup, 0, None) * (1 - ratio)
+    found = [learning_rate(int(step), config, total, warmup) for step in steps]
+    np.testing.assert_allclose(found, line * (1 - missing), rtol=1e-12)
+    assert learning_rate(0, config, total, warmup) == pytest.approx(7e-10)
+    assert learning_rate(total, config, total, warmup) == 0.0
+
+
 def test_run_length_of_imagenet():
     assert run_length(RunConfig(), IMAGENET) == (625, 500_000, 6250)
     assert run_length(RunConfig(epochs=150, optim=OptimConfig(warmup_steps=10_000)), 14_197_122) == (

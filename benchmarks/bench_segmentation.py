@@ -1,0 +1,99 @@
+"""Sliding-window segmentation of one image: beit_fast beside transformers' model in the same windows.
+
+    pytest benchmarks/bench_segmentation.py --benchmark-only
+
+BEiT-B with UPerNet and 150 classes at random weights, the same for all, on an image with sides 3 to 4 whose short side
+is the window's, officially scaled: two windows of 512 (stride 341) or 640 (stride 426). Every row has the peak memory.
+transformers' model reads the official blocks here; one window after the other is how its users slide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from beit_fast.models import BeitConfig, BeitForSemanticSegmentation, convert_state_dict
+from beit_fast.models.segmentation import segmentation_config
+from beit_fast.models.segmentation_windows import sliding_logits, window_starts
+from beit_fast.train.finetune import multiply_adds
+from beit_fast.train.segment import head_flops
+from benchmarks.peers import transformers_beit
+from benchmarks.turns import OURS, Comparison, Rival
+
+ONE = "beit_fast, one window at a time"
+RIVALS = [OURS, ONE, "transformers, one window at a time"]
+
+
+@dataclass(frozen=True)
+class Case:
+    side: int
+    device: torch.device
+    dtype: torch.dtype
+    overrides: tuple[tuple[str, Any], ...] = ()
+    classes: int = 150
+
+
+def cases(scale: Any) -> dict[str, Case]:
+    sides = scale.pick(tiny=(32,), cpu=(512,), gpu=(512, 640), full=(512, 640))
+    tiny = (("width", 16), ("depth", 6), ("num_heads", 2), ("patch_size", 8)) if scale.name == "tiny" else ()
+    dtype = torch.bfloat16 if scale.device.type == "cuda" else torch.float32
+    return {f"{side} px": Case(side, scale.device, dtype, tiny, 5 if tiny else 150) for side in sides}
+
+
+def compare(case: Case) -> Comparison:
+    device, side = case.device, case.side
+    config = segmentation_config(BeitConfig.from_preset("base", image_size=side, **dict(case.overrides)), case.classes)
+    torch.manual_seed(0)
+    model = BeitForSemanticSegmentation(config).to(device).eval()
+    with torch.no_grad():  # logits that differ from place to place, as those of a trained model
+        model.decode_head.conv_seg.weight.normal_()  # type: ignore[union-attr,operator]
+    width, stride = side * 4 // 3, side * 2 // 3
+    image = torch.randn(3, side, width, generator=torch.Generator().manual_seed(1)).to(device)
+    windows = len(window_starts(width, side, stride))
+
+    def sliding(predict: Any, batch_size: int) -> Rival:
+        def run() -> Tensor:
+            with torch.no_grad(), torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32):
+                return sliding_logits(predict, image, side, stride, batch_size)
+
+        return Rival(run, lambda: {"logits": run()}, info={"windows": windows})
+
+    def transformers() -> Rival:
+        values: dict[str, Any] = {"num_classes": case.classes}
+        peer = transformers_beit(
+            BeitConfig(**{**config.backbone.__dict__, **values}), "BeitForSemanticSegmentation",
+            out_indices=[1, 2, 3, 4], auxiliary_channels=config.auxiliary_channels,
+        )  # fmt: skip
+        peer.config._out_indices = [tap + 2 for tap in config.blocks]
+        peer.load_state_dict(convert_state_dict(model.state_dict(), to="transformers"))
+        peer.to(device).eval()
+
+        def predict(images: Tensor) -> Tensor:
+            logits = peer(images).logits.float()
+            return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+        return sliding(predict, 1)
+
+    return Comparison(
+        group=f"segmentation: BEiT-B, UPerNet, {windows} windows of {side} in {side} x {width}",
+        rivals={
+            OURS: lambda: sliding(model.predict, 8),
+            ONE: lambda: sliding(model.predict, 1),
+            RIVALS[2]: transformers,
+        },
+        shapes={"image": (side, width), "window": side, "stride": stride, "classes": case.classes},
+        dtype=str(case.dtype).removeprefix("torch."),
+        flops=windows * (2.0 * multiply_adds(config.backbone) + head_flops(config, training=False)),
+        images=1,
+        tolerance=1e-4 if case.dtype == torch.float32 else 3e-2,
+    )
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_sliding_windows(in_turns, case, rival):
+    in_turns(case, lambda: compare(case), rival, 30.0, pairs=1)
