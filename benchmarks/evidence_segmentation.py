@@ -2,9 +2,9 @@
 
     python -m benchmarks.evidence_segmentation --pretrained runs/evidence_finetune/pretrain --record RECORD.json
 
-Everything is drawn scenes of 64 x 64 pixels with their label maps, 13 classes: the ground, and six shapes, each plain
-or textured. The BEiT has width 128 and depth 4, under UPerNet with 32 channels: a functional check of the method, not
-ADE20K. `benchmarks.evidence_finetune` makes the pre-training, on scenes of a set of its own without labels. Labelled
+Everything is drawn scenes of 64 x 64 pixels with their label maps, 11 classes: the ground, plain leaves of six shapes,
+and four textures. The BEiT has width 128 and depth 4, under UPerNet with 32 channels: a functional check of the method,
+not ADE20K. `benchmarks.evidence_finetune` makes the pre-training, on scenes of a set of its own without labels. Labelled
 training scenes differ from seed to seed; the validation scenes are always the same and are never trained on.
 
 Both arms have the same crops, steps, batches and learning rates to choose from, by one run each on a set of labelled
@@ -144,7 +144,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             steps, values = zip(*points, strict=True)
             label = f"{name}: {arm['mean']:.1f} ± {arm['standard_deviation']:.1f}" if number == 0 else None
             axes.plot(steps, values, color=colour, marker=".", label=label)
-    axes.set(xlabel="step", ylabel="validation mIoU (%)", title="drawn scenes, 13 classes", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="validation mIoU (%)", title="drawn scenes, 11 classes", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -114,8 +114,8 @@ def blotches(x: Floats, y: Floats, period: float, u: Floats) -> Floats:
 
 TEXTURES: tuple[Callable[[Floats, Floats, float, Floats], Floats], ...] = (stripes, checker, dots, blotches)
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
-SURFACES = ("ground", *(f"{kind} {shape.__name__}" for kind in ("plain", "textured") for shape in SHAPES))
-"""What a pixel of a scene can show, in the order of the numbers in label maps."""
+SURFACES = ("ground", *(f"plain {shape.__name__}" for shape in SHAPES), *(texture.__name__ for texture in TEXTURES))
+"""What a pixel can show, by number in label maps: the ground, a plain leaf of some shape, or a texture (on any shape)."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class _Canvas:
         # cover * surface + (1 - cover) * below, where the shadow takes up to 45 % of the light below
         below *= (np.float32(1) - np.float32(0.45) * shade) * (np.float32(1) - cover)
         below += cover * self.surface(x, y, u, texture)
-        self.surfaces[y0:y1, x0:x1][cover >= 0.5] = 1 + shape + (0 if texture is None else len(SHAPES))
+        self.surfaces[y0:y1, x0:x1][cover >= 0.5] = 1 + (shape if texture is None else len(SHAPES) + texture)
 
 
 def _unit(values: Floats) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,10 @@ _GAP = 6
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """(count, 3) colours: the bits of each number, from 1 on, dealt out to red, green and blue, as in PASCAL VOC."""
-    numbers = np.arange(1, count + 1)
-    colours = np.zeros((count, 3), np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((numbers >> (3 * bit + channel)) & 1) << (7 - bit)
-    return colours.astype(np.uint8)
+    """(count, 3) colours: hues a golden angle apart, so that neighbours differ most, in changing brightness."""
+    shades = ((0.75, 0.95), (0.55, 0.65), (0.35, 0.95), (0.9, 0.7), (0.6, 0.85))
+    colours = [colorsys.hsv_to_rgb((0.62 + 0.618034 * k) % 1.0, *shades[k % len(shades)]) for k in range(count)]
+    return np.rint(255 * np.array(colours).reshape(-1, 3)).astype(np.uint8)
 
 
 def coloured(classes: NDArray[np.integer], count: int) -> NDArray[np.uint8]:

@@ -320,7 +320,7 @@ def test_auxiliary_heads_count_by_their_weight(config):
     model = task.build(config, CPU).eval()
     task.close()
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(-1, 13, (2, 32, 32), generator=generator)
+    labels = torch.randint(-1, 11, (2, 32, 32), generator=generator)
     batch = SegmentationBatch(
         torch.randn(2, 3, 32, 32, generator=generator), labels, torch.tensor([1, 2]), torch.tensor([0, 1])
     )
@@ -458,9 +458,9 @@ def test_a_run_is_opened_and_colours_images(config, tmp_path, capsys):
     assert commands(words) == 0
     output = capsys.readouterr().out
     found = opened.inference.classes(opened.model, torch.from_numpy(pixels)).numpy()
-    expected = np.rint(0.5 * pixels + 0.5 * coloured(found, 13)).astype(np.uint8)
+    expected = np.rint(0.5 * pixels + 0.5 * coloured(found, 11)).astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "one_segments.png")), expected)
-    top = int(np.bincount(found.ravel(), minlength=13).argmax())
+    top = int(np.bincount(found.ravel(), minlength=11).argmax())
     assert f"% {opened.classes[top]}" in output
     assert commands([*words[:3], str(tmp_path / "two.png"), *words[3:]]) == 1
     assert "two.png: unknown format" in capsys.readouterr().err
