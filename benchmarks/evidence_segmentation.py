@@ -4,8 +4,8 @@
 
 Everything is drawn scenes of 64 x 64 pixels with their label maps, 11 classes: the ground, plain leaves of six shapes,
 and four textures. The BEiT has width 128 and depth 4, under UPerNet with 32 channels: a functional check of the method,
-not ADE20K. `benchmarks.evidence_finetune` makes the pre-training, on scenes of a set of its own without labels. Labelled
-training scenes differ from seed to seed; the validation scenes are always the same and are never trained on.
+not ADE20K. `benchmarks.evidence_finetune` makes the pre-training, on scenes of a set of its own without labels.
+Labelled training scenes differ from seed to seed; the validation scenes are always the same and never trained on.
 
 Both arms have the same crops, steps, batches and learning rates to choose from, by one run each on a set of labelled
 scenes that is not used again; layer decay, of the pre-trained arm alone, is fixed. Run folders are kept, so the program

@@ -115,7 +115,7 @@ def blotches(x: Floats, y: Floats, period: float, u: Floats) -> Floats:
 TEXTURES: tuple[Callable[[Floats, Floats, float, Floats], Floats], ...] = (stripes, checker, dots, blotches)
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
 SURFACES = ("ground", *(f"plain {shape.__name__}" for shape in SHAPES), *(texture.__name__ for texture in TEXTURES))
-"""What a pixel can show, by number in label maps: the ground, a plain leaf of some shape, or a texture (on any shape)."""
+"""What a pixel can show, by its number in label maps: the ground, a plain leaf of some shape, or a texture."""
 
 
 @dataclass(frozen=True)
