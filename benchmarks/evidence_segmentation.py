@@ -58,9 +58,9 @@ class Protocol:
     """Labelled training scenes per seed."""
     validation_images: int = 200
     """Validation scenes."""
-    steps: int = 300
+    steps: int = 800
     """Steps of either arm."""
-    batch_size: int = 16
+    batch_size: int = 8
     """Crops per step."""
     rates: tuple[float, ...] = (1e-3, 2e-3)
     """Learning rates that both choose from."""
@@ -88,10 +88,10 @@ def segmenting(protocol: Protocol, weights: str | None, rate: float, seed: int) 
             threads=protocol.threads,
         ),
         model=SegmentationModelConfig(**SHAPE, channels=32, auxiliary_channels=32),
-        crops=CropConfig(base=(64, 64), ratio=(1.0, 1.5), photometric=False),
+        crops=CropConfig(base=(64, 64), ratio=(1.0, 1.0), cat_max_ratio=1.0, photometric=False),
         evaluation=SegmentationEvaluationConfig(windows_per_batch=1, pictures=6),
         optim=OptimConfig(lr=rate, min_lr=0.0, warmup_steps=protocol.steps // 10, schedule="poly", clip_grad=3.0),
-        checkpoint=CheckpointConfig(every_steps=1000), log=LogConfig(every_steps=20, progress="lines"),
+        checkpoint=CheckpointConfig(every_steps=1000), log=LogConfig(every_steps=40, progress="lines"),
     )  # fmt: skip
 
 
