@@ -19,6 +19,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
               "other_context_loss")),
     ("accuracy, share of masked patches", ("accuracy", "held_out_accuracy")),
     ("top-1 and top-5, %", ("train_top1_percent", "top1_percent", "top5_percent")),
+    ("mean IoU, mean and pixel accuracy, %", ("mean_iou_percent", "mean_accuracy_percent", "pixel_accuracy_percent",
+                                              "train_pixel_accuracy_percent")),
     ("learning rate", ("lr",)),
     ("gradient norm before clipping", ("grad_norm",)),
     ("images per second", ("images_per_s",)),
