@@ -82,7 +82,7 @@ class BeitLayer(theirs.BeitLayer):
             x, branch, _gamma(self.lambda_1), first, norm.weight, norm.bias, norm.eps, bias
         )
         hidden, bias = branch_of(self.mlp.fc1, normed)
-        branch, bias = branch_of(self.mlp.fc2, kernels.bias_gelu(hidden, bias))
+        branch, bias = branch_of(self.mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
         return kernels.residual_add(x, branch, _gamma(self.lambda_2), second, bias)
 
     def _as_made(self, kwargs: dict[str, Any]) -> bool:

@@ -306,7 +306,9 @@ def test_the_last_block_works_at_masked_rows_only(architecture, pooling, monkeyp
     model = make(kind, architecture, drop_path_rate=0.7, use_mean_pooling=pooling)
     expected = step(model, kind)
     rows, gelu = [], kernels.bias_gelu
-    monkeypatch.setattr(kernels, "bias_gelu", lambda x, bias: rows.append(x.shape[:2].numel()) or gelu(x, bias))
+    monkeypatch.setattr(
+        kernels, "bias_gelu", lambda x, *rest, **options: rows.append(x.shape[:2].numel()) or gelu(x, *rest, **options)
+    )
     assert_same(step(beit_fast.accelerate(model), kind), expected)
     assert rows == [4 * 17] * 3 + [len(TOKENS)] + [4 * 17]  # the last one for the logits, which `step` reads
     for options in ({"output_hidden_states": True}, {"output_attentions": True}):
