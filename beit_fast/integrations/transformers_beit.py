@@ -216,7 +216,7 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         )
         return (
             not any(asked)
-            and not self.is_gradient_checkpointing
+            and not last.gradient_checkpointing
             and untouched(trunk, theirs.BeitModel)
             and _unwatched(last, BeitLayer)
             and untouched(trunk.layernorm, nn.LayerNorm, nn.Identity)
