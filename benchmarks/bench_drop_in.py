@@ -1,10 +1,9 @@
-"""What changing one line brings: models of timm and transformers before and after `beit_fast.accelerate`, and
-`beit_fast.create_model` beside `timm.create_model`.
+"""What one line brings: the BEiTs of timm and transformers before and after `beit_fast.accelerate`.
 
     pytest benchmarks/bench_drop_in.py --benchmark-only
 
-A model that is accelerated is one object: before each timed call it is accelerated or restored, so both sides have the
-same parameters, at the same addresses. Outputs, losses and gradients are compared before anything is timed. Training is
+There is one model: before each timed call it is accelerated or restored, so both sides have the same parameters, at
+the same addresses. Outputs, losses and gradients are compared before anything is timed. Training is
 forward and backward; an optimizer's step would be the same on both sides.
 """
 
@@ -27,14 +26,13 @@ from benchmarks.peers import timm_beit, transformers_beit
 from benchmarks.turns import OURS, Comparison, Rival
 
 TABLE = "relative_position_bias_table"
-OF_TIMM = ("timm", "create_model")
 SEGMENTED = {"BeitForSemanticSegmentation", "BeitBackbone"}
 
 
 @dataclass(frozen=True)
 class Case:
     kind: str
-    """`timm`, `create_model` (ours beside timm's), or a class of transformers."""
+    """`timm`, or a class of transformers."""
     training: bool
     size: Any
     batch_size: int
@@ -56,21 +54,21 @@ class Case:
 
     @property
     def rival(self) -> str:
-        return "timm" if self.kind in OF_TIMM else "transformers"
+        return "timm" if self.kind == "timm" else "transformers"
 
     @property
     def group(self) -> str:
-        what = {"timm": "accelerate on timm's Beit", "create_model": "create_model"}
+        what = "timm's Beit" if self.kind == "timm" else self.kind
         size = "toy" if self.tiny else f"BEiT-{self.size}"
         return (
-            f"{what.get(self.kind, f'accelerate on {self.kind}')}, {'training' if self.training else 'inference'}: "
+            f"accelerate on {what}, {'training' if self.training else 'inference'}: "
             f"{size}, {self.image_size} px, B={self.batch_size}, {self.dtype}"
         )
 
 
 def cases(scale: Any) -> dict[str, Case]:
     gpu = scale.device.type == "cuda"
-    names = ["create_model", "timm", "BeitForImageClassification", "BeitForMaskedImageModeling"]
+    names = ["timm", "BeitForImageClassification", "BeitForMaskedImageModeling"]
     sizes: list[tuple[str, str, int, int]] = [(name, "base", 224, 256 if gpu else 2) for name in names]
     if scale.name == "full":
         others = ("BeitModel", "BeitBackbone", "BeitForSemanticSegmentation")
@@ -103,17 +101,10 @@ def compare(case: Case) -> Comparison:
         model = theirs()
         return Rival(lambda: run(model), lambda: run(change(model)), lambda: change(model))
 
-    def ours() -> Rival:
-        if case.kind != "create_model":
-            return side(beit_fast.accelerate)
-        model = beit_fast.Beit(config).to(device).train(case.training)
-        model.load_state_dict(theirs().state_dict())
-        return Rival(lambda: run(model), lambda: run(model))
-
     masked = int(mask.sum()) // case.batch_size if case.masked and case.training else 0
     return Comparison(
         group=case.group,
-        rivals={OURS: ours, case.rival: lambda: side(beit_fast.restore)},
+        rivals={OURS: lambda: side(beit_fast.accelerate), case.rival: lambda: side(beit_fast.restore)},
         shapes={"B": case.batch_size, "N": config.num_patches + 1, "D": config.width, "L": config.depth},
         dtype=case.dtype,
         flops=(3 if case.training else 1) * case.batch_size * forward_flops(config, masked),
@@ -124,7 +115,7 @@ def compare(case: Case) -> Comparison:
 
 def peer(case: Case) -> nn.Module:
     """The model as its library makes it."""
-    if case.kind in OF_TIMM:
+    if case.kind == "timm":
         return timm_beit(case.config)
     options: dict[str, Any] = {}
     if case.kind in SEGMENTED:
@@ -158,7 +149,7 @@ def step(
             )
 
     def output_of(model: nn.Module) -> Any:
-        if case.kind in OF_TIMM:
+        if case.kind == "timm":
             return model(images)
         output = model(**inputs)
         first = output["loss"] if "labels" in inputs else output[0]

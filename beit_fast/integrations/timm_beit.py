@@ -37,7 +37,7 @@ class Block(theirs.Block):
             x, branch, self.gamma_1, drop_factors(self.drop_path1, x), norm.weight, norm.bias, norm.eps, bias
         )
         hidden, bias = branch_of(mlp.fc1, normed)
-        branch, last_bias = branch_of(mlp.fc2, kernels.bias_gelu(hidden, bias))
+        branch, last_bias = branch_of(mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
         return kernels.residual_add(x, branch, self.gamma_2, drop_factors(self.drop_path2, x), last_bias)
 
     def _as_made(self) -> bool:

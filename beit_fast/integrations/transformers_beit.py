@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +25,18 @@ from beit_fast.nn.fusible import branch_of, untouched
 from .blocks import bias_for_all, drop_factors, inactive, prepared
 from .later_logits import LaterLogits
 
+
+@dataclass
+class MaskedRows:
+    """Lets the last block compute only what the masked positions need; see `BeitLayer.forward`."""
+
+    block: nn.Module
+    at: Tensor
+    """(M,) int64, rows of the flattened (B * N, D)."""
+    all_rows: Callable[[], Tensor] | None = None
+    """Set by the block where it did so: gives what it would have given else, (B, N, D)."""
+
+
 _SAME_RESULT = (None, "eager", "sdpa", "beit_fast")  # implementations of attention that compute what ours does
 
 
@@ -37,29 +51,39 @@ class BeitLayer(theirs.BeitLayer):
         resolution: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, N, D) -> (B, N, D); `attention_mask` is the bias (1, H, N, N) that all blocks share, or a mask."""
-        x, attention, norm = hidden_states, self.attention, self.layernorm_after
+        """(B, N, D) -> (B, N, D); `attention_mask` is the bias (1, H, N, N) that all blocks share, or a mask.
+
+        With `masked_rows`, if it means this block: (M, 1, D), all of the block behind the attention at its rows alone.
+        """
+        masked_rows: MaskedRows | None = kwargs.pop("masked_rows", None)
+        x, attention = hidden_states, self.attention
         if not self._as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
         normed = self.layernorm_before(x)
         heads = (*x.shape[:2], attention.num_attention_heads, attention.head_dim)
         q, k, v = (p(normed).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         bias = self._bias(attention_mask, x, resolution, q.dtype)
-        mixed = kernels.biased_attention(q, k, v, bias, attention.scaling)
-        branch, bias_of_branch = branch_of(attention.o_proj, mixed.flatten(2))
+        mixed = kernels.biased_attention(q, k, v, bias, attention.scaling).flatten(2)
+        first, second = drop_factors(self.drop_path, x), drop_factors(self.drop_path, x)
+        if masked_rows is None or masked_rows.block is not self:
+            return self._finish(x, mixed, first, second)
+        masked_rows.all_rows = lambda: self._finish(x, mixed, first, second)
+        at = masked_rows.at
+        sample = torch.div(at, x.shape[1], rounding_mode="floor")
+        x_at, mixed_at = (t.flatten(0, 1).index_select(0, at).unsqueeze(1) for t in (x, mixed))
+        first_at, second_at = (None if f is None else f.index_select(0, sample) for f in (first, second))
+        return self._finish(x_at, mixed_at, first_at, second_at)
+
+    def _finish(self, x: Tensor, mixed: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
+        """The block behind the mixing of tokens: any tokens (B, N, D), the drop factors (B,) of both its branches."""
+        norm = self.layernorm_after
+        branch, bias = branch_of(self.attention.o_proj, mixed)
         x, normed = kernels.residual_layer_norm(
-            x,
-            branch,
-            _gamma(self.lambda_1),
-            drop_factors(self.drop_path, x),
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            bias_of_branch,
+            x, branch, _gamma(self.lambda_1), first, norm.weight, norm.bias, norm.eps, bias
         )
-        hidden, bias_of_branch = branch_of(self.mlp.fc1, normed)
-        branch, bias_of_branch = branch_of(self.mlp.fc2, kernels.bias_gelu(hidden, bias_of_branch))
-        return kernels.residual_add(x, branch, _gamma(self.lambda_2), drop_factors(self.drop_path, x), bias_of_branch)
+        hidden, bias = branch_of(self.mlp.fc1, normed)
+        branch, bias = branch_of(self.mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
+        return kernels.residual_add(x, branch, _gamma(self.lambda_2), second, bias)
 
     def _as_made(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
@@ -69,7 +93,7 @@ class BeitLayer(theirs.BeitLayer):
         return (
             config._attn_implementation in _SAME_RESULT
             and (attention.attention_dropout == 0.0 or not attention.training)
-            and _unwatched(attention)
+            and _unwatched(attention, theirs.BeitAttention)
             and untouched(self.mlp, theirs.BeitMLP)
             and _exact_gelu(self.mlp.activation_fn)
             and untouched(self.layernorm_after, nn.LayerNorm)
@@ -92,14 +116,11 @@ def _is_bias(mask: Tensor, x: Tensor, attention: Any) -> bool:
     return mask.is_floating_point() and mask.shape == (1, attention.num_attention_heads, num_tokens, num_tokens)
 
 
-def _unwatched(attention: nn.Module) -> bool:
-    """As `untouched`; transformers' own hooks, which only wait for attention weights to be asked for, do not count."""
-    hooks = attention._forward_hooks.values()
+def _unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """As `untouched`; transformers' own hooks, which only wait for their outputs to be asked for, do not count."""
+    hooks = module._forward_hooks.values()
     return all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks) and not (
-        type(attention) is not theirs.BeitAttention
-        or attention._forward_pre_hooks
-        or attention._backward_hooks
-        or attention._backward_pre_hooks
+        type(module) is not kind or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
@@ -137,7 +158,10 @@ class BeitRelativePositionBias(theirs.BeitRelativePositionBias):
 
 
 class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
-    """transformers' pre-training model; where labels are given, only masked rows go through its head."""
+    """transformers' pre-training model; where labels are given, only masked rows go through its head.
+
+    And through the last block behind its attention, where nobody asks for hidden states: nothing else is read.
+    """
 
     @can_return_tuple
     def forward(
@@ -154,25 +178,49 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
             return super().forward(
                 pixel_values, bool_masked_pos, labels, interpolate_pos_encoding, attention_mask, **kwargs
             )
+        patches = bool_masked_pos.flatten().nonzero().squeeze(1)
+        per_image = bool_masked_pos.flatten(1).shape[1]
+        rows = patches + torch.div(patches, per_image, rounding_mode="floor") + 1  # past each CLS token
+        last, norm, head = self.beit.layers[-1], self.layernorm, self.lm_head
+        masked_rows = MaskedRows(last, rows) if self._reads_masked_rows_only(kwargs) else None
         outputs = self.beit(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             **kwargs,
+            **({} if masked_rows is None else {"masked_rows": masked_rows}),
         )
-        hidden, norm, head = outputs.last_hidden_state, self.layernorm, self.lm_head
-        patches = bool_masked_pos.flatten().nonzero().squeeze(1)
-        rows = patches + torch.div(patches, hidden.shape[1] - 1, rounding_mode="floor") + 1  # past each CLS token
+        hidden = outputs.last_hidden_state
+        weights = [norm.weight, norm.bias, head.weight, head.bias]
+        finish, norm_of_trunk = None if masked_rows is None else masked_rows.all_rows, self.beit.layernorm
+        if finish is not None:  # `hidden` is (M, 1, D)
+            rows = torch.arange(len(rows), device=rows.device)
+            weights += [*last.parameters(), *norm_of_trunk.parameters()]
         loss, _ = kernels.masked_cross_entropy(
             hidden.flatten(0, 1), rows, labels, norm.weight, norm.bias, head.weight, head.bias, norm.eps
         )
         return LaterLogits.of(
-            lambda: head(norm(hidden)[:, 1:]),
-            (norm.weight, norm.bias, head.weight, head.bias),
+            lambda: head(norm(hidden if finish is None else norm_of_trunk(finish()))[:, 1:]),
+            weights,
             loss=loss,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def _reads_masked_rows_only(self, kwargs: dict[str, Any]) -> bool:
+        """Whether nobody but the head will see what the last block gives."""
+        trunk, last, config = self.beit, self.beit.layers[-1], self.config
+        asked = (
+            kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
+        )
+        return (
+            not any(asked)
+            and not last.gradient_checkpointing
+            and untouched(trunk, theirs.BeitModel)
+            and _unwatched(last, BeitLayer)
+            and untouched(trunk.layernorm, nn.LayerNorm, nn.Identity)
+            and all(untouched(m, nn.Linear) for m in (last.attention.o_proj, last.mlp.fc1, last.mlp.fc2))
         )
 
     def _head_as_made(self) -> bool:

@@ -24,4 +24,6 @@ class Mlp(nn.Module):
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(..., D) -> (..., D), and the bias of fc2 that is still to be added: the residual op that follows does it."""
-        return branch_of(self.fc2, kernels.bias_gelu(*branch_of(self.fc1, x)))
+        hidden, bias = branch_of(self.fc1, x)
+        # a bias that is still to be added means that `hidden` was made here and is ours
+        return branch_of(self.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))

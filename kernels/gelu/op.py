@@ -12,12 +12,13 @@ from . import reference
 MAPPED_ANEW_BYTES = 32 << 20  # glibc: DEFAULT_MMAP_THRESHOLD_MAX
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Tensor:
     """The exact (erf) GELU of x + bias (Hendrycks & Gimpel 2016).
 
     Args:
         x: (..., D).
         bias: (D,) of the linear layer that gave x, where that layer did not add it, or None.
+        may_overwrite: nobody else needs x, so that its memory may take the result where no gradient is computed.
 
     Returns:
         (..., D) of the dtype of x.
@@ -26,7 +27,22 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"bias must be (D,) = {tuple(x.shape[-1:])}, got {tuple(bias.shape)}")
     if chosen_backend() == "reference":
         return reference.bias_gelu(x, bias)
+    if may_overwrite and bias is not None and _works_in_place(x, bias):
+        return torch.ops.aten.gelu_(x.add_(bias))
     return _gelu(x, bias, _keeps_sum(x, bias))[0]
+
+
+def _works_in_place(x: Tensor, bias: Tensor) -> bool:
+    """On a CPU in inference: a new block of memory costs more than the GELU itself."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.dtype == bias.dtype
+        and x.is_contiguous()
+        and not triton_runs(x)
+    )
 
 
 def _keeps_sum(x: Tensor, bias: Tensor | None) -> bool:

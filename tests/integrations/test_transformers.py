@@ -296,6 +296,51 @@ def test_only_masked_rows_go_through_the_head(monkeypatch):
     assert rows == [len(TOKENS)]
 
 
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_last_block_works_at_masked_rows_only(architecture, pooling, monkeypatch):
+    """Loss, gradients and the logits that are asked for later are those of the whole block, drop path included."""
+    from beit_fast import kernels
+
+    kind = "BeitForMaskedImageModeling"
+    model = make(kind, architecture, drop_path_rate=0.7, use_mean_pooling=pooling)
+    expected = step(model, kind)
+    rows, gelu = [], kernels.bias_gelu
+    monkeypatch.setattr(
+        kernels, "bias_gelu", lambda x, *rest, **options: rows.append(x.shape[:2].numel()) or gelu(x, *rest, **options)
+    )
+    assert_same(step(beit_fast.accelerate(model), kind), expected)
+    assert rows == [4 * 17] * 3 + [len(TOKENS)] + [4 * 17]  # the last one for the logits, which `step` reads
+    for options in ({"output_hidden_states": True}, {"output_attentions": True}):
+        rows.clear()
+        found = step(model, kind, **options)
+        assert set(rows) <= {4 * 17}
+        assert_same(found, step(beit_fast.restore(model), kind, **options))
+        beit_fast.accelerate(model)
+
+
+@pytest.mark.parametrize(
+    "place", ["beit", "beit.layers.3", "beit.layernorm", "beit.layers.3.mlp", "beit.layers.3.mlp.fc2"]
+)
+def test_who_watches_the_last_block_sees_all_of_it(place):
+    kind = "BeitForMaskedImageModeling"
+    model = make(kind, "shared", use_mean_pooling=False)
+    seen = []
+    model.get_submodule(place).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    expected = step(model, kind)
+    assert_same(step(beit_fast.accelerate(model), kind), expected)
+    one, other = (output if isinstance(output, torch.Tensor) else output.last_hidden_state for output in seen)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_checkpointing_of_masked_image_modelling():
+    kind = "BeitForMaskedImageModeling"
+    model = make(kind, "shared", drop_path_rate=0.3)
+    expected = step(model, kind)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(step(beit_fast.accelerate(model), kind), expected)
+
+
 def test_logits_are_there_for_whoever_asks():
     model = masked_model()
     expected = beit_fast.restore(copy.deepcopy(model))(**inputs("BeitForMaskedImageModeling"))

@@ -129,3 +129,20 @@ def test_triton_reads_nothing_unwritten(triton_device: str, dirty_memory: None, 
 @pytest.mark.parametrize("D", [pytest.param(3072, marks=pytest.mark.slow, id="BEiT-B")])
 def test_triton_model_width(triton_device: str, D: int, assert_accurate: Check) -> None:
     compare(make((2, 17, D), True, triton_device), torch.bfloat16, torch.float32, assert_accurate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_taken_over_only_where_allowed_and_no_gradient_is_computed(dtype: torch.dtype) -> None:
+    x, bias = (t.to(dtype) for t in make((2, 5, 24), True))  # type: ignore[union-attr]
+    kept, expected = x.clone(), bias_gelu(x, bias)
+    assert torch.equal(bias_gelu(x, bias, may_overwrite=True), expected)
+    with torch.no_grad():
+        assert torch.equal(bias_gelu(x, bias), expected)
+        wide = torch.zeros(2, 5, 48, dtype=dtype)
+        wide[..., :24] = x
+        assert torch.equal(bias_gelu(wide[..., :24], bias, may_overwrite=True), expected)
+        assert torch.equal(wide[..., :24], x)
+        assert torch.equal(x, kept)
+        taken = bias_gelu(x, bias, may_overwrite=True)
+    assert torch.equal(taken, expected)
+    assert taken.data_ptr() == x.data_ptr()
