@@ -7,6 +7,7 @@ if __name__ == "beit_fast.kernels":
     from .attention.op import Bias, biased_attention, packed_attention, prepare_bias
     from .backend import use_backend
     from .gelu.op import bias_gelu
+    from .linear_products import linear
     from .mim_loss.op import masked_cross_entropy
     from .position_bias.op import relative_position_bias
     from .position_bias.reference import relative_position_index
@@ -26,6 +27,7 @@ __all__ = [
     "Bias",
     "bias_gelu",
     "biased_attention",
+    "linear",
     "masked_cross_entropy",
     "packed_attention",
     "prepare_bias",

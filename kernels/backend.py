@@ -69,6 +69,25 @@ def xformers_installed() -> bool:
     return importlib.util.find_spec("xformers") is not None
 
 
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether fp32 products are to go to oneDNN: torch would give them to MKL, whose AVX-512 is for Intel's processors.
+
+    A rule, not a measurement: two runs on one machine must not differ in their rounding.
+    """
+    mkl = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return mkl and torch.backends.cpu.get_cpu_capability() == "AVX512" and _cpu_vendor() not in ("", "GenuineIntel")
+
+
+def _cpu_vendor() -> str:
+    """As Linux names it; "" where it cannot be known."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
+
+
 def interpreting() -> bool:
     """True where Triton programs run in its Python interpreter on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

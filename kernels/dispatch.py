@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def _traced(tensor: Tensor) -> bool:
+def traced(tensor: Tensor) -> bool:
     """Whether a call on this tensor must go through the dispatcher: it is compiled, fake, functional or a subclass."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
@@ -45,7 +45,7 @@ def plain_op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     op.register_fake(fake)
 
     def call(first: Tensor, *others: Any) -> Any:
-        return op(first, *others) if _traced(first) else function(first, *others)
+        return op(first, *others) if traced(first) else function(first, *others)
 
     return call
 
@@ -88,7 +88,7 @@ def differentiable_op(
     eager: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*inputs: Any) -> Any:
-        if _traced(inputs[0]):
+        if traced(inputs[0]):
             return op(*inputs)
         if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
             return eager.apply(*inputs)

@@ -6,7 +6,6 @@ from typing import Any
 
 import timm.models.beit as theirs
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, Mlp
 from timm.models import register_model
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ class Block(theirs.Block):
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         attn, mlp, norm = self.attn, self.mlp, self.norm2
         normed = self.norm1(x)
-        qkv = F.linear(normed, attn.qkv.weight, self._qkv_bias())
+        qkv = kernels.linear(normed, attn.qkv.weight, self._qkv_bias())
         mixed = kernels.packed_attention(
             qkv.view(*x.shape[:2], 3, attn.num_heads, -1), self._bias(shared_rel_pos_bias, qkv.dtype), attn.scale
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast import kernels
@@ -46,7 +45,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         bias_of_qkv = self.qkv_bias()
         if untouched(self.qkv, nn.Linear):
-            qkv = F.linear(x, self.qkv.weight, bias_of_qkv)
+            qkv = kernels.linear(x, self.qkv.weight, bias_of_qkv)
         else:
             qkv = self.qkv(x)
             qkv = qkv + bias_of_qkv.to(qkv.dtype)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from beit_fast import kernels
 
 
 def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -20,5 +21,5 @@ def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def branch_of(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a linear layer gives, and the bias that it has not added yet (none where the layer has been touched)."""
     if untouched(linear, nn.Linear):
-        return F.linear(x, linear.weight), linear.bias  # type: ignore[arg-type, return-value]
+        return kernels.linear(x, linear.weight), linear.bias  # type: ignore[arg-type, return-value]
     return linear(x), None

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backend import chosen_backend, triton_runs
 from ..dispatch import differentiable_op, plain_op
+from ..linear_products import matmul
 from . import cpu, reference
 from .cpu import IGNORED
 
@@ -93,11 +94,9 @@ def _column_sum(matrix: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     """factor (0-d) times left @ right, in at least fp32; half precision is never rounded between the two."""
-    if left.device.type == "cpu":  # here reading the factor stalls nothing
-        left, right = left.to(_wide(left.dtype)), right.to(_wide(right.dtype))
-        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=float(factor))
-    if left.dtype == torch.float32:
-        return left @ (right * factor)
+    if left.device.type == "cpu" or left.dtype == torch.float32:
+        wide = _wide(left.dtype)
+        return matmul(left.to(wide), right.to(wide) * factor.to(wide))
     return torch.mm(left, right, out_dtype=torch.float32).mul_(factor)
 
 
@@ -117,7 +116,7 @@ def _loss_impl(
     """loss, num_correct; for backward d(sum)/d(logits) (M, V), the normed rows (M, D), their mean and 1/std (M,)."""
     steps = _steps(hidden)
     normed, mean, rstd = steps.gather_norm(hidden, rows, norm_weight, norm_bias, eps, compute)
-    logits = torch.addmm(head_bias.to(compute), normed, head_weight.to(compute).t())
+    logits = matmul(normed, head_weight.to(compute).t(), head_bias.to(compute))
     losses, hits = steps.cross_entropy_(logits, targets, with_gradient)
     if not with_gradient:
         logits, normed, mean, rstd = (tensor.new_empty(0) for tensor in (logits, normed, mean, rstd))
@@ -164,7 +163,7 @@ def _loss_backward_impl(
     """Gradients of (hidden, norm_weight, norm_bias, head_weight, head_bias); factor = d(loss) / num_targets."""
     grad_head_weight = _product(grad_logits.t(), normed, factor)
     grad_head_bias = _column_sum(grad_logits) * factor
-    grad_normed = grad_logits @ head_weight.to(normed.dtype)
+    grad_normed = matmul(grad_logits, head_weight.to(normed.dtype))
     grad_hidden, grad_norm_weight, grad_norm_bias = _steps(hidden).scatter_norm_backward(
         grad_normed, factor, hidden, rows, targets, mean, rstd, norm_weight
     )
@@ -240,7 +239,7 @@ def _chunked_impl(
     grad_bias = head_weight.new_zeros(head_weight.shape[0] if with_gradient else 0, dtype=wide)
     losses, hits, one = [], [], grad_bias.new_ones(())
     for some, target in zip(normed.split(chunk_rows), targets.split(chunk_rows), strict=True):
-        logits = torch.addmm(head_bias, some, head_weight.t())
+        logits = matmul(some, head_weight.t(), head_bias)
         loss, hit = steps.cross_entropy_(logits, target, with_gradient)
         losses.append(loss)
         hits.append(hit)
@@ -250,7 +249,7 @@ def _chunked_impl(
                 grad_weight.addmm_(logits.t(), some)
             else:
                 grad_weight += _product(logits.t(), some, one)
-            some.copy_(logits @ head_weight)  # these rows are not read again
+            some.copy_(matmul(logits, head_weight))  # these rows are not read again
     grad_normed = normed
     if not with_gradient:
         grad_normed, mean, rstd = (tensor.new_empty(0) for tensor in (normed, mean, rstd))

@@ -176,7 +176,7 @@ def test_touched_blocks_with_drop_path_and_checkpointing():
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
         for one, other in zip(gradients(), expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+            assert (one - other).norm() <= 1e-5 * other.norm()
     assert len(seen) == 3 + 6  # computed twice where checkpointed
 
 
