@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow aot bench report gpu-check build clean
+.PHONY: help pretrain test check slow aot bench report gallery gpu-check build clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,14 @@ bench: $(VENV)/.dev  ## beit_fast beside every peer that is installed; ARGS="--f
 
 report: $(VENV)/.dev  ## the tables of the README from benchmarks/records
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+SHOWN := runs/ablations/blockwise_tokens/pretrain
+gallery: $(VENV)/.train  ## the pictures of the README, from a small BEiT that is pre-trained first (ten minutes of a core)
+	$(BIN)/python recipes/ablations.py --rows blockwise_tokens --seeds 0
+	$(BIN)/python -m beit_fast visualize reconstructions $(SHOWN) --output benchmarks/pictures/reconstructions.png
+	$(BIN)/python -m beit_fast visualize attention $(SHOWN) beit_fast/data/photographs/chelsea.jpg --image-size 240 \
+		--output-dir runs/ablations/attention
+	cp runs/ablations/attention/chelsea/sheet.png benchmarks/pictures/attention.png
 
 gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one table; needs no network (WHEELS=folder)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check \

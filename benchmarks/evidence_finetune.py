@@ -26,7 +26,6 @@ import tyro
 
 from beit_fast.data.builtin import NOTICE
 from beit_fast.train import engine, scene_protocol
-from beit_fast.train.config import OptimConfig
 from beit_fast.train.finetune import ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
 from beit_fast.train.pretrain import MaskedImageModeling, ModelConfig, PretrainConfig
 from beit_fast.train.probe import LinearProbe, ProbeConfig
@@ -104,12 +103,9 @@ def labelled(protocol: Protocol, seed: int) -> LabelledDataConfig:
 def probing(protocol: Protocol, weights: str | None, seed: int) -> ProbeConfig:
     """Probes of every block on standardised features, without augmentation."""
     name = f"probe_{'random' if weights is None else 'pretrained'}_seed{seed}"
-    return ProbeConfig(
-        **common(protocol, name, 200), weights=weights, scratch=weights is None, seed=seed,
-        epochs=protocol.probe_epochs, batch_size=min(100, protocol.labelled_images), batch_per_device=100,
-        augment=False, standardise=True,
-        data=labelled(protocol, seed), model=ClassifierModelConfig(**SHAPE),
-        optim=OptimConfig(lr=4e-3, min_lr=0.0, warmup_steps=0, weight_decay=1e-4, clip_grad=None),
+    return scene_protocol.probing(
+        common(protocol, name, 200), ClassifierModelConfig(**SHAPE), labelled(protocol, seed), weights=weights,
+        epochs=protocol.probe_epochs, seed=seed,
     )  # fmt: skip
 
 

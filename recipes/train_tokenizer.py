@@ -2,9 +2,13 @@
 
     python recipes/train_tokenizer.py                                        # the demo tokenizer, on built-in images
     python recipes/train_tokenizer.py --data.path /data/images --steps 20000 --hidden-dim 128
+    python recipes/train_tokenizer.py --objective dvae --data.path /data/images --steps 3000000 --batch-size 512 \
+        --hidden-dim 256 --optim.lr 1e-4 --optim.min-lr 1.25e-6 --optim.ema-decay 0.999    # the paper's tokenizer
 
 Not the paper's tokenizer: BEiT uses DALL-E's (`load_tokenizer("dalle")`), which took 64 V100 to train. This one shows
-the whole pipeline without a download, and is a start for data that DALL-E's has never seen.
+the whole pipeline without a download, and is a start for data that DALL-E's has never seen. `--objective dvae` is
+DALL-E's own (its layout, Gumbel-softmax, logit-Laplace likelihood, KL and temperature schedules); every run reports
+reconstruction error and perplexity, `python -m beit_fast visualize codes RUN/encoder.safetensors` draws its codes.
 Hardware: one CPU core is enough. Result: beit_fast/tokenizers/weights/MODEL_CARD.md.
 """
 
@@ -12,7 +16,8 @@ from pathlib import Path
 
 from beit_fast.train.cli import main
 from beit_fast.train.config import CheckpointConfig, OptimConfig
-from beit_fast.train.tokenizer import TrainTokenizer, TrainTokenizerConfig
+from beit_fast.train.dvae import tokenizer_task
+from beit_fast.train.tokenizer import TrainTokenizerConfig
 
 config = TrainTokenizerConfig(
     output_dir=Path("runs/train_tokenizer"),
@@ -26,4 +31,4 @@ config = TrainTokenizerConfig(
 )
 
 if __name__ == "__main__":
-    main(config, TrainTokenizer)
+    main(config, tokenizer_task)

@@ -1,4 +1,4 @@
-"""An ablation study: pre-train each row, fine-tune it on several labelled sets, one record, one table.
+"""An ablation study: pre-train each row, probe and fine-tune it on several labelled sets, one record, one table.
 
     main(Study(rows=...))
 
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from beit_fast.data.builtin import NOTICE
 from beit_fast.train import engine, scene_protocol
@@ -24,7 +24,10 @@ from beit_fast.train.cli import EXPECTED_ERRORS, fail, parse
 from beit_fast.train.config import to_plain
 from beit_fast.train.finetune import ClassifierModelConfig, Finetune, FinetuneConfig
 from beit_fast.train.pretrain import MaskedImageModeling, ModelConfig, PretrainConfig
+from beit_fast.train.probe import LinearProbe, ProbeConfig
 
+Measure = Literal["probe", "finetune"]
+TOP1: dict[str, str] = {"probe": "best_top1_percent", "finetune": "top1_percent"}
 BASE_MODEL = scene_protocol.SHAPE | {"preset": "plain"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Two-sided 95 % points of Student's t by degrees of freedom."""
@@ -51,6 +54,9 @@ class Study:
     choices: tuple[tuple[str, Row], ...] = dataclasses.field(default=(), metadata={"free": True})
     rows: tuple[str, ...] = ()
     """Names of the rows to run."""
+    measures: tuple[Measure, ...] = ("probe", "finetune")
+    """What is asked of the pre-trained models: linear probes of the frozen blocks (the best one counts), fine-tuning
+    as in the paper, or both."""
     output: Path = Path("runs/ablations")
     """Run folders of all rows."""
     record: Path | None = None
@@ -61,15 +67,17 @@ class Study:
     """Unlabelled scenes for pre-training."""
     pretrain_steps: int = 1500
     """Steps of pre-training, 32 scenes each."""
-    labelled_images: int = 2000
+    labelled_images: int = 6000
     """Labelled training scenes per seed."""
     validation_images: int = 1500
     """Validation scenes, the same for all."""
     held_out: int = 600
     """Scenes on which pre-training is measured."""
-    finetune_steps: int = 400
+    probe_epochs: int = 30
+    """Epochs of the linear probes."""
+    finetune_steps: int = 450
     """Steps of fine-tuning, 32 scenes each."""
-    scratch_steps: int = 400
+    scratch_steps: int = 450
     """Steps of training from random weights."""
     rate: float = 1e-3
     """Learning rate of fine-tuning and of training from scratch."""
@@ -122,19 +130,32 @@ def pretraining(study: Study, name: str, row: Row) -> PretrainConfig:
     return config
 
 
+def labelled_model(study: Study, name: str, row: Row, seed: int, measure: Measure) -> dict[str, Any]:
+    """What probes and fine-tuning share: folder, model, its weights (None: random), labelled scenes."""
+    model = {key.removeprefix("model."): value for key, value in row.changes.items() if key.startswith("model.")}
+    return {
+        "shared": scene_protocol.common(study.output / name / f"{measure}_seed{seed}", study.device, 50),
+        "model": ClassifierModelConfig(**(BASE_MODEL | model)),
+        "weights": str(study.output / name / "pretrain") if row.length else None,
+        "seed": seed,
+        "data": scene_protocol.labelled(
+            seed, images=study.labelled_images, validation_images=study.validation_images, cache_dir=study.cache_dir,
+            threads=study.threads,
+        ),
+    }  # fmt: skip
+
+
+def probing(study: Study, name: str, row: Row, seed: int) -> ProbeConfig:
+    """Probes of the row's pre-trained model, or of random weights."""
+    return scene_protocol.probing(**labelled_model(study, name, row, seed, "probe"), epochs=study.probe_epochs)
+
+
 def finetuning(study: Study, name: str, row: Row, seed: int) -> FinetuneConfig:
     """The row's fine-tuning, or its training from random weights."""
-    model = {key.removeprefix("model."): value for key, value in row.changes.items() if key.startswith("model.")}
-    weights = str(study.output / name / "pretrain") if row.length else None
-    data = scene_protocol.labelled(
-        seed, images=study.labelled_images, validation_images=study.validation_images, cache_dir=study.cache_dir,
-        threads=study.threads,
-    )  # fmt: skip
     return scene_protocol.classifying(
-        scene_protocol.common(study.output / name / f"finetune_seed{seed}", study.device, 50),
-        ClassifierModelConfig(**(BASE_MODEL | model)), data, weights=weights,
+        **labelled_model(study, name, row, seed, "finetune"),
         steps=study.finetune_steps if row.length else study.scratch_steps, rate=study.rate,
-        layer_decay=study.layer_decay, seed=seed, evaluations=4,
+        layer_decay=study.layer_decay, evaluations=1, scale=(1.0, 1.0),
     )  # fmt: skip
 
 
@@ -146,7 +167,7 @@ class Record:
         self.settings = {
             key: value
             for key, value in to_plain(study).items()
-            if key not in ("choices", "rows", "output", "record", "cache_dir", "seeds", "threads", "device")
+            if key not in ("choices", "rows", "output", "record", "cache_dir", "seeds", "measures", "threads", "device")
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         found = [line for line in self.lines() if line["kind"] == "study"]
@@ -159,8 +180,8 @@ class Record:
         if self.path.exists():
             yield from (json.loads(text) for text in self.path.read_text().splitlines())
 
-    def add(self, folder: Path, row: str, seed: int | None, metrics: dict[str, Any]) -> None:
-        key = {"kind": "pretrain" if seed is None else "finetune", "row": row, "seed": seed}
+    def add(self, kind: str, folder: Path, row: str, seed: int | None, metrics: dict[str, Any]) -> None:
+        key = {"kind": kind, "row": row, "seed": seed}
         if any(all(line.get(name) == value for name, value in key.items()) for line in self.lines()):
             return
         start = json.loads((folder / "environment.json").read_text())["starts"][-1]
@@ -171,17 +192,19 @@ class Record:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def measured(self, choices: Mapping[str, Row]) -> list[Measured]:
+    def measured(self, choices: Mapping[str, Row], measure: Measure) -> list[Measured]:
         """What the record holds of these rows, in their order."""
         found: dict[str, dict[int, float]] = {}
         for line in self.lines():
-            if line["kind"] == "finetune":
-                found.setdefault(line["row"], {})[line["seed"]] = line["metrics"]["top1_percent"]
+            if line["kind"] == measure:
+                found.setdefault(line["row"], {})[line["seed"]] = line["metrics"][TOP1[measure]]
         return [Measured(name, row, found[name]) for name, row in choices.items() if name in found]
 
 
 def run(study: Study) -> Record:
-    """Run what is missing: every row's pre-training first, then all rows on one labelled set after the other."""
+    """Run what is missing: every row's pre-training first, then all rows on one labelled set after the other, first
+    by probes, then by fine-tuning.
+    """
     choices = dict(study.choices)
     if unknown := [name for name in study.rows if name not in choices]:
         raise ValueError(f"there is no row {unknown[0]!r}; choose from {', '.join(choices)}")
@@ -189,11 +212,17 @@ def run(study: Study) -> Record:
     for name in study.rows:
         if choices[name].length:
             config = pretraining(study, name, choices[name])
-            record.add(config.output_dir, name, None, _complete(MaskedImageModeling, config))
-    for seed in range(study.seeds):
-        for name in study.rows:
-            fine = finetuning(study, name, choices[name], seed)
-            record.add(fine.output_dir, name, seed, _complete(Finetune, fine))
+            record.add("pretrain", config.output_dir, name, None, _complete(MaskedImageModeling, config))
+    for measure in study.measures:
+        for seed in range(study.seeds):
+            for name in study.rows:
+                asked = (study, name, choices[name], seed)
+                if measure == "probe":
+                    probe = probing(*asked)
+                    record.add(measure, probe.output_dir, name, seed, _complete(LinearProbe, probe))
+                else:
+                    fine = finetuning(*asked)
+                    record.add(measure, fine.output_dir, name, seed, _complete(Finetune, fine))
     return record
 
 
@@ -223,21 +252,22 @@ def verdict(ours: tuple[float, float] | None, paper: float | None) -> str:
     return "holds" if (mean > 0) == (paper > 0) else "reversed"
 
 
-def table(measured: list[Measured]) -> str:
-    """Markdown: mean and standard deviation over seeds, the difference to the first row, the paper's beside them."""
+def table(measured: list[Measured], first: str) -> str:
+    """Markdown: mean and standard deviation over seeds, the difference to the row `first`, the paper's beside them."""
     head = (
         "| row | top-1 here, % (mean ± sd, n) | difference here (95 %) | paper, % | difference there | ordering |\n"
         "|---|---|---|---|---|---|\n"
     )
-    base = measured[0]
+    base = next((entry for entry in measured if entry.name == first), None)
     lines = []
     for entry in measured:
         values = list(entry.top1.values())
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        there = None
-        if entry is not base and entry.row.paper is not None and base.row.paper is not None:
-            there = entry.row.paper - base.row.paper
-        ours = None if entry is base else difference(entry, base)
+        there = ours = None
+        if base is not None and entry is not base:
+            ours = difference(entry, base)
+            if entry.row.paper is not None and base.row.paper is not None:
+                there = entry.row.paper - base.row.paper
         cells = (
             entry.row.label, f"{statistics.mean(values):.2f}{spread}, {len(values)}",
             "" if ours is None else f"{ours[0]:+.2f} ± {ours[1]:.2f}",
@@ -255,6 +285,10 @@ def main(default: Study) -> None:
         record = run(study)
     except EXPECTED_ERRORS as error:
         fail(str(error), code=1)
-    text = table(record.measured(dict(study.choices)))
-    (study.output / "table.md").write_text(text)
-    print(f"{NOTICE}\n\n{text}\nrecord {record.path}")
+    tables = [
+        f"{measure}:\n\n{table(measured, study.choices[0][0])}"
+        for measure in study.measures
+        if (measured := record.measured(dict(study.choices), measure))
+    ]
+    (study.output / "table.md").write_text("\n".join(tables))
+    print("\n".join([NOTICE, "", *tables, f"record {record.path}"]))

@@ -21,6 +21,7 @@ from beit_fast.train.pretrain import (
     PretrainConfig,
     TokenizerConfig,
 )
+from beit_fast.train.probe import ProbeConfig
 
 SHAPE: dict[str, Any] = {
     "size": "tiny", "width": 128, "depth": 4, "num_heads": 4, "image_size": 64, "patch_size": 8, "drop_path_rate": 0.0,
@@ -66,18 +67,31 @@ def labelled(
     )  # fmt: skip
 
 
+def probing(
+    shared: dict[str, Any], model: ClassifierModelConfig, data: LabelledDataConfig, *, weights: str | None, epochs: int,
+    seed: int,
+) -> ProbeConfig:  # fmt: skip
+    """Probes of every block on standardised features, without augmentation; of random weights without `weights`."""
+    return ProbeConfig(
+        **shared, weights=weights, scratch=weights is None, seed=seed, epochs=epochs,
+        batch_size=min(100, data.builtin_images), batch_per_device=100, augment=False, standardise=True, data=data,
+        model=model,
+        optim=OptimConfig(lr=4e-3, min_lr=0.0, warmup_steps=0, weight_decay=1e-4, clip_grad=None),
+    )  # fmt: skip
+
+
 def classifying(
     shared: dict[str, Any], model: ClassifierModelConfig, data: LabelledDataConfig, *, weights: str | None, steps: int,
-    rate: float, layer_decay: float, seed: int, evaluations: int,
+    rate: float, layer_decay: float, seed: int, evaluations: int, scale: tuple[float, float] = (0.7, 1.0),
 ) -> FinetuneConfig:  # fmt: skip
-    """Fine-tuning from `weights`, or training from scratch, where all layers learn alike."""
+    """Fine-tuning from `weights`, or training from scratch, where all layers learn alike; crops of `scale`, flips."""
     scratch = weights is None
     return FinetuneConfig(
         **shared, weights=weights, scratch=scratch, seed=seed, steps=steps, batch_size=32, batch_per_device=32,
         eval_every=max(steps // evaluations, 1), layer_decay=1.0 if scratch else layer_decay, data=data,
         model=model,
         augment=AugmentConfig(
-            scale=(0.7, 1.0), rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0
+            scale=scale, rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0
         ),
         optim=OptimConfig(lr=rate, min_lr=1e-6, warmup_steps=steps // 10, clip_grad=3.0),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Train a tokenizer: `DiscreteVAE` weights from images.
 
 The objective here is nearest-code quantisation with a codebook of moving averages: it gives a usable vocabulary within
-minutes, where Gumbel relaxation of the same small networks collapses to a handful of codes. Another objective is
-another Task beside `TrainTokenizer`; export, measurement and data stay.
+minutes, where Gumbel relaxation of the same small networks collapses to a handful of codes. The paper's own objective
+is `dvae.TrainRelaxedVAE`, which shares data, measurement and pictures.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -88,9 +88,30 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RelaxationConfig:
+    """The discrete VAE of DALL-E, BEiT's tokenizer (Ramesh et al., 2021, appendix A.2)."""
+
+    blocks: int = 2
+    """Residual blocks per group; there are four groups in encoder and decoder."""
+    n_init: int = 128
+    """Channels that a token becomes in the decoder."""
+    temperature: tuple[float, float] = (1.0, 1 / 16)
+    """Of the Gumbel-softmax, at the start and at the end of its schedule (half a cosine)."""
+    temperature_share: float = 0.05
+    """Share of the run in which it falls; 150,000 of 3 million steps in the paper."""
+    kl_weight: float = 6.6
+    """Weight of KL(q || uniform) against the likelihood at the end of its schedule (half a cosine, from 0)."""
+    kl_share: float = 1 / 600
+    """Share of the run in which it grows; 5,000 of 3 million steps in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainTokenizerConfig(RunConfig):
     """A run that trains a tokenizer."""
 
+    objective: Literal["vq", "dvae"] = "vq"
+    """`vq`: nearest codes, a `DiscreteVAE`. `dvae`: the paper's, Gumbel-softmax and the logit-Laplace likelihood, in
+    DALL-E's layout."""
     vocab_size: int = 8192
     """Entries of the vocabulary."""
     hidden_dim: int = 32
@@ -103,6 +124,7 @@ class TrainTokenizerConfig(RunConfig):
     """Held-out built-in images to measure on (only where data.path is None)."""
     data: TokenizerDataConfig = TokenizerDataConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
+    dvae: RelaxationConfig = RelaxationConfig()
 
 
 class TrainTokenizer(Task):
@@ -123,13 +145,9 @@ class TrainTokenizer(Task):
         from beit_fast.data.sources import open_source
 
         own, data = self.config, self.config.data
-        if own.quantizer.live_codes > own.vocab_size:
-            raise ValueError(f"--quantizer.live-codes {own.quantizer.live_codes} exceeds --vocab-size {own.vocab_size}")
         if not data.view_sizes or any(size < 8 or size % 8 for size in data.view_sizes):
             raise ValueError(f"--data.view-sizes must be multiples of 8 pixels, not {data.view_sizes}")
-        model = QuantizedAutoencoder(
-            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
-        ).to(world.device)
+        model = self.make_model().to(world.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if data.path is None:
             self.source: Any = builtin_source(data.cache_dir, data.builtin_images)
@@ -151,6 +169,26 @@ class TrainTokenizer(Task):
         )
         return model
 
+    def make_model(self) -> nn.Module:
+        """What is trained."""
+        own = self.config
+        if own.quantizer.live_codes > own.vocab_size:
+            raise ValueError(f"--quantizer.live-codes {own.quantizer.live_codes} exceeds --vocab-size {own.vocab_size}")
+        return QuantizedAutoencoder(
+            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
+        )
+
+    def tokenizer_of(self, model: nn.Module, step: int) -> Tokenizer | None:
+        """The tokenizer that the model is after so many steps; None while there are no codes yet."""
+        assert isinstance(model, QuantizedAutoencoder)
+        return (
+            None if step <= self.config.quantizer.autoencoder_steps else model.to_discrete_vae(self.config.vocab_size)
+        )
+
+    def parts_of(self, tokenizer: Tokenizer) -> dict[str, nn.Module]:
+        """The files to export: their names without suffix, and what each holds."""
+        return {"tokenizer": tokenizer}
+
     def num_samples(self) -> int:
         return len(self.source)
 
@@ -165,12 +203,15 @@ class TrainTokenizer(Task):
     def batches(self, requests: Iterator[Request]) -> Iterator["PretrainBatch"]:
         return self.views.batches(requests)
 
-    def prepare(self, batch: "PretrainBatch", step: int) -> tuple[Tensor, bool]:
+    def view(self, batch: "PretrainBatch", step: int) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] at the size of this step."""
         size = self.config.data.view_sizes[step % len(self.config.data.view_sizes)]
-        images = _resized(batch.token_images, size).contiguous(memory_format=torch.channels_last)
-        return images, step >= self.config.quantizer.autoencoder_steps
+        return _resized(batch.token_images, size).contiguous(memory_format=torch.channels_last)
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, bool], num_targets: Tensor) -> StepOutput:
+    def prepare(self, batch: "PretrainBatch", step: int) -> Any:
+        return self.view(batch, step), step >= self.config.quantizer.autoencoder_steps
+
+    def loss(self, model: nn.Module, batch: Any, num_targets: Tensor) -> StepOutput:
         images, quantize = batch
         reconstruction, commitment = model(images, quantize)
         target = images * 2 - 1
@@ -214,11 +255,11 @@ class TrainTokenizer(Task):
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Error, perplexity and used codes on held-out built-in images; nothing while there are no codes yet."""
-        assert isinstance(model, QuantizedAutoencoder)
         config = self.config
-        if config.data.path is not None or not config.held_out_images or step <= config.quantizer.autoencoder_steps:
+        if config.data.path is not None or not config.held_out_images:
             return {}
-        tokenizer = model.to_discrete_vae(config.vocab_size)
+        if (tokenizer := self.tokenizer_of(model, step)) is None:
+            return {}
         result: dict[str, float] = {}
         for size in config.data.view_sizes:
             images = held_out_images(config.held_out_images, size)
@@ -226,29 +267,28 @@ class TrainTokenizer(Task):
         return result
 
     def plan(self, config: RunConfig) -> dict[str, float]:
-        own = self.config
-        model = QuantizedAutoencoder(
-            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
-        )
+        own, model = self.config, self.make_model()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             for size in own.data.view_sizes:
-                model(torch.zeros(1, 3, size, size), True)
+                model(torch.zeros(1, 3, size, size), 1)  # quantised, or at temperature 1
         forward = counter.get_total_flops() / len(own.data.view_sizes)
         return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
 
     def finish(self, model: nn.Module, run_dir: Path) -> None:
         from beit_fast.data.builtin import NOTICE
 
-        assert isinstance(model, QuantizedAutoencoder)
-        tokenizer = model.to_discrete_vae(self.config.vocab_size)
+        if (tokenizer := self.tokenizer_of(model, self.total_steps)) is None:
+            return
         metadata = {
             "command": shlex.join(["python", *sys.argv]),
             "data": NOTICE if self.config.data.path is None else str(self.config.data.path),
+            "objective": self.config.objective,
             "live_codes": str(self.config.quantizer.live_codes),
             "measured": json.dumps(self.evaluate(model, self.total_steps)),
         }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
-        save_file(tensors, run_dir / "tokenizer.safetensors", metadata=metadata)
+        for name, part in self.parts_of(tokenizer).items():
+            tensors = {key: tensor.cpu().contiguous() for key, tensor in part.state_dict().items()}
+            save_file(tensors, run_dir / f"{name}.safetensors", metadata=metadata)
         for size in self.config.data.view_sizes:
             sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
             sheet.save(run_dir / f"reconstructions_{size}px.png")

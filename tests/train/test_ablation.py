@@ -47,8 +47,8 @@ def test_a_study_is_continued_and_its_record_grows(recipe, tmp_path, capsys):
     rows = ("blockwise_tokens", "pixels", "scratch")
     study = dataclasses.replace(
         recipe.config, rows=rows, output=tmp_path / "runs", seeds=1, images=64, pretrain_steps=2, labelled_images=64,
-        validation_images=48, held_out=8, finetune_steps=2, scratch_steps=2, cache_dir=str(tmp_path / "cache"),
-        device="cpu",
+        validation_images=48, held_out=8, finetune_steps=2, scratch_steps=2, probe_epochs=1,
+        cache_dir=str(tmp_path / "cache"), device="cpu",
     )  # fmt: skip
     first = ablation.run(study)
     before = first.path.read_text()
@@ -57,8 +57,9 @@ def test_a_study_is_continued_and_its_record_grows(recipe, tmp_path, capsys):
     assert "pretrain: step 0" not in capsys.readouterr().out
     assert second.path.read_text().startswith(before)
     lines = list(second.lines())
-    assert len([line for line in lines if line["kind"] == "finetune"]) == 6
-    assert [entry.name for entry in second.measured(dict(study.choices))] == list(rows)
+    for measure in ("probe", "finetune"):
+        assert len([line for line in lines if line["kind"] == measure]) == 6
+        assert [entry.name for entry in second.measured(dict(study.choices), measure)] == list(rows)
     with pytest.raises(ValueError, match="other settings"):
         ablation.run(dataclasses.replace(study, rate=2e-3))
     json.dumps(lines)
@@ -72,11 +73,12 @@ def test_the_table_tells_what_holds():
     mean, half = difference(lower, base)
     assert mean == pytest.approx(-10)
     assert half == pytest.approx(4.303 * 0.2 / 3**0.5, rel=1e-3)
-    text = table([base, lower, near, higher])
+    text = table([base, lower, near, higher], "base")
     rows = dict(zip(("base", "pixels", "random", "all"), text.splitlines()[2:], strict=True))
     assert rows["base"].startswith("| BEiT | 31.00 ± 1.00, 3 |")
     assert rows["pixels"].endswith("| -10.00 ± 0.50 | 81.04 | -1.82 | holds |")
     assert rows["random"].endswith("not told apart |")
     assert rows["all"].endswith("reversed |")
     assert verdict(None, 1.0) == verdict((1.0, 0.5), None) == ""
-    assert table([base, Measured("scratch", Row("scratch"), {0: 4.0})]).splitlines()[-1].count("not published") == 1
+    alone = table([Measured("scratch", Row("scratch"), {0: 4.0})], "base").splitlines()[-1]
+    assert alone == "| scratch | 4.00, 1 |  | not published |  |  |"
