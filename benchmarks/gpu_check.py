@@ -85,6 +85,8 @@ class Check:
         print(f"\n== {name}: {' '.join(command)}", flush=True)
         start = time.perf_counter()
         lines: list[str] = []
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job; the phase would inherit it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
