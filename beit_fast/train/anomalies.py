@@ -105,3 +105,9 @@ class Anomalies:
         self._mean = torch.tensor(state["mean"], dtype=torch.float64, device=device)
         self._variance = torch.tensor(state["variance"], dtype=torch.float64, device=device)
         self._carried = list(state["unread"])
+
+
+def located(step: int, steps_per_epoch: int, batch_size: int) -> dict[str, Any]:
+    """The samples of step number `step`: their epoch, and the range of their positions in its order."""
+    epoch, within = divmod(step - 1, steps_per_epoch)
+    return {"epoch": epoch, "positions": [within * batch_size, (within + 1) * batch_size]}

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit_fast.train.config import RunConfig
+
 TIMEOUT = timedelta(minutes=10)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ECHO_S = 1.0
@@ -109,6 +111,12 @@ def end_world(world: World) -> None:
     """Leave the process group."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_world(config: RunConfig, world: World) -> None:
+    """What can be said once the number of processes is known."""
+    if config.batch_size % world.size:
+        raise ValueError(f"--batch-size {config.batch_size} is not divisible by the {world.size} processes")
 
 
 class LostRank(RuntimeError):

@@ -15,14 +15,24 @@ import torch
 from torch import Tensor
 
 from beit_fast.train import checkpoint, memory, parallel
-from beit_fast.train.anomalies import Anomalies
+from beit_fast.train.anomalies import Anomalies, located
 from beit_fast.train.background_save import CheckpointWriter
 from beit_fast.train.batching import accumulation, requests_of, seed_of
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig, check
-from beit_fast.train.distributed import LostRank, StopSignal, Vote, World, end_world, is_lost_rank, start_world
+from beit_fast.train.distributed import (
+    LostRank,
+    StopSignal,
+    Vote,
+    World,
+    check_world,
+    end_world,
+    is_lost_rank,
+    start_world,
+)
 from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
 from beit_fast.train.optim import LossScaler, build_optimizer, optimizer_step, set_learning_rate
+from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.progress import Progress, duration
 from beit_fast.train.run_folder import RunFolder
 from beit_fast.train.schedules import learning_rate, run_length
@@ -32,8 +42,6 @@ from beit_fast.train.watchdog import Watchdog
 
 EXIT_RESUME = 75
 """EX_TEMPFAIL of sysexits.h: saved on a signal; the same command continues."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PersistentNonFiniteGradients(RuntimeError):
@@ -78,21 +86,6 @@ def run(task: Task, config: RunConfig) -> RunResult:
         end_world(world)
 
 
-def check_world(config: RunConfig, world: World) -> None:
-    """What can be said once the number of processes is known."""
-    if config.batch_size % world.size:
-        raise ValueError(f"--batch-size {config.batch_size} is not divisible by the {world.size} processes")
-
-
-def precision_of(config: RunConfig, device: torch.device) -> str:
-    """`auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."""
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 class TrainingRun:
     """State of one run in one process."""
 
@@ -122,7 +115,9 @@ class TrainingRun:
 
     def go(self) -> RunResult:
         config, world = self.config, self.world
-        found = self.newest()
+        found, notes = self.folder.agreed_newest(world)
+        for note in notes:
+            self.say(note)
         if found is not None and found.step >= min(found.state["total_steps"], config.max_steps or 2**62):
             return self.already_finished(found)
         self.prepare(found)
@@ -145,16 +140,6 @@ class TrainingRun:
             report, config.hang_timeout_s, lambda: f"{where} stands still, {self.doing}, {self.step} steps done"
         )
         return self.loop()
-
-    def newest(self) -> Checkpoint | None:
-        """The checkpoint to continue from. Rank 0 verifies it; the others open the same."""
-        found, notes = self.folder.newest() if self.world.is_main else (None, [])
-        for note in notes:
-            self.say(note)
-        step = self.world.agree(-1 if found is None else found.step)
-        if not self.world.is_main and step >= 0:
-            found = checkpoint.opened(self.folder.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
-        return found
 
     def prepare(self, found: Checkpoint | None) -> None:
         """Build everything that trains, and put the checkpoint `found` into it."""
@@ -354,9 +339,7 @@ class TrainingRun:
         if self.anomalies_file is None:
             return
         for entry in found:
-            epoch, within = divmod(entry["step"] - 1, self.steps_per_epoch)
-            start = within * self.config.batch_size
-            place = {"epoch": epoch, "positions": [start, start + self.config.batch_size]}
+            place = located(entry["step"], self.steps_per_epoch, self.config.batch_size)
             if entry["kind"] == "non_finite":
                 place["replay_from"] = self.folder.keep_for_replay(entry["step"])
             self.anomalies_file.write(entry | place)

@@ -99,6 +99,6 @@ def explained(
     return OutOfMemory(
         f"out of memory with {micro_batch} samples at once: {peak / gib:.2f} GiB were in use at most and "
         f"{asked / gib:.2f} GiB more were asked for, of {capacity / gib:.2f} GiB; weights, gradients and optimizer "
-        f"hold {held / gib:.2f} GiB, a sample takes about {per_sample / gib:.3f} GiB; try "
+        f"hold {held / gib:.2f} GiB, a sample takes at least {per_sample / gib:.3f} GiB; try "
         f"{', or '.join(advice) or 'a smaller model'}"
     )

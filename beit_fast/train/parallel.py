@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from beit_fast.train.distributed import World
 
@@ -43,8 +44,20 @@ def spread(
     sync = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
     # A static graph needs no search for unused parameters and no order of buckets to be found anew. It cannot begin
     # with a micro-batch that is not reduced, so accumulation goes without.
+    if accumulation == 1:
+        model.register_forward_hook(check_output)
     options: dict[str, Any] = {sync: False, "static_graph": accumulation == 1}
     return ddp(model, device_ids=ids, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MIB, **options)
+
+
+def check_output(model: nn.Module, inputs: Any, output: Any) -> None:
+    """TypeError where DDP would not see a tensor in what the model returns: its gradients would not be reduced."""
+    for leaf in tree_leaves(output):
+        if not isinstance(leaf, (Tensor, int, float, bool, str, type(None))):
+            raise TypeError(
+                f"{type(model).__name__} returns a {type(leaf).__name__}, in which DDP finds no tensors: return "
+                "tensors or tuples, or register the class with torch.utils._pytree.register_dataclass"
+            )
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> nn.Module:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit_fast.train import engine
 from beit_fast.train.batching import accumulation, requests_of
 from beit_fast.train.checkpoint import mib, tensor_bytes
-from beit_fast.train.config import RunConfig
-from beit_fast.train.distributed import World, end_world, start_world
+from beit_fast.train.config import RunConfig, check
+from beit_fast.train.distributed import World, check_world, end_world, start_world
 from beit_fast.train.optim import expected_optimizer_bytes
+from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.progress import duration
 from beit_fast.train.schedules import run_length
 from beit_fast.train.task import Task
@@ -51,10 +51,10 @@ class SavedForBackward:
 
 def plan(task: Task, config: RunConfig) -> dict[str, float]:
     """Print parameters, FLOPs, memory, steps, disk and time of a run, and return the numbers printed."""
-    engine.check(config)
+    check(config)
     world = start_world(config.device)
     try:
-        engine.check_world(config, world)
+        check_world(config, world)
         with closing(task):
             numbers = _measure(task, config, world)
         if world.is_main:
@@ -71,8 +71,8 @@ def _measure(task: Task, config: RunConfig, world: World) -> dict[str, float]:
     steps_per_epoch, total, _ = run_length(config, task.num_samples())
     target = min(total, config.max_steps or total)
     groups = task.parameter_groups(model, config.optim.weight_decay)
-    precision = engine.precision_of(config, device)
-    dtype = engine.DTYPES[precision]
+    precision = precision_of(config, device)
+    dtype = DTYPES[precision]
     micro = accumulation(config, world.size)
     repeats = 1 if device.type == "cpu" else 4  # a GPU's first passes compile and allocate
     steps = -(-repeats // micro)
@@ -137,7 +137,7 @@ def _print(task: Task, config: RunConfig, world: World, n: dict[str, float]) -> 
     parent = next(p for p in [config.output_dir, *config.output_dir.absolute().parents] if Path(p).exists())
     noun = task.sample_noun
     rows = [
-        ("device", f"{world.size} x {where}, {engine.precision_of(config, world.device)}"),
+        ("device", f"{world.size} x {where}, {precision_of(config, world.device)}"),
         ("parameters", f"{n['parameters']:,.0f} ({n['trained_parameters']:,.0f} trained)"),
         *((name.replace("_", " ").replace("flops", "FLOPs"), f"{value / 1e9:,.2f}e9")
           for name, value in n.items() if "flops" in name),

@@ -18,8 +18,8 @@ from beit_fast.train import checkpoint
 from beit_fast.train.batching import accumulation, requests_of
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig, check
-from beit_fast.train.distributed import end_world, start_world
-from beit_fast.train.engine import TrainingRun, check_world
+from beit_fast.train.distributed import check_world, end_world, start_world
+from beit_fast.train.engine import TrainingRun
 from beit_fast.train.parallel import local
 from beit_fast.train.run_folder import RunFolder
 from beit_fast.train.task import Task

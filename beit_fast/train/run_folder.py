@@ -20,6 +20,7 @@ import torch
 from beit_fast.train import checkpoint
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig, free_fields, to_plain
+from beit_fast.train.distributed import World
 from beit_fast.version import __version__
 
 FORMAT = "beit_fast run 1"
@@ -137,6 +138,14 @@ class RunFolder:
                 f"continuing from {found.path.name}" if found else "there is no older one, so the run starts anew"
             )
             notes.append(f"checkpoint {path.name} is damaged: {reason}; kept as {moved.name}; {fallback}")
+        return found, notes
+
+    def agreed_newest(self, world: World) -> tuple[Checkpoint | None, list[str]]:
+        """`newest`, verified by rank 0 and opened by all; the notes are rank 0's."""
+        found, notes = self.newest() if world.is_main else (None, [])
+        step = world.agree(-1 if found is None else found.step)
+        if not world.is_main and step >= 0:
+            found = checkpoint.opened(self.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
         return found, notes
 
     def keep_for_replay(self, step: int) -> str | None:

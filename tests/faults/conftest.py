@@ -125,3 +125,17 @@ def outcome(request):
         assert passed == trials, f"{test} {what}: {passed} of {trials}"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def program():
+    """Runs the tiny recipe as a program of its own: `program(folder, "--steps", 5)`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+    def run(folder, *arguments, **options):
+        tiny = HERE.parent / "train" / "tiny_task.py"
+        command = [sys.executable, str(tiny), "--output-dir", str(folder), "--device", "cpu", *map(str, arguments)]
+        environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+
+    return run
