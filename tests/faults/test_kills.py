@@ -151,8 +151,8 @@ def test_signals_at_random_steps(ranks, tmp_path, state_of, unbroken, outcome):
         )  # fmt: skip
         passed += end == unbroken(mode)
         longest = max(longest, took)
-    outcome("R5", "SIGTERM or SIGUSR1 to one rank: saved at most one step later, exit code 75, the same bits", 10, passed,
-            "all", f"start, training and save took at most {longest:.1f} s")  # fmt: skip
+    outcome("R5", "SIGTERM or SIGUSR1 to one rank: saved at most one step later, exit code 75, the same bits", 10,
+            passed, "all", f"start, training and save took at most {longest:.1f} s")  # fmt: skip
 
 
 def test_a_signal_to_the_launcher_reaches_the_run(ranks, tmp_path):

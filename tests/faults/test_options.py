@@ -6,9 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-NUMBERS = st.one_of(
-    st.integers(-3, 70), st.floats(allow_nan=True, width=32), st.sampled_from(["", "x", "1e400", "--", "0"])
-)
+WORDS = st.sampled_from(["", "x", "1e400", "--", "0"])
+NUMBERS = st.one_of(st.integers(-3, 70), st.floats(allow_nan=True, width=32), WORDS)
 NAMES = st.sampled_from(
     ["--steps", "--batch-size", "--batch-per-device", "--seed", "--optim.lr", "--optim.min-lr", "--optim.warmup-steps",
      "--optim.warmup-epochs", "--optim.weight-decay", "--optim.clip-grad", "--optim.ema-decay", "--optim.eps",
@@ -75,3 +74,68 @@ def test_options(tiny, tmp_path_factory, capsys, monkeypatch):
 def test_many_options(tiny, tmp_path_factory, capsys, monkeypatch, outcome):
     tried = fuzz(tiny, tmp_path_factory, capsys, monkeypatch, 500)
     outcome("R14", "random options and values: a run, or one line that says what is wrong", tried, tried, "all")
+
+
+def bad_images(folder, count):
+    """`count` files that are no images, each broken in one of eight ways; the same for every call."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    jpeg = buffer.getvalue()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    png = buffer.getvalue()
+    kinds = [b"", b"text, not an image", jpeg[:15], png[:20], b"\0" * 500, b"<html>404</html>", jpeg[:2] + b"\xff" * 90,
+             b"GIF89a"]  # fmt: skip
+    for number in range(count):
+        (folder / f"bad{number:02d}.jpg").write_bytes(kinds[number % len(kinds)])
+
+
+@pytest.mark.slow
+def test_bad_images(tmp_path, outcome):
+    """R11: 40 files that are no images among 60 that are; none ends the run, and the count is exact."""
+    import torch
+    from PIL import Image
+
+    from beit_fast.data import builtin
+    from beit_fast.train import engine
+    from beit_fast.train.config import LogConfig, OptimConfig
+    from beit_fast.train.metrics import read_metrics
+    from beit_fast.train.pretrain import (
+        DataConfig,
+        MaskedImageModeling,
+        MaskingConfig,
+        ModelConfig,
+        PretrainConfig,
+        TokenizerConfig,
+    )  # fmt: skip
+
+    torch.set_num_threads(1)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    bad_images(folder, 40)
+    for index in range(58):
+        Image.fromarray(builtin.render(index, seed=5, size=48)).save(folder / f"good{index:02d}.jpg")
+    scene = Image.fromarray(builtin.render(58, seed=5, size=48))
+    scene.convert("CMYK").save(folder / "cmyk.jpg")
+    scene.convert("L").save(folder / "grey.png")
+    config = PretrainConfig(
+        output_dir=tmp_path / "run", steps=10, batch_size=10, batch_per_device=10,
+        data=DataConfig(path=str(folder), threads=1, max_bad_share=0.5),
+        model=ModelConfig(width=32, depth=2, num_heads=2, image_size=32, patch_size=8),
+        masking=MaskingConfig(num_masked=6, min_num_patches=2), tokenizer=TokenizerConfig(name="random"),
+        optim=OptimConfig(warmup_steps=1), log=LogConfig(every_steps=1, progress="none"),
+    )  # fmt: skip
+    assert engine.run(MaskedImageModeling(config), config).exit_code == 0
+    counted = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["kind"] == "train"][-1]["bad_images"]
+    text = (tmp_path / "run" / "bad_files.tsv").read_text()
+    found = sum(f"bad{number:02d}.jpg" in text for number in range(40))
+    assert counted == 40
+    assert "good" not in text.replace(str(folder), "")
+    outcome("R11", "files that are no images, among 60 that are, in one epoch: replaced, counted, named", 40, found,
+            "40, no crash")  # fmt: skip
