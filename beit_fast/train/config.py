@@ -82,6 +82,8 @@ class RunConfig:
     """Start anew: a run found in the folder is moved aside (to <folder>.1, .2, ...), not continued."""
     dry_run: bool = free(False)
     """Print parameters, FLOPs, memory, steps, disk and time on this device, and train nothing."""
+    plan_gpu: str | None = free(None)
+    """With --dry-run: say memory and time for --gpus of this GPU (V100, A100-80GB, H100, H200, ...) as well."""
     seed: int = 0
     """Decides the initial weights and, with epoch and sample, everything random."""
     epochs: float = 800.0

@@ -126,7 +126,10 @@ def top(values: dict[str, float]) -> list[tuple[str, float]]:
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[list[tuple[str, float]]]:
-    """Collects (module, largest absolute output, NaN if there is one) of every module that is called, in order."""
+    """Collects (module, largest absolute output, NaN if there is one) of every module, in the order of their calls.
+
+    A BEiT calls all its parts while they are watched, in place of fusing them.
+    """
     seen: list[tuple[str, float]] = []
 
     def hook(name: str) -> Any:
@@ -137,17 +140,12 @@ def observed(model: nn.Module) -> Iterator[list[tuple[str, float]]]:
 
         return look
 
-    apart = getattr(model, "blocks_apart", None)
-    if apart is not None:  # then every block is called as a module, and can be looked at
-        setattr(model, "blocks_apart", True)  # noqa: B010 - a plain Module declares no such attribute
     handles = [module.register_forward_hook(hook(name or "model")) for name, module in model.named_modules()]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-        if apart is not None:
-            setattr(model, "blocks_apart", apart)  # noqa: B010
 
 
 def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -59,7 +59,7 @@ def skip_and_replay(ranks, folder, count, how, place, rank):
     report = json.loads((folder / "replay" / f"{name}.json").read_text())
     if place == "image":
         assert report["batch_not_finite"] == []  # the batch was sound, it was spoilt on the way
-        assert report["first_module_not_finite"] == "patch_embed"
+        assert report["first_module_not_finite"].startswith("patch_embed")
     if place == PLACES[2]:
         assert report["loss"] != "nan"
         assert PLACES[2] in report["gradients_not_finite"]
