@@ -146,7 +146,9 @@ def on_gpu(config: RunConfig, n: dict[str, float], noun: str) -> list[tuple[str,
     """
     assert config.plan_gpu is not None
     gpu, count = named(config.plan_gpu), config.gpus or 1
-    per_sample = n["activation_bytes_per_sample"] * (0.5 if config.precision == "auto" else 1)
+    per_sample = n["activation_bytes_per_sample"] * (
+        0.5 if config.precision == "auto" and not torch.cuda.is_available() else 1
+    )
     split = count if config.parallel == "fsdp2" else 1
     fits = largest_micro_batch(gpu.memory_bytes, n["state_bytes"] / split, per_sample)
     known = measured_images_per_s(gpu, getattr(getattr(config, "model", None), "size", "?"))
@@ -155,9 +157,8 @@ def on_gpu(config: RunConfig, n: dict[str, float], noun: str) -> list[tuple[str,
         rate, source = known[0], f"measured, {known[1]}"
     elif flops:
         rate = ASSUMED_UTILISATION * gpu.peak_flops_per_s / flops
-        source = (
-            f"estimate: {100 * ASSUMED_UTILISATION:.0f} % of {gpu.peak_flops_per_s / 1e12:,.0f} TFLOP/s, not measured"
-        )
+        peak = gpu.peak_flops_per_s / 1e12
+        source = f"estimate: {100 * ASSUMED_UTILISATION:.0f} % of {peak:,.0f} TFLOP/s, not measured"
     else:
         return [(f"on {count} x {gpu.name}", "no FLOPs are known of this task, so no time can be said")]
     seconds = n["steps"] * config.batch_size / (rate * count)
@@ -171,6 +172,7 @@ def _print(task: Task, config: RunConfig, world: World, n: dict[str, float]) -> 
     where = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     parent = next(p for p in [config.output_dir, *config.output_dir.absolute().parents] if Path(p).exists())
     noun = task.sample_noun
+    parts = [part for part in ("weights", "gradients", "moments", "averages") if n[f"{part}_bytes"]]
     rows = [
         ("device", f"{world.size} x {where}, {precision_of(config, world.device)}"),
         ("parameters", f"{n['parameters']:,.0f} ({n['trained_parameters']:,.0f} trained)"),
@@ -180,8 +182,7 @@ def _print(task: Task, config: RunConfig, world: World, n: dict[str, float]) -> 
         ("steps", f"{n['steps']:,.0f} of a schedule of {n['schedule_steps']:,.0f}"),
         ("batch", f"{config.batch_size} = {world.size} devices x {n['accumulation']:.0f} x {n['micro_batch']:.0f}"),
         ("memory per device", f"{mib(int(n['state_bytes'] + n['activation_bytes']))} = "
-         + " + ".join(f"{mib(int(n[f'{part}_bytes']))} {part}" for part in ("weights", "gradients", "moments", "averages")
-                      if n[f"{part}_bytes"])
+         + " + ".join(f"{mib(int(n[f'{part}_bytes']))} {part}" for part in parts)
          + f" + {mib(int(n['activation_bytes']))} activations of {n['micro_batch']:.0f} {noun}"),
         ("largest batch", f"--batch-per-device {n['largest_micro_batch']:.0f} by this arithmetic (estimate)"),
         ("disk", f"{mib(int(n['checkpoint_bytes']))} per checkpoint, {mib(int(n['disk_bytes']))} in all; "
