@@ -44,9 +44,9 @@ def named(name: str) -> Gpu:
     return gpu
 
 
-def measured_images_per_s(gpu: Gpu, size: str, folder: Path = RECORDS) -> tuple[float, str] | None:
+def measured_images_per_s(gpu: Gpu, size: str, folder: Path | None = None) -> tuple[float, str] | None:
     """Images/s of beit_fast's whole pre-training step at this size, and the record; None where not measured."""
-    for path in sorted(folder.glob(f"*{gpu.name.lower().split('-')[0]}*.json"), reverse=True):
+    for path in sorted((folder or RECORDS).glob(f"*{gpu.name.lower().split('-')[0]}*.json"), reverse=True):
         for entry in json.loads(path.read_text()).get("benchmarks", []):
             info = entry.get("extra_info", {})
             ours = info.get("rival") == "beit_fast" and entry.get("group", "").startswith("pre-training, whole step")

@@ -243,3 +243,20 @@ def test_no_pickle_is_written(folders):
         assert {p.suffix for p in files} == {".safetensors", ".json"}
         for path in files:
             assert path.read_bytes()[:1] != b"\x80"
+
+
+def test_checkpoints_of_earlier_versions_are_read(ranks, tmp_path, state_of):
+    """A state written before anomalies were kept: it continues, and ends as any other."""
+    assert ranks.run(tmp_path / "whole", 1).code == 0
+    assert ranks.run(tmp_path / "run", 1, "--max-steps", 4).code == 0
+    newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    state = json.loads((newest / "state.json").read_text())
+    del state["anomalies"]
+    crc = checkpoint.write_json(newest / "state.json", state)
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert manifest["format"] == 1
+    manifest["files"]["state.json"] = {"bytes": (newest / "state.json").stat().st_size, "crc32": crc}
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert ranks.run(tmp_path / "run", 1).code == 0
+    ends = [checkpoint.opened(checkpoint.list_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("whole", "run")]
+    assert content(ends[0]) == content(ends[1])
