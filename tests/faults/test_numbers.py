@@ -212,6 +212,6 @@ def test_a_rank_that_never_answers_ends_with_a_report(ranks, tmp_path):
     stuck = (tmp_path / "run" / "hang_rank1.txt").read_text()
     assert "in prepare" in stuck
     waiting = (tmp_path / "run" / "hang_rank0.txt").read_text()
-    assert "distributed" in waiting  # in a collective
+    assert "backward" in waiting  # there DDP reduces the gradients
     done = ranks.run(tmp_path / "run", 2, task="beit")
     assert done.code == 0

@@ -90,6 +90,7 @@ def test_a_run_moves_between_all_worlds(beit, one, outcome):
             f"largest difference of a loss over the next 4 steps {worst:.1e}")  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_shards_are_what_torch_distributed_writes(beit, tmp_path):
     """Our shards, read by the oracle: torch.distributed.checkpoint alone, as whole tensors; and they are split."""
     import torch.distributed.checkpoint as dcp
