@@ -94,10 +94,10 @@ def report() -> tuple[list[str], bool]:
     lines += parallel_lines()
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
-        for name, error in self_test(device):
-            sound = isinstance(error, float) and error <= LIMIT
+        for name, found in self_test(device):
+            sound = isinstance(found, float) and found <= LIMIT
             ready &= sound
-            text = f"largest error {error:.0e}" if isinstance(error, float) else error
+            text = f"largest error {found:.0e}" if isinstance(found, float) else found
             lines.append(f"  {'ok      ' if sound else 'WRONG   '} {name} on {device}: {text}")
     lines.append(f"free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB")
     lines.append("training can start: python recipes/pretrain_beit_large.py" if ready else "training cannot start yet")
