@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow aot bench report gallery gpu-check build clean
+.PHONY: help pretrain test check slow test-faults aot bench report gallery gpu-check build clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ check: $(VENV)/.dev  ## ruff and mypy
 
 slow: $(VENV)/.dev  ## the slow tests (installation in clean environments, kills, long kernels)
 	$(PYTEST) -m slow $(ARGS)
+
+test-faults: $(VENV)/.dev  ## kills, damage, full disks, NaNs, restarts on two processes, counted; ARGS=--record keeps it
+	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 and sm_90 and check its costs
 	$(PYTEST) -m aot $(ARGS)

@@ -1,13 +1,16 @@
 """What is installed, what is missing, and what to do about it: `python -m beit_fast doctor`."""
 
 import importlib
+import os
 import platform
 import shutil
 from collections.abc import Callable
 from importlib import metadata
 
 import torch
+from torch import distributed
 
+from beit_fast.self_test import LIMIT, self_test
 from beit_fast.version import __version__
 
 
@@ -53,6 +56,19 @@ OPTIONAL: dict[str, tuple[Callable[[], str], str]] = {
 }
 
 
+def parallel_lines() -> list[str]:
+    """What several processes can talk by, and what of this machine bears on it."""
+    names = [name for name in ("gloo", "nccl", "mpi") if getattr(distributed, f"is_{name}_available")()]
+    nccl = f" {'.'.join(map(str, torch.cuda.nccl.version()))}" if "nccl" in names and torch.cuda.is_available() else ""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return [
+        f"processes talk by: {', '.join(names)}{nccl}; {os.cpu_count()} cores, {memory:.0f} GiB of memory, "
+        f"{platform.platform()}",
+        f"CUDA of torch: {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}, attention "
+        f"on this machine: {'Triton' if torch.cuda.is_available() else 'torch CPU'}",
+    ]
+
+
 def report() -> tuple[list[str], bool]:
     """Lines to print, and whether training can start here."""
     lines = [
@@ -75,6 +91,14 @@ def report() -> tuple[list[str], bool]:
             except ImportError as error:
                 lines.append(f"  {'MISSING ' if needed else 'without '} {name}: {advice or error}")
                 ready &= not needed or name == "DALI"
+    lines += parallel_lines()
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        for name, found in self_test(device):
+            sound = isinstance(found, float) and found <= LIMIT
+            ready &= sound
+            text = f"largest error {found:.0e}" if isinstance(found, float) else found
+            lines.append(f"  {'ok      ' if sound else 'WRONG   '} {name} on {device}: {text}")
     lines.append(f"free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB")
     lines.append("training can start: python recipes/pretrain_beit_large.py" if ready else "training cannot start yet")
     return lines, ready

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import register_dataclass
 
 from beit_fast import kernels
 
@@ -33,6 +34,11 @@ class MaskedImageModelingOutput:
     """M, the masked positions of this batch; all its patches where the loss is taken `everywhere`."""
     num_correct: Tensor
     """Masked positions predicted right, int64; 0 for pixels."""
+
+
+# DDP finds the tensors of an output by torch's tree of containers; with a static graph, gradients of a tensor that it
+# does not find are never reduced.
+register_dataclass(MaskedImageModelingOutput)
 
 
 class BeitForMaskedImageModeling(HubMethods, BeitTrunk):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class BeitTrunk(nn.Module):
             for _ in range(config.depth)
         )
         self.grad_checkpointing = False
+        self.blocks_apart = False
+        """Let every block that is called make its own bias: with FSDP2 its weights are whole only while it runs."""
 
     def layers(self) -> Iterator[Block]:
         """The blocks from first to last."""
@@ -140,8 +143,8 @@ class BeitTrunk(nn.Module):
         if self.rel_pos_bias is not None:
             shared = prepared(self.rel_pos_bias.relative_position_bias_table)
             return lambda index: shared
-        tables = [block.attn.relative_position_bias_table for block in self.layers()]
-        return lambda index: prepared(tables[index])
+        blocks = list(self.layers())
+        return lambda index: prepared(blocks[index].attn.relative_position_bias_table)
 
     def _run_blocks(
         self,
@@ -175,7 +178,9 @@ class BeitTrunk(nn.Module):
                 normed = block.norm1(x) if normed is None else normed
                 x, normed = run(block.chain, x, normed, bias_of(index), factors, norms[index + 1])
             else:
-                x, normed = run(block, x, bias_of(index), factors), None
+                bias = partial(bias_of, index) if self.blocks_apart else bias_of(index)
+                x, normed = run(block, x, bias, factors), None
+                del bias
             if outputs is not None:
                 outputs.append(x)
         return x, final_norm(x) if normed is None and final_norm is not None else normed

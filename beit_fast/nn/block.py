@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +46,10 @@ class Block(nn.Module):
             self.register_parameter("gamma_1", None)
             self.register_parameter("gamma_2", None)
 
-    def forward(self, x: Tensor, bias: Bias = None, drop_path: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); `bias` (H, N, N) prepared, plain or None; `drop_path` (2, B) factors or None."""
+    def forward(self, x: Tensor, bias: Bias | Callable[[], Bias] = None, drop_path: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `bias` (H, N, N) prepared, plain, None, or what makes it; `drop_path` (2, B)."""
+        if callable(bias):
+            bias = bias()
         if self._parts_fusible():
             return self.chain(x, self.norm1(x), bias, drop_path, None)[0]
         first, second = (None, None) if drop_path is None else drop_path

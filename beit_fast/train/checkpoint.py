@@ -3,6 +3,10 @@
 One folder per checkpoint, `step_00001000/`: safetensors files, `state.json`, and `manifest.json` with size and crc32 of
 every file. It is written under a temporary name, synced, and renamed; it is never written over. Reading walks from the
 newest to the oldest to the first whose manifest holds. Loaders of tensor files do not notice flipped bits themselves.
+
+Whole tensors lie in `model.safetensors`, `optimizer.safetensors`, `ema.safetensors`. Where FSDP2 split them, each rank
+writes its part, `model/shard-00001-of-00008.safetensors`, in the layout that torch.distributed.checkpoint reads at any
+world size (`resharding.py`). Neither form holds a pickle.
 """
 
 import contextlib
@@ -11,7 +15,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +46,35 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, CPU tensor) of `<name>.safetensors`, one at a time."""
+        """(name, CPU tensor) of `<name>.safetensors`, one at a time; of whole tensors only (see `is_sharded`)."""
         with safe_open(str(self.path / f"{name}.safetensors"), framework="pt", device="cpu") as file:
             for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 yield key, file.get_tensor(key)
 
+    def names(self, name: str) -> list[str]:
+        """Names of the whole tensors in `<name>.safetensors`."""
+        with safe_open(str(self.path / f"{name}.safetensors"), framework="pt", device="cpu") as file:
+            return list(file.keys())
+
     def has(self, name: str) -> bool:
-        return (self.path / f"{name}.safetensors").exists()
+        return (self.path / f"{name}.safetensors").exists() or self.is_sharded(name)
+
+    def is_sharded(self, name: str) -> bool:
+        """Whether these tensors are split over the files of a folder."""
+        return (self.path / name).is_dir()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[int]] | None = None) -> int:
     """Write a safetensors file one tensor at a time and sync it; returns its crc32.
 
     At most one tensor is copied at a time (to the host, or to make it contiguous), so the file may be larger than the
-    memory that is left.
+    memory that is left. `places`: of parts of tensors, where in the whole one each begins.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {}
+    if places is not None:
+        info = {name: {"saved_offsets": list(places[name])} for name, _ in ordered}
+        header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info)}
     offset = 0
     for name, tensor in ordered:
         size = tensor.numel() * tensor.element_size()
@@ -133,33 +149,49 @@ def save_checkpoint(
         return final
     work = root / f".tmp-{step:08d}-{os.getpid()}"
     try:
-        work.mkdir(parents=True)
         entries: dict[str, dict[str, int]] = {}
-
-        def add(name: str, write: Callable[[Path], int]) -> None:
-            crc = write(work / name)
-            entries[name] = {"bytes": (work / name).stat().st_size, "crc32": crc}
-
         for name, tensors in files.items():
-            add(f"{name}.safetensors", lambda path, tensors=tensors: write_tensors(path, tensors))  # type: ignore[misc]
-        add(STATE, lambda path: write_json(path, dict(state) | {"step": step}))
-        write_json(work / MANIFEST, {"format": 1, "step": step, "files": entries})
-        _sync_folder(work)
-        work.rename(final)
-        _sync_folder(root)
+            entries |= write_entry(work, f"{name}.safetensors", tensors)
+        commit(work, final, entries, dict(state) | {"step": step})
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise _explained(error, root, step, files) from error
+        raise explained(error, root, step, sum(map(tensor_bytes, files.values()))) from error
+    drop_old(root, keep)
+    return final
+
+
+def write_entry(
+    work: Path, name: str, tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, dict[str, int]]:
+    """Write one file of a checkpoint; returns its entry for the manifest."""
+    path = work / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    crc = write_tensors(path, tensors, places)
+    return {name: {"bytes": path.stat().st_size, "crc32": crc}}
+
+
+def commit(work: Path, final: Path, entries: Mapping[str, Mapping[str, int]], state: Mapping[str, Any]) -> None:
+    """Give a folder with all its tensors state and manifest, and the name under which it counts."""
+    crc = write_json(work / STATE, state)
+    entries = {**entries, STATE: {"bytes": (work / STATE).stat().st_size, "crc32": crc}}
+    write_json(work / MANIFEST, {"format": 1, "step": state["step"], "files": entries})
+    for folder in {(work / name).parent for name in entries} | {work}:
+        _sync_folder(folder)
+    work.rename(final)
+    _sync_folder(final.parent)
+
+
+def drop_old(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
     for old in list_checkpoints(root)[:-keep]:
         doomed = old.with_name(f".tmp-old-{old.name}")  # renamed first: a half-deleted folder is never a candidate
         with contextlib.suppress(OSError):
             old.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    return final
 
 
-def _explained(error: OSError, root: Path, step: int, files: Mapping[str, Mapping[str, Tensor]]) -> OSError:
-    need = sum(tensor_bytes(tensors) for tensors in files.values())
+def explained(error: OSError, root: Path, step: int, need: int) -> OSError:
+    """The error of a checkpoint of `need` bytes that could not be written, in one line that says what is left."""
     last = list_checkpoints(root)
     kept = f"the checkpoint {last[-1].name} is intact" if last else "there is no earlier checkpoint"
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
@@ -185,6 +217,8 @@ def verify(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{MANIFEST} is unreadable ({type(error).__name__})") from None
     if step != step_of(path) or STATE not in entries:
         raise DamagedCheckpoint(f"{MANIFEST} does not describe this folder")
+    if outside := [name for name in entries if ".." in Path(name).parts or Path(name).is_absolute()]:
+        raise DamagedCheckpoint(f"{MANIFEST} names {outside[0]}, which lies outside of the checkpoint")
     for name, (size, crc) in entries.items():
         try:
             found = (path / name).stat().st_size
@@ -194,7 +228,12 @@ def verify(path: Path) -> Checkpoint:
                 raise DamagedCheckpoint(f"{name} does not match its crc32")
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: {error.strerror or error}") from None
-    return Checkpoint(path, step, json.loads((path / STATE).read_text()))
+    return opened(path)
+
+
+def opened(path: Path) -> Checkpoint:
+    """A checkpoint that was verified already, by this process or by the one that leads it."""
+    return Checkpoint(path, int(path.name.removeprefix(PREFIX)), json.loads((path / STATE).read_text()))
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
@@ -234,20 +273,37 @@ def require_space(root: Path, checkpoint_bytes: int, keep: int) -> None:
         )
 
 
+def compare(saved: Mapping[str, tuple[int, ...]], targets: Mapping[str, Tensor], what: str) -> None:
+    """ValueError, with a name, where saved names and shapes are not those of the live tensors."""
+    for name, shape in saved.items():
+        target = targets.get(name)
+        if target is None:
+            raise ValueError(f"{what} of the checkpoint holds {name}, which the model lacks")
+        if tuple(target.shape) != tuple(shape):
+            raise ValueError(f"{what}: {name} has shape {tuple(shape)}, the model {tuple(target.shape)}")
+    if missing := sorted(set(targets) - set(saved)):
+        raise ValueError(f"{what} of the checkpoint lacks {len(missing)} tensors, e.g. {missing[0]}")
+
+
+def part_of(tensor: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """Of a tensor that FSDP2 split, this rank's part and where it begins; of any other, all of it."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, (0,) * tensor.ndim
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+    return tensor.to_local(), tuple(chunk.offsets)
+
+
 def copy_into(targets: Mapping[str, Tensor], source: Iterator[tuple[str, Tensor]], what: str) -> None:
     """Copy saved tensors into live ones, one at a time; names and shapes have to be the same."""
-    seen = set()
+    seen: dict[str, tuple[int, ...]] = {}
     with torch.no_grad():
         for name, saved in source:
-            target = targets.get(name)
-            if target is None:
-                raise ValueError(f"{what} of the checkpoint holds {name}, which the model lacks")
-            if target.shape != saved.shape:
-                raise ValueError(f"{what}: {name} has shape {tuple(saved.shape)}, the model {tuple(target.shape)}")
-            target.copy_(saved)
-            seen.add(name)
-    if missing := sorted(set(targets) - seen):
-        raise ValueError(f"{what} of the checkpoint lacks {len(missing)} tensors, e.g. {missing[0]}")
+            if name in targets:
+                compare({name: tuple(saved.shape)}, {name: targets[name]}, what)
+                local, offsets = part_of(targets[name])
+                local.copy_(saved[tuple(slice(o, o + n) for o, n in zip(offsets, local.shape, strict=True))])
+            seen[name] = tuple(saved.shape)
+    compare(seen, targets, what)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
-import torch
 import tyro
 
 from beit_fast.data.screening import TooManyBadImages
-from beit_fast.train import engine
+from beit_fast.train import engine, launch
 from beit_fast.train.config import RunConfig
+from beit_fast.train.distributed import LostRank
+from beit_fast.train.memory import OutOfMemory
 from beit_fast.train.task import Task
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -31,6 +32,8 @@ EXPECTED_ERRORS = (
     ModuleNotFoundError,
     TooManyBadImages,
     engine.PersistentNonFiniteGradients,
+    LostRank,
+    OutOfMemory,
 )
 """Errors whose message is written for the user; any other is a bug and shows its traceback."""
 
@@ -83,7 +86,9 @@ def _one_line(box: str) -> str:
 
 def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, and out."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    rank = os.environ.get("RANK", "0")
+    start = "error: " if rank == "0" else f"error (rank {rank}): "
+    print(start + " ".join(message.split()), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
@@ -112,13 +117,16 @@ def main(
 
             plan(task(chosen), chosen)
             raise SystemExit(0)
+        if chosen.gpus is not None and not launch.is_worker():
+            raise SystemExit(launch.launch(chosen.gpus, chosen.device))
+        if chosen.replay is not None:
+            from beit_fast.train.replay import replay
+
+            raise SystemExit(replay(task(chosen), chosen))
         result = engine.run(task(chosen), chosen)
     except EXPECTED_ERRORS as error:
         _keep_traceback(chosen)
         fail(_message(error), code=1)
-    except torch.OutOfMemoryError as error:
-        smaller = max(chosen.batch_per_device // 2, 1)
-        fail(f"out of GPU memory; try --batch-per-device {smaller} (same results, less memory): {error}", code=1)
     raise SystemExit(result.exit_code)
 
 

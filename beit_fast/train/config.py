@@ -58,6 +58,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints. The last step and a SIGTERM are always saved."""
     keep: int = free(2)
     """Newest checkpoints to keep, at least 2, so that a damaged one has a predecessor."""
+    background: Literal["auto", "on", "off"] = free("auto")
+    """Write files beside the training, from a copy of the state in host memory. `auto`: where there is a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,8 @@ class RunConfig:
     """Start anew: a run found in the folder is moved aside (to <folder>.1, .2, ...), not continued."""
     dry_run: bool = free(False)
     """Print parameters, FLOPs, memory, steps, disk and time on this device, and train nothing."""
+    plan_gpu: str | None = free(None)
+    """With --dry-run: say memory and time for --gpus of this GPU (V100, A100-80GB, H100, H200, ...) as well."""
     seed: int = 0
     """Decides the initial weights and, with epoch and sample, everything random."""
     epochs: float = 800.0
@@ -97,11 +101,43 @@ class RunConfig:
     bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU."""
     device: str = free("auto")
     """`auto`: cuda where there is one, else cpu."""
+    gpus: int | None = free(None)
+    """Processes to start on this machine, one per GPU; what crashes is started again. None: this process alone, or
+    what torchrun or Slurm started."""
+    parallel: Literal["ddp", "fsdp2"] = free("ddp")
+    """With several processes: `ddp`, a whole model on each; `fsdp2`, parameters and optimizer split over them, for
+    models beyond one card. A run may continue with the other one, and at any number of processes."""
+    compile: bool = free(False)
+    """torch.compile of each block; the first step takes a minute longer."""
+    hang_timeout_s: float = free(600.0)
+    """Without a step for so long the run ends, and each rank writes where it stands to hang_rank<N>.txt."""
+    replay: int | None = free(None)
+    """Repeat this optimizer step of the run found in the folder, from the checkpoint before it, and write down what
+    was not finite in it; changes nothing in the run. Its number is the one in anomalies.jsonl."""
     eval_every: int | None = free(None)
     """Optimizer steps between held-out evaluations; None evaluates after the last step only."""
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+
+def check(config: RunConfig) -> None:
+    """What can be said of a configuration before anything is started."""
+    for name in ("batch_size", "batch_per_device"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, it must be at least 1")
+    for name, value in (("--checkpoint.every-steps", config.checkpoint.every_steps),
+                        ("--log.every-steps", config.log.every_steps),
+                        ("--max-steps", config.max_steps), ("--steps", config.steps),
+                        ("--eval-every", config.eval_every), ("--replay", config.replay)):  # fmt: skip
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    if config.checkpoint.keep < 2:
+        raise ValueError("--checkpoint.keep must be at least 2: a damaged checkpoint needs a predecessor")
+    if config.hang_timeout_s <= 0:
+        raise ValueError(f"--hang-timeout-s is {config.hang_timeout_s:g}, it must be positive")
+    if config.parallel == "fsdp2" and config.optim.impl == "apex":
+        raise ValueError("--parallel fsdp2 works with --optim.impl torch only: apex does not know split parameters")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

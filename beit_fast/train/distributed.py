@@ -1,6 +1,7 @@
 """Processes and devices: torchrun's environment, the process groups, and the stop signal that all ranks agree on."""
 
 import ctypes
+import enum
 import os
 import signal
 import sys
@@ -11,7 +12,9 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from beit_fast.train.config import RunConfig
 
 TIMEOUT = timedelta(minutes=10)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -39,6 +42,14 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def agree(self, number: int) -> int:
+        """Rank 0's number, on every rank; waits for all ranks."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, device=self.device)
+        dist.broadcast(value, 0)
+        return int(value.item())
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for all ranks."""
@@ -82,11 +93,16 @@ def start_world(device: str) -> World:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != int(os.environ.get("BEIT_FAST_LAUNCHER_PID", os.getppid())):
+            os._exit(1)  # the launcher was gone before it could be watched
     place = resolve_device(device, local_rank)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
+        if backend == "nccl":  # where a collective hangs, what every rank was doing is dumped
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if place.type == "cuda" else None)
     return World(rank, size, place)
 
@@ -97,14 +113,34 @@ def end_world(world: World) -> None:
         dist.destroy_process_group()
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """DistributedDataParallel where there is more than one process."""
-    if world.size == 1:
-        return model
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+def check_world(config: RunConfig, world: World) -> None:
+    """What can be said once the number of processes is known."""
+    if config.batch_size % world.size:
+        raise ValueError(f"--batch-size {config.batch_size} is not divisible by the {world.size} processes")
+
+
+class LostRank(RuntimeError):
+    """Another process of the run is gone, or did not answer."""
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another process ended or does not answer; gloo raises bare RuntimeErrors."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        sign in text for sign in ("closed by peer", "connection reset", "gloo/transport", "timed out waiting")
     )
+
+
+class Vote(enum.IntEnum):
+    """What the ranks agree on between two steps; the gravest wish counts."""
+
+    GO = 0
+    STOP = 1
+    """Save and end: a signal came."""
+    FAILED = 2
+    """End: a rank could not write its checkpoint."""
 
 
 class StopSignal:
@@ -130,20 +166,21 @@ class StopSignal:
         elif time.monotonic() - self._received_at > ECHO_S:
             os._exit(128 + number)
 
-    def poll(self) -> bool:
+    def poll(self, failed: bool = False) -> Vote:
         """Whether to stop after this step; the same answer on every rank. Call once per step."""
+        own = Vote.FAILED if failed else Vote.STOP if self.received is not None else Vote.GO
         if self._group is None:
-            return self.received is not None
-        stop = False
+            return own
+        vote = Vote.GO
         if self._pending is not None:
             flag, work = self._pending
             work.wait()
-            stop = bool(flag.item())
-        flag = torch.tensor(int(self.received is not None))
+            vote = Vote(int(flag.item()))
+        flag = torch.tensor(int(own))
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._pending = (flag, work)
-        return stop
+        return vote
 
     def drain(self) -> None:
         """Wait for the last exchange; every rank calls it after its last `poll`."""

@@ -12,32 +12,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from beit_fast.train import checkpoint
+from beit_fast.train import checkpoint, memory, parallel
+from beit_fast.train.anomalies import Anomalies, located
+from beit_fast.train.background_save import CheckpointWriter
 from beit_fast.train.batching import accumulation, requests_of, seed_of
 from beit_fast.train.checkpoint import Checkpoint
-from beit_fast.train.config import RunConfig
-from beit_fast.train.distributed import StopSignal, World, end_world, start_world, wrap
-from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
-from beit_fast.train.optim import (
-    LossScaler,
-    build_optimizer,
-    expected_optimizer_bytes,
-    load_optimizer_state,
-    optimizer_state,
-    optimizer_step,
-    set_learning_rate,
+from beit_fast.train.config import RunConfig, check
+from beit_fast.train.distributed import (
+    LostRank,
+    StopSignal,
+    Vote,
+    World,
+    check_world,
+    end_world,
+    is_lost_rank,
+    start_world,
 )
+from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
+from beit_fast.train.optim import LossScaler, build_optimizer, optimizer_step, set_learning_rate
+from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.progress import Progress, duration
 from beit_fast.train.run_folder import RunFolder
 from beit_fast.train.schedules import learning_rate, run_length
 from beit_fast.train.task import Task
+from beit_fast.train.training_state import files_of, restore_files
+from beit_fast.train.watchdog import Watchdog
 
 EXIT_RESUME = 75
 """EX_TEMPFAIL of sysexits.h: saved on a signal; the same command continues."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PersistentNonFiniteGradients(RuntimeError):
@@ -66,44 +70,23 @@ def run(task: Task, config: RunConfig) -> RunResult:
         if world.is_main:
             folder.claim(config, task.name)
         world.barrier()
-        with contextlib.closing(_Run(task, config, world, folder)) as job:
-            return job.go()
+        with contextlib.closing(TrainingRun(task, config, world, folder)) as job:
+            try:
+                return job.go()
+            except RuntimeError as error:
+                if memory.is_out_of_memory(error):
+                    raise job.out_of_memory(error) from error
+                if is_lost_rank(error):
+                    first = str(error).splitlines()[0][:200]
+                    raise LostRank(f"rank {world.rank} lost another one at step {job.step} ({first})") from error
+                raise
     finally:
         task.close()
         folder.release()
         end_world(world)
 
 
-def check(config: RunConfig) -> None:
-    """What can be said of a configuration before anything is started."""
-    for name in ("batch_size", "batch_per_device"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, it must be at least 1")
-    for name, value in (("--checkpoint.every-steps", config.checkpoint.every_steps),
-                        ("--log.every-steps", config.log.every_steps),
-                        ("--max-steps", config.max_steps), ("--steps", config.steps),
-                        ("--eval-every", config.eval_every)):  # fmt: skip
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, it must be at least 1")
-    if config.checkpoint.keep < 2:
-        raise ValueError("--checkpoint.keep must be at least 2: a damaged checkpoint needs a predecessor")
-
-
-def check_world(config: RunConfig, world: World) -> None:
-    if config.batch_size % world.size:
-        raise ValueError(f"--batch-size {config.batch_size} is not divisible by the {world.size} processes")
-
-
-def precision_of(config: RunConfig, device: torch.device) -> str:
-    """`auto` is bf16 where the GPU has it, fp16 on older GPUs, fp32 on the CPU."""
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-class _Run:
+class TrainingRun:
     """State of one run in one process."""
 
     def __init__(self, task: Task, config: RunConfig, world: World, folder: RunFolder) -> None:
@@ -111,16 +94,18 @@ class _Run:
         self.stop = StopSignal(world)
         self.progress: Progress | None = None
         self.metrics_file: MetricsFile | None = None
+        self.anomalies_file: MetricsFile | None = None
+        self.watchdog: Watchdog | None = None
         self.last_line: dict[str, Any] = {}
-        self.skipped = 0
-        self.saved_step = 0
+        self.skipped = self.step = self.saved_step = 0
+        self.memory = memory.StateMemory()
+        self.doing = "starting"
 
     def close(self) -> None:
         self.stop.close()
-        if self.progress is not None:
-            self.progress.close()
-        if self.metrics_file is not None:
-            self.metrics_file.close()
+        for part in (self.watchdog, self.progress, self.metrics_file, self.anomalies_file):
+            if part is not None:
+                part.close()
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -130,15 +115,35 @@ class _Run:
 
     def go(self) -> RunResult:
         config, world = self.config, self.world
-        found, notes = self.folder.newest() if world.is_main else (None, [])
-        world.barrier()
-        if not world.is_main:
-            found, _ = checkpoint.newest_checkpoint(self.folder.checkpoints)
+        found, notes = self.folder.agreed_newest(world)
         for note in notes:
             self.say(note)
         if found is not None and found.step >= min(found.state["total_steps"], config.max_steps or 2**62):
             return self.already_finished(found)
+        self.prepare(found)
+        if world.is_main:
+            checkpoint.require_space(self.folder.checkpoints, self.memory.saved, config.checkpoint.keep)
+            self.metrics_file = MetricsFile(self.folder.metrics, self.step)
+            self.anomalies_file = MetricsFile(self.folder.anomalies, self.step)
+            self.folder.record_start(self.step, world.size, world.device)
+            self.progress = Progress(config.log.progress, self.task.name, self.step, self.target)
+        micro = accumulation(config, world.size)
+        how = "" if world.size == 1 else f" {config.parallel}"
+        self.say(
+            f"{self.task.name}: step {self.step} to {self.target} of {self.total}, batch {config.batch_size} = "
+            f"{world.size} {world.device.type}{how} x {micro} x {-(-config.batch_size // world.size // micro)}, "
+            f"{self.precision}, run folder {self.folder.path}"
+        )
+        report = self.folder.path / f"hang_rank{world.rank}.txt"
+        where = f"rank {world.rank} of {world.size}"
+        self.watchdog = Watchdog(
+            report, config.hang_timeout_s, lambda: f"{where} stands still, {self.doing}, {self.step} steps done"
+        )
+        return self.loop()
 
+    def prepare(self, found: Checkpoint | None) -> None:
+        """Build everything that trains, and put the checkpoint `found` into it."""
+        config, world = self.config, self.world
         torch.manual_seed(config.seed)
         self.bare = self.task.build(config, world)
         samples = self.task.num_samples()
@@ -152,29 +157,28 @@ class _Run:
             )
         self.steps_per_epoch, self.total, self.warmup = run_length(config, samples)
         self.target = min(self.total, config.max_steps or self.total)
-        self.model = wrap(self.bare, world)
+        blocks = self.task.blocks(self.bare)
+        if config.parallel == "fsdp2" and not self.task.can_shard:
+            raise ValueError(f"--parallel fsdp2: {self.task.name} cannot be split; use --parallel ddp")
+        split = config.parallel == "fsdp2" and world.size > 1
+        self.plain = copy.deepcopy(self.bare).cpu() if split else None
+        self.model = parallel.spread(self.bare, blocks, world, config.parallel, accumulation(config, world.size))
+        if config.compile:
+            parallel.compile_blocks(blocks)
         groups = self.task.parameter_groups(self.bare, config.optim.weight_decay)
         self.optimizer = build_optimizer(groups, config.optim)
         self.precision = precision_of(config, world.device)
         self.scaler = LossScaler(world.device, enabled=self.precision == "fp16")
         self.ema = self.copy_weights() if config.optim.ema_decay is not None else None
-        self.interval = Interval(world)
-        self.step = self.restore(found) if found is not None else 0
-        if world.is_main:
-            state_bytes = expected_optimizer_bytes(groups) + checkpoint.tensor_bytes(self.bare.state_dict())
-            checkpoint.require_space(
-                self.folder.checkpoints, state_bytes + checkpoint.tensor_bytes(self.ema or {}), config.checkpoint.keep
-            )
-            self.metrics_file = MetricsFile(self.folder.metrics, self.step)
-            self.folder.record_start(self.step, world.size, world.device)
-            self.progress = Progress(config.log.progress, self.task.name, self.step, self.target)
-        micro = accumulation(config, world.size)
-        self.say(
-            f"{self.task.name}: step {self.step} to {self.target} of {self.total}, batch {config.batch_size} = "
-            f"{world.size} {world.device.type} x {micro} x {-(-config.batch_size // world.size // micro)}, "
-            f"{self.precision}, run folder {self.folder.path}"
+        self.interval, self.anomalies = Interval(world), Anomalies(world)
+        self.memory = memory.state_memory(self.bare, groups, self.ema)
+        wish = config.checkpoint.background
+        background = wish == "on" or (wish == "auto" and world.device.type == "cuda")
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints, config.checkpoint.keep, world, background, split, self.say
         )
-        return self.loop()
+        if found is not None:
+            self.restore(found)
 
     def already_finished(self, found: Checkpoint) -> RunResult:
         total = found.state["total_steps"]
@@ -193,20 +197,27 @@ class _Run:
         self.model.train()
         self.started = self.interval_started = time.perf_counter()
         self.first_step, self.waited = self.step, 0.0
-        stopping = False
-        while self.step < self.target and not stopping:
+        vote = Vote.GO
+        while self.step < self.target and vote is Vote.GO:
             before = time.perf_counter()
+            self.doing = "waiting for data"
             try:
                 group = [next(batches) for _ in range(micro)]
             except Exception:
                 if self.world.size == 1 and self.step > self.saved_step:  # saving together needs the other ranks
                     self.save()
+                    self.settle()
                 raise
             self.waited += time.perf_counter() - before
+            self.doing = "training"
             self.train_step(group)
             del group
             self.step += 1
-            stopping = self.stop.poll() and self.step < self.target
+            if self.watchdog is not None:
+                self.watchdog.beat()
+            vote = self.stop.poll(self.writer.failed())
+            if vote is Vote.FAILED:
+                self.settle()
             if self.progress is not None:
                 self.progress.advance(self.step)
             last = self.step == self.target
@@ -214,10 +225,11 @@ class _Run:
                 self.log()
             if last or (config.eval_every and self.step % config.eval_every == 0):
                 self.evaluate()
-            if last or stopping or self.step % config.checkpoint.every_steps == 0:
+            if last or vote is Vote.STOP or self.step % config.checkpoint.every_steps == 0:
                 self.save()
         self.stop.drain()
-        if stopping:
+        self.settle()
+        if self.step < self.target:
             self.say(
                 f"stopped by a signal: saved step {self.step}; the same command continues (exit code {EXIT_RESUME})"
             )
@@ -227,6 +239,13 @@ class _Run:
 
     def train_step(self, group: list[Any]) -> None:
         """One optimizer step from this rank's micro-batches. Nothing here waits for the device."""
+        loss, sums = self.gradients(group)
+        self.update(loss, sums)
+        torch.manual_seed(seed_of(self.config.seed, self.step))
+        self.task.after_step(self.bare, self.step)
+
+    def gradients(self, group: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of the step, averaged over the ranks; this rank's share of the loss, and its sums."""
         world, step, device = self.world, self.step, self.world.device
         counts = [torch.as_tensor(self.task.num_targets(b), dtype=torch.float64, device=device) for b in group]
         num_targets = (world.sum(torch.stack(counts).sum()) / world.size).float()
@@ -237,26 +256,29 @@ class _Run:
             torch.manual_seed(seed_of(self.config.seed, step, world.rank, index))
             with torch.no_grad():
                 ready = self.task.prepare(batch, step)
-            last = index == len(group) - 1
-            quiet = contextlib.nullcontext() if last or world.size == 1 else self.model.no_sync()  # type: ignore[operator]
-            with quiet:
+            with parallel.micro_batch(self.model, world, last=index == len(group) - 1):
                 with self.autocast():
                     output = self.task.loss(self.model, ready, num_targets)
                 (output.loss * self.scaler.scale).backward()
             loss = loss + output.loss.detach()
             sums = {name: value.detach() + sums.get(name, 0) for name, value in output.sums.items()}
+        return loss, sums
+
+    def update(self, loss: Tensor, sums: dict[str, Tensor]) -> None:
+        """Step the optimizer and the averages, unless the loss of any rank or the gradient is not finite."""
         optim = self.config.optim
-        set_learning_rate(self.optimizer, learning_rate(step, optim, self.total, self.warmup))
-        norm, found_inf = optimizer_step(self.optimizer, self.scaler.scale, optim.clip_grad)
+        set_learning_rate(self.optimizer, learning_rate(self.step, optim, self.total, self.warmup))
+        total = self.world.sum(loss.clone()) / self.world.size
+        norm, found_inf = optimizer_step(self.optimizer, self.scaler.scale, optim.clip_grad, total)
+        searching = found_inf * torch.isfinite(total) * (self.scaler.scale > 1)  # for the right scale of fp16
         self.scaler.update(found_inf)
         if self.ema is not None and optim.ema_decay is not None:
             weight = (1 - optim.ema_decay) * (1 - found_inf)
             with torch.no_grad():
                 for name, parameter in self.bare.named_parameters():
-                    self.ema[name].lerp_(parameter, weight)
+                    parallel.local(self.ema[name]).lerp_(parallel.local(parameter), weight)
         self.interval.add(loss, sums, norm, found_inf)
-        torch.manual_seed(seed_of(self.config.seed, step))
-        self.task.after_step(self.bare, step)
+        self.anomalies.add(total, loss, norm, found_inf, searching)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.precision]
@@ -297,24 +319,41 @@ class _Run:
         if self.precision == "fp16":
             line["loss_scale"] = float(self.scaler.scale)
         self.last_line = line
+        found = self.anomalies.read(self.step)
         if self.metrics_file is not None and self.progress is not None:
             self.metrics_file.write(line)
             self.progress.interval(line, self.task.sample_noun, eta)
+        self.report(found)
         limit = self.config.optim.max_skipped_steps
         if values["longest_skipped"] > limit:
             saved = checkpoint.list_checkpoints(self.folder.checkpoints)
             raise PersistentNonFiniteGradients(
                 f"the gradient was not finite in {values['longest_skipped']} steps in a row up to step {self.step} "
                 f"({self.skipped} skipped in all; --optim.max-skipped-steps {limit}); weights are unharmed, the last "
-                f"checkpoint is {saved[-1].name if saved else 'none'}; lower --optim.lr or use --precision bf16"
+                f"checkpoint is {saved[-1].name if saved else 'none'}; --replay {self.step} says where it began; lower "
+                "--optim.lr or use --precision bf16"
             )
 
+    def report(self, found: list[dict[str, Any]]) -> None:
+        """Write down anomalies, and keep what a replay of a step that was not finite needs."""
+        if self.anomalies_file is None:
+            return
+        for entry in found:
+            place = located(entry["step"], self.steps_per_epoch, self.config.batch_size)
+            if entry["kind"] == "non_finite":
+                place["replay_from"] = self.folder.keep_for_replay(entry["step"])
+            self.anomalies_file.write(entry | place)
+        for kind in sorted({entry["kind"] for entry in found}):
+            steps = [str(entry["step"]) for entry in found if entry["kind"] == kind]
+            self.say(f"{kind.replace('_', ' ')} at step {', '.join(steps)}: {self.folder.anomalies}")
+
     def evaluate(self) -> None:
-        began = time.perf_counter()
-        model = self.averaged_model()
-        model.eval()
+        began, self.doing = time.perf_counter(), "evaluating"
+        if self.watchdog is not None:
+            self.watchdog.pause()
         torch.manual_seed(seed_of(self.config.seed, self.step))
-        with torch.no_grad(), self.autocast():
+        with parallel.evaluated(self.bare, self.ema, self.plain) as model, torch.no_grad(), self.autocast():
+            model.eval()
             result = self.task.evaluate(model, self.step)
         self.model.train()
         if result:
@@ -327,19 +366,9 @@ class _Run:
     def copy_weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.bare.named_parameters()}
 
-    def averaged_model(self) -> nn.Module:
-        """The model itself, or a copy with the averaged weights where an EMA is kept."""
-        if self.ema is None:
-            return self.bare
-        model = copy.deepcopy(self.bare)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.ema[name])
-        return model
-
     def save(self) -> None:
-        """Checkpoint of this step, by rank 0; the sums of the open interval are part of it."""
-        began = time.perf_counter()
+        """Checkpoint of this step; the sums of the open interval are part of it."""
+        began, self.doing = time.perf_counter(), "saving"
         state = {
             "total_steps": self.total,
             "identity": self.identity,
@@ -347,43 +376,49 @@ class _Run:
             "world_size": self.world.size,
             "precision": self.precision,
             "interval": self.interval.state(),
+            "anomalies": self.anomalies.state(self.step),
             "skipped": self.skipped,
             "scaler": self.scaler.state(),
             "metrics": self.last_line,
         }
-        if self.world.is_main:
-            files = {"model": self.bare.state_dict(), "optimizer": optimizer_state(self.optimizer)}
-            if self.ema is not None:
-                files["ema"] = self.ema
-            path = checkpoint.save_checkpoint(
-                self.folder.checkpoints, self.step, files, state, self.config.checkpoint.keep
-            )
-            size = checkpoint.mib(sum(checkpoint.tensor_bytes(tensors) for tensors in files.values()))
-            self.say(f"saved {path.name} ({size} in {duration(time.perf_counter() - began)})")
+        self.writer.save(self.step, files_of(self.bare, self.optimizer, self.ema), state)
         self.saved_step = self.step
-        self.world.barrier()
+        if not self.writer.background:
+            self.settle()
         self.interval_started += time.perf_counter() - began
 
-    def restore(self, found: Checkpoint) -> int:
-        """Put a checkpoint into model, optimizer, EMA, scaler and interval; returns its step."""
-        checkpoint.copy_into(self.bare.state_dict(), found.tensors("model"), "the model")
-        load_optimizer_state(self.optimizer, dict(found.tensors("optimizer")))
-        if self.ema is not None:
-            if not found.has("ema"):
-                raise ValueError(f"{found.path} holds no averaged weights, but --optim.ema-decay asks to continue them")
-            checkpoint.copy_into(self.ema, found.tensors("ema"), "the averaged weights")
-        self.scaler.load(found.state["scaler"])
-        self.interval.load(found.state["interval"])
-        self.skipped = int(found.state["skipped"])
-        self.last_line = dict(found.state["metrics"])
-        self.saved_step = found.step
+    def settle(self) -> None:
+        """Wait until what was saved is on the disk; raises, on every rank, where it could not be written."""
+        self.writer.join()
+        if self.world.any(self.writer.failed()):
+            raise self.writer.failure or OSError("another rank could not write the checkpoint; its message says why")
+
+    def restore(self, found: Checkpoint) -> None:
+        """Put a checkpoint into model, optimizer, EMA, scaler, interval and counters."""
+        restore_files(found, self.bare, self.optimizer, self.ema)
+        state = found.state
+        self.scaler.load(state["scaler"])
+        self.interval.load(state["interval"])
+        if "anomalies" in state:
+            self.anomalies.load(state["anomalies"])
+        self.skipped = int(state["skipped"])
+        self.last_line = dict(state["metrics"])
+        self.step = self.saved_step = found.step
         self.say(f"continuing {found.path}")
-        return found.step
+
+    def out_of_memory(self, error: BaseException) -> memory.OutOfMemory:
+        size = accumulation(self.config, self.world.size)
+        share = -(-self.config.batch_size // self.world.size // size)
+        return memory.explained(error, self.config, self.world, share, self.memory)
 
     def finish(self) -> None:
         """Pictures and exports of a run that reached its target."""
+        if self.watchdog is not None:
+            self.watchdog.pause()
+        with parallel.evaluated(self.bare, self.ema, self.plain) as model:
+            if self.world.is_main:
+                self.task.finish(model, self.folder.path)
         if self.world.is_main:
-            self.task.finish(self.averaged_model(), self.folder.path)
             from beit_fast.visualize.run_report import write_report
 
             took = duration(time.perf_counter() - self.started)

@@ -149,6 +149,7 @@ class Finetune(Task):
     """Classify images with a BEiT; leaves classifier, per-class table and confusion picture in the run folder."""
 
     name = "finetune"
+    can_shard = True
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from beit_fast.train.parallel import local, whole
+
 if TYPE_CHECKING:
     from beit_fast.train.config import OptimConfig
 
@@ -135,17 +137,18 @@ class LossScaler:
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer, loss_scale: Tensor, clip_grad: float | None
+    optimizer: torch.optim.Optimizer, loss_scale: Tensor, clip_grad: float | None, loss: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Unscale, clip to `clip_grad`, step; a gradient that is not finite changes nothing, bit for bit.
+    """Unscale, clip to `clip_grad`, step; a gradient or `loss` that is not finite changes nothing, bit for bit.
 
     Returns (gradient norm before clipping, found_inf), both 0-d fp32 on the device: nothing here waits for the device
     with torch's implementation. apex cannot skip on the device, so there the host waits once per step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, 2.0, foreach=True).float() / loss_scale
-    found_inf = (~torch.isfinite(norm)).float()
+    norm = whole(torch.nn.utils.get_total_norm(gradients, 2.0, foreach=True)).float() / loss_scale
+    finite = torch.isfinite(norm) if loss is None else torch.isfinite(norm) & torch.isfinite(loss)
+    found_inf = (~finite).float()
     divisor = loss_scale
     if clip_grad is not None:  # the same 1e-6 as torch.nn.utils.clip_grad_norm_
         divisor = loss_scale / torch.clamp(clip_grad / (norm + 1e-6), max=1.0)
@@ -205,6 +208,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, T
             if not per_group:
                 slots["step"] = state[f"{name}.step"].to(device=parameter.device, dtype=torch.float32, copy=True)
             optimizer.state[parameter] = slots
+
+
+def empty_optimizer_state(optimizer: torch.optim.Optimizer, names: set[str]) -> dict[str, Tensor]:
+    """Give AdamW the state that `optimizer_state` calls by these names, as live tensors to be filled.
+
+    Unlike `load_optimizer_state` it needs no whole tensor: with FSDP2 every rank has just its part.
+    """
+    for name, parameter in parameters_of(optimizer).items():
+        if f"{name}.step" in names:
+            moments = {slot: torch.zeros_like(parameter, dtype=torch.float32) for slot in MOMENTS}
+            step = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
+            optimizer.state[parameter] = {"step": step, **moments}
+    return optimizer_state(optimizer)
 
 
 def expected_optimizer_bytes(groups: list[dict[str, Any]]) -> int:

@@ -191,6 +191,7 @@ class MaskedImageModeling(Task):
     """Predict the visual tokens of masked patches from the others."""
 
     name = "pretrain"
+    can_shard = True
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config

@@ -1,12 +1,13 @@
 """The run folder: one process at a time, continued only by the configuration that began it.
 
-config.json  environment.json  metrics.jsonl  checkpoints/  pictures/  report.html
+config.json  environment.json  metrics.jsonl  anomalies.jsonl  checkpoints/  replay/  pictures/  report.html
 """
 
 import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
 import time
@@ -19,9 +20,11 @@ import torch
 from beit_fast.train import checkpoint
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig, free_fields, to_plain
+from beit_fast.train.distributed import World
 from beit_fast.version import __version__
 
 FORMAT = "beit_fast run 1"
+REPLAY_KEPT = 2
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "tyro", "apex")
 
 
@@ -32,6 +35,8 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.anomalies = path / "anomalies.jsonl"
+        self.replay = path / "replay"
         self._lock: IO[str] | None = None
 
     def claim(self, config: RunConfig, task: str) -> None:
@@ -41,7 +46,7 @@ class RunFolder:
         """
         self._create()
         self._acquire()
-        found = self._saved()
+        found = self.saved()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if found is not None and config.fresh and not restarted:
             self._move_aside()
@@ -77,7 +82,8 @@ class RunFolder:
         except OSError:
             return  # a file system without locks
 
-    def _saved(self) -> dict[str, Any] | None:
+    def saved(self) -> dict[str, Any] | None:
+        """What config.json holds; None where there is no run. ValueError where it is none of ours."""
         path = self.path / "config.json"
         if not path.exists():
             return None
@@ -98,6 +104,13 @@ class RunFolder:
         print(f"--fresh: the run found in {self.path} was moved to {target}", flush=True)
         self._create()
         self._acquire()
+
+    def compare(self, config: RunConfig, task: str) -> None:
+        """ValueError where the folder holds no run, or one of another configuration; changes nothing."""
+        found = self.saved()
+        if found is None:
+            raise ValueError(f"there is no run in {self.path}; name its --output-dir")
+        self._compare(found, config, task)
 
     def _compare(self, saved: dict[str, Any], config: RunConfig, task: str) -> None:
         free = free_fields(config)
@@ -126,6 +139,36 @@ class RunFolder:
             )
             notes.append(f"checkpoint {path.name} is damaged: {reason}; kept as {moved.name}; {fallback}")
         return found, notes
+
+    def agreed_newest(self, world: World) -> tuple[Checkpoint | None, list[str]]:
+        """`newest`, verified by rank 0 and opened by all; the notes are rank 0's."""
+        found, notes = self.newest() if world.is_main else (None, [])
+        step = world.agree(-1 if found is None else found.step)
+        if not world.is_main and step >= 0:
+            found = checkpoint.opened(self.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
+        return found, notes
+
+    def keep_for_replay(self, step: int) -> str | None:
+        """Keep the newest checkpoint before step number `step` from being dropped; returns its name, None = the start.
+
+        By hard links, so it takes no room until the run drops its own; at most `REPLAY_KEPT` are kept.
+        """
+        older = [p for p in checkpoint.list_checkpoints(self.checkpoints) if (checkpoint.step_of(p) or 0) < step]
+        if not older:
+            return None
+        source, target = older[-1], self.replay / older[-1].name
+        if not target.exists():
+            work = self.replay / f".tmp-{source.name}"
+            try:
+                shutil.copytree(source, work, copy_function=os.link)
+                work.rename(target)
+            except OSError as error:
+                print(f"{source.name} cannot be kept for a replay: {error.strerror}", flush=True)
+                shutil.rmtree(work, ignore_errors=True)
+                return None
+            for old in checkpoint.list_checkpoints(self.replay)[:-REPLAY_KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+        return source.name
 
     def record_start(self, step: int, world_size: int, device: torch.device) -> None:
         """Add this start to environment.json: when, where, with what."""

@@ -55,6 +55,9 @@ class Task:
     sample_noun: str = "images"
     """Unit of throughput: `images` gives `images_per_s`."""
 
+    can_shard: bool = False
+    """Whether FSDP2 may split the module: its parameters are then used in its forward pass only."""
+
     def build(self, config: "RunConfig", world: "World") -> nn.Module:
         """Open the data, load what is frozen, and return the module to train, on `world.device`, in fp32.
 
@@ -94,6 +97,10 @@ class Task:
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups: `params`, `names` (lists), `weight_decay`, and optionally `lr_scale` (layer decay)."""
         return decay_groups(model, weight_decay)
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The repeated parts of the module, in order: what --compile compiles and FSDP2 gathers one by one."""
+        return list(getattr(model, "blocks", []))
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """After the optimizer's step number `step` (from 0): e.g. codebook updates. `model` is the bare module."""

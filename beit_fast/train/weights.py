@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from torch import nn
 
 from beit_fast.models.checkpoints import LoadReport, load_checkpoint
-from beit_fast.train.checkpoint import newest_checkpoint
+from beit_fast.train.checkpoint import newest_checkpoint, opened, write_tensors
+from beit_fast.train.resharding import whole_tensors
 
 
 def resolve_weights(path: str | Path) -> Path:
@@ -28,4 +30,10 @@ def resolve_weights(path: str | Path) -> Path:
 
 def load_weights(model: nn.Module, path: str | Path, verbose: bool = True) -> LoadReport:
     """Load what `path` means (`resolve_weights`) into `model`, as `models.load_checkpoint` does; prints its report."""
-    return load_checkpoint(model, resolve_weights(path), verbose=verbose)
+    place = resolve_weights(path)
+    if not (place / "model").is_dir():
+        return load_checkpoint(model, place, verbose=verbose)
+    with tempfile.TemporaryDirectory() as folder:  # FSDP2 wrote parts: they are joined first
+        whole = Path(folder) / "model.safetensors"
+        write_tensors(whole, dict(whole_tensors(opened(place), "model")))
+        return load_checkpoint(model, whole, verbose=verbose)

@@ -40,6 +40,7 @@ class TinyTask(Task):
 
     name = "tiny"
     sample_noun = "samples"
+    can_shard = True
 
     def __init__(self, config):
         self.config = config
@@ -104,6 +105,7 @@ class TinyTask(Task):
         self.closed = True
 
 
+TASK = TinyTask
 RECIPE = TinyConfig(
     batch_size=8,
     batch_per_device=8,

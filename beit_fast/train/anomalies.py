@@ -1,0 +1,113 @@
+"""Steps that were out of the ordinary: found on the device without waiting for it, written down when a line is logged.
+
+Not finite: the loss of any rank, or the gradient; such a step changes nothing. Spike: the loss, or the logarithm of the
+gradient's norm, lies more than `SIGMAS` standard deviations above its running mean; such a step counts like any other.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit_fast.train.distributed import World
+
+SIGMAS = 6.0
+MEMORY_STEPS = 200
+"""Time constant of the running means, and the steps before the first spike can be called one."""
+SLOTS = 16
+"""Anomalies kept between two lines of the log; more are counted."""
+KINDS = ("", "non_finite", "loss_spike", "gradient_spike")
+
+
+class Anomalies:
+    """Running statistics and the anomalies since the last `read`, in fp64 on the device; the same on every rank."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        device = world.device
+        self._steps = torch.zeros((), dtype=torch.float64, device=device)  # clean steps that the statistics have seen
+        self._mean = torch.zeros(2, dtype=torch.float64, device=device)  # of the loss, of the log gradient norm
+        self._variance = torch.zeros(2, dtype=torch.float64, device=device)
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
+        # per anomaly: steps since the last read, kind, loss, gradient norm, this rank's own loss, mean, deviation
+        self._slots = torch.zeros(SLOTS, 7, dtype=torch.float64, device=device)
+        self._numbers = torch.arange(SLOTS, device=device)
+        self._since = torch.zeros((), dtype=torch.float64, device=device)
+        self._carried: list[dict[str, Any]] = []
+
+    def add(self, loss: Tensor, own_loss: Tensor, norm: Tensor, found_inf: Tensor, expected: Tensor) -> None:
+        """One step: the global loss, this rank's share of it, the gradient's norm, and whether it was skipped.
+
+        `expected`: skipped as a matter of course, which is not worth a word.
+        """
+        loss, own, norm = loss.double(), own_loss.double(), norm.double()
+        bad = found_inf > 0
+        values = torch.stack([loss, norm.clamp_min(1e-30).log()])
+        deviation = self._variance.sqrt()
+        known = (self._steps >= MEMORY_STEPS) & ~bad
+        # a deviation of nearly nothing (a constant loss) is none to measure with
+        high = known & (values - self._mean > SIGMAS * deviation.clamp_min(1e-6 * self._mean.abs()))
+        kind = torch.where(bad, (expected <= 0).long(), torch.where(high[0], 2, torch.where(high[1], 3, 0)))
+        self._since = self._since + 1
+        chosen = torch.where(kind == 3, 1, 0)
+        row = torch.stack(
+            [self._since, kind.double(), loss, norm, own, self._mean[chosen], deviation[chosen]]
+        )  # fmt: skip
+        self._slots = torch.where(((self._numbers == self._count) & (kind > 0))[:, None], row, self._slots)
+        self._count = self._count + (kind > 0)
+        # a spike enters the statistics cut off at what is still ordinary, so that it does not excuse the next one
+        ordinary = torch.minimum(values, torch.where(known, self._mean + SIGMAS * deviation, values))
+        weight = torch.clamp(1 / (self._steps + 1), min=1 / MEMORY_STEPS)
+        change = torch.where(bad, torch.zeros_like(values), ordinary - self._mean)
+        self._mean = self._mean + weight * change
+        self._variance = torch.where(bad, self._variance, (1 - weight) * (self._variance + weight * change.square()))
+        self._steps = self._steps + (~bad).double()
+
+    def _open(self, step: int) -> list[dict[str, Any]]:
+        """The anomalies since the last read, as JSON values; waits for the device, and for the other ranks."""
+        count = int(self._count.item())
+        if not count:
+            return []
+        losses = self._slots.new_zeros(SLOTS, self._world.size)
+        losses[:, self._world.rank] = self._slots[:, 4]
+        by_rank, since = self._world.sum(losses).tolist(), int(self._since.item())
+        found = []
+        for (when, kind, loss, norm, _, mean, deviation), own in zip(
+            self._slots.tolist()[:count], by_rank, strict=False
+        ):
+            entry = {"kind": KINDS[int(kind)], "step": step - since + int(when), "loss": loss, "grad_norm": norm}
+            if kind == 1:
+                entry["loss_by_rank"] = [str(value) for value in own]
+            else:
+                entry |= {"running_mean": mean, "running_deviation": deviation}
+            found.append(entry)
+        if count > SLOTS:
+            found.append({"kind": "more", "step": step, "count": count - SLOTS})
+        return found
+
+    def read(self, step: int) -> list[dict[str, Any]]:
+        """The anomalies up to step number `step` that no read has given before."""
+        found, self._carried = self._carried + self._open(step), []
+        self._count, self._since = torch.zeros_like(self._count), torch.zeros_like(self._since)
+        return found
+
+    def state(self, step: int) -> dict[str, Any]:
+        """For the checkpoint of `step`: JSON values."""
+        return {
+            "steps": float(self._steps), "mean": self._mean.tolist(), "variance": self._variance.tolist(),
+            "unread": self._carried + self._open(step),
+        }  # fmt: skip
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        device = self._world.device
+        self._steps.fill_(state["steps"])
+        self._mean = torch.tensor(state["mean"], dtype=torch.float64, device=device)
+        self._variance = torch.tensor(state["variance"], dtype=torch.float64, device=device)
+        self._carried = list(state["unread"])
+
+
+def located(step: int, steps_per_epoch: int, batch_size: int) -> dict[str, Any]:
+    """The samples of step number `step`: their epoch, and the range of their positions in its order."""
+    epoch, within = divmod(step - 1, steps_per_epoch)
+    return {"epoch": epoch, "positions": [within * batch_size, (within + 1) * batch_size]}

@@ -1,0 +1,215 @@
+"""Runs of several ranks without the seconds that every `import torch` takes: a process that forks them.
+
+It reads one JSON job per line and answers with one JSON line. A job starts the real launcher (`beit_fast.train.launch`)
+in a forked child, whose workers are forked in their turn; each calls the recipe's `main` as a program would. What is to
+go wrong in which attempt stands in the job:
+
+    {"count": 2, "task": "tiny", "arguments": [...], "faults": {"0": {...}}, "log": path, "kill_tree_s": null}
+
+Faults: {"rank": 1, "kill_s": 0.4}            SIGKILL to a rank so many seconds after the first step
+        {"rank": 0, "save_call": 7}           SIGKILL before the n-th system call of a save
+        {"rank": 0, "signal": 15, "step": 5}  a signal to one rank while it prepares this step
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import matplotlib.figure
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.tensor
+
+from beit_fast.train import cli, launch
+
+HERE = Path(__file__).parent
+
+
+class Forked:
+    """What the launcher needs of a process."""
+
+    def __init__(self, pid):
+        self.pid, self.code = pid, None
+
+    def poll(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.005)
+        return self.code
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_program(task, arguments):
+    """The recipe as a program; exits."""
+    torch.set_num_threads(1)
+    module = TASKS[task]
+    try:
+        cli.main(module.RECIPE, module.TASK, arguments=arguments)
+    except SystemExit as stop:
+        sys.stdout.flush()
+        os._exit(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def die_in_save(stop_at):
+    """SIGKILL before the `stop_at`-th of the system calls by which a checkpoint is written."""
+    from beit_fast.train import checkpoint
+
+    calls = 0
+
+    def dying(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    os.fsync, checkpoint.shutil.rmtree = dying(os.fsync), dying(checkpoint.shutil.rmtree)
+    checkpoint.write_tensors, checkpoint.write_json = dying(checkpoint.write_tensors), dying(checkpoint.write_json)
+    Path.rename = dying(Path.rename)
+
+
+def worker(job, environment):
+    os.environ.clear()
+    os.environ.update(environment)
+    rank, attempt = int(environment.get("RANK", 0)), environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    fault = job.get("faults", {}).get(attempt)
+    if fault is not None and fault["rank"] == rank:
+        if "save_call" in fault:
+            die_in_save(fault["save_call"])
+        if "signal" in fault:
+            module = TASKS[job["task"]]
+            prepare = module.TASK.prepare
+
+            def signalled(self, batch, step):
+                if step == fault["step"]:
+                    os.kill(os.getpid(), fault["signal"])
+                return prepare(self, batch, step)
+
+            module.TASK.prepare = signalled
+        if "kill_s" in fault:
+            from beit_fast.train.engine import TrainingRun
+
+            step = TrainingRun.train_step
+
+            def timed(self, group):
+                if not hasattr(self, "doomed"):
+                    self.doomed = threading.Timer(fault["kill_s"], os.kill, (os.getpid(), signal.SIGKILL))
+                    self.doomed.daemon = True
+                    self.doomed.start()
+                step(self, group)
+
+            TrainingRun.train_step = timed
+    if "BALLAST" in os.environ and rank == 0:  # the disk fills up while step 5 is prepared
+        place, size = os.environ["BALLAST"].split(",")
+        module = TASKS[job["task"]]
+        ordinary = module.TASK.prepare
+
+        def filling(self, batch, step):
+            if step == 4:
+                with contextlib.suppress(OSError):
+                    Path(place).write_bytes(bytes(int(size)))
+            return ordinary(self, batch, step)
+
+        module.TASK.prepare = filling
+    run_program(job["task"], job["arguments"])
+
+
+def launcher(job):
+    with open(job["log"], "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ |= {"OMP_NUM_THREADS": "1", **job.get("environment", {})}
+
+    def start(environment):
+        pid = os.fork()
+        if pid == 0:
+            for number in launch.FORWARDED:
+                signal.signal(number, signal.SIG_DFL)
+            worker(job, environment)
+        with open(job["log"] + ".pids", "a") as file:
+            file.write(f"{pid}\n")
+        return Forked(pid)
+
+    if job["count"] == 1:
+        worker(job, dict(os.environ))
+    os._exit(launch.launch(job["count"], "cpu", start))
+
+
+def serve():
+    for line in sys.stdin:
+        job = json.loads(line)
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            with contextlib.suppress(BaseException):
+                launcher(job)
+            os._exit(1)
+        child, limit = Forked(pid), job.get("limit_s", 60)
+        killed = hung = False
+        signalled = job.get("signal_tree")
+        while child.poll() is None:
+            waited = time.monotonic() - began
+            if job.get("kill_tree_s") is not None and waited > job["kill_tree_s"]:
+                child.kill()
+                killed = True
+            if signalled and waited > signalled[1]:
+                child.send_signal(signalled[0])
+                signalled = None
+            if waited > limit:
+                hung = True
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
+        answer = {"code": child.wait(), "killed": killed and child.code == -9, "hung": hung,
+                  "seconds": time.monotonic() - began}  # fmt: skip
+        print(json.dumps(answer), flush=True)
+
+
+TASKS = {
+    "tiny": load("tiny_task", HERE.parent / "train" / "tiny_task.py"),
+    "beit": load("beit_task", HERE / "beit_task.py"),
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    assert matplotlib.figure is not None  # imported here once, for every run's loss picture
+    print("ready", flush=True)
+    serve()
