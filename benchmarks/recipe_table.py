@@ -32,7 +32,7 @@ PUBLISHED = {
 """Top-1 in percent, on ImageNet-1k unless the recipe is for other data (paper, and the official README for 22k)."""
 
 EVIDENCE = {
-    "ablations": "[too small to tell the rows apart](../benchmarks/records/2026-11-25_xeon-2.5ghz-2cpu_ablations.md)",
+    "ablations": "[too small to tell the rows apart](../benchmarks/records/2026-11-25_epyc-2cpu_ablations.md)",
     "pretrain_tiny_builtin": "[held-out loss against the tokens' entropy](../benchmarks/records/"
     "2026-11-21_xeon-2.5ghz-2cpu_pretrain_tiny_builtin.jsonl)",
     "train_tokenizer": "[the demo tokenizer](../benchmarks/records/2026-11-21_xeon-2.5ghz-2cpu_demo_tokenizer.jsonl)",
