@@ -30,6 +30,7 @@ SLOWER = 0.97
 HEADLINES = (
     r"^pre-training",
     r"^backbone",
+    r"^accelerate",
     r"^input pipeline",
     r"^mask sampler",
     r"^tokenizer: dalle",
