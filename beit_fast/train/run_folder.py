@@ -25,6 +25,8 @@ from beit_fast.version import __version__
 
 FORMAT = "beit_fast run 1"
 REPLAY_KEPT = 2
+LOCK_PATIENCE_S = 3.0
+"""A run that was just killed together with its launcher holds its folder until its last process is gone."""
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "tyro", "apex")
 
 
@@ -74,7 +76,15 @@ class RunFolder:
     def _acquire(self) -> None:
         self._lock = (self.path / ".lock").open("a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            give_up = time.monotonic() + LOCK_PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        raise
+                    time.sleep(0.05)
         except BlockingIOError:
             raise ValueError(
                 f"another process is training in {self.path}; stop it, or choose another --output-dir"

@@ -18,7 +18,7 @@ class BeitTaskConfig(RunConfig):
     depth: int = 3
     """Blocks."""
     bad: str | None = free(None)
-    """`step,rank,place`: what becomes NaN there: `loss`, `image`, or the name of a parameter whose gradient it is."""
+    """`step,rank,place`: what becomes NaN there: `loss`, `image`, `gradient` (all), or the name of a parameter whose gradient it is."""
     stuck: str | None = free(None)
     """`step,rank`: that rank never gets any further."""
     grad_checkpointing: bool = free(False)
@@ -94,6 +94,8 @@ class SmallBeit(Task):
         where = self.at(self.config.bad)
         if self.is_here(where) and where[2] == "loss":
             loss = loss * float("nan")
+        if self.is_here(where) and where[2] == "gradient":
+            loss.register_hook(lambda g: g * float("nan"))
         return StepOutput(loss, {"correct": output.num_correct})
 
     def evaluate(self, model, step):

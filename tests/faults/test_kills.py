@@ -82,7 +82,9 @@ def kill(ranks, folder, mode, kind, rng):
     else:
         hit, complete = "ended by SIGKILL; starting all" in first.log, first.code == 0
     if not complete and not first.hung:
-        complete = ranks.run(folder, count, *arguments).code == 0
+        again = ranks.run(folder, count, *arguments)
+        complete = again.code == 0
+        first.log += again.log
     return hit, complete and not first.hung, first
 
 
