@@ -5,6 +5,7 @@ import re
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,15 @@ def capacity_bytes(device: torch.device) -> int:
     return total if limit == resource.RLIM_INFINITY else min(limit, total)
 
 
+def peak_bytes(device: torch.device) -> float:
+    """The most that was in use so far, in the terms of `capacity_bytes`: under a limit, the address space."""
+    if device.type == "cpu" and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"VmPeak:\s*(\d+) kB", status):
+            return 1024.0 * int(found[1])
+    return 2**20 * peak_memory_mib(device)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; on the CPU torch raises a bare RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -82,7 +92,7 @@ def explained(
     error: BaseException, config: RunConfig, world: World, micro_batch: int, state: StateMemory
 ) -> OutOfMemory:
     """The error in one line, with the micro-batch that fits by what this one took."""
-    peak, asked = 2**20 * peak_memory_mib(world.device), requested_bytes(error)
+    peak, asked = peak_bytes(world.device), requested_bytes(error)
     capacity = capacity_bytes(world.device)
     held = state.total / (world.size if config.parallel == "fsdp2" else 1)
     per_sample = max(peak + asked - held, asked) / micro_batch
