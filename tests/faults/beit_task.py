@@ -18,12 +18,7 @@ class BeitTaskConfig(RunConfig):
     depth: int = 3
     """Blocks."""
     bad: str | None = free(None)
-<<<<<<< HEAD
-    """`step,rank,place`: what becomes NaN there: `loss`, `image`, `gradient` (all), or the name of a parameter whose
-    gradient it is."""
-=======
     """`step,rank,place`: what becomes NaN there: `loss`, `image`, `gradient` (all), or that of the parameter named."""
->>>>>>> 909718b
     stuck: str | None = free(None)
     """`step,rank`: that rank never gets any further."""
     grad_checkpointing: bool = free(False)
