@@ -162,7 +162,7 @@ def whole_step(case: Case) -> Comparison:
         rows = batch.mask.flatten().nonzero().squeeze(1)
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
-            tokens = tokenizer.encode(token_images, batch.mask.view(-1, *grid))
+            tokens = tokenizer.encode(token_images, batch.mask.view(-1, *grid), rows)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 output = model(batch.images, batch.mask, tokens, masked_rows=rows)

@@ -191,4 +191,5 @@ def _called(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
-    return checkpoint(function, *arguments, use_reentrant=False)
+    # a block draws no random numbers, and looking up the generator's state would break a CUDA graph
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -44,37 +44,45 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, mask: Tensor | None = None, masked_rows: Tensor | None = None) -> Tensor:
         """Visual tokens: the arg-max over the vocabulary at each position, without a softmax.
 
         images: floating (B, 3, H, W) in [0, 1]; H and W are multiples of `stride`.
         mask: bool (B, h, w) or (B, h*w). Where it is given, the output convolution runs at its True positions only.
+        masked_rows: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
         Returns int64 (B, h, w), or (M,) in row-major order where a mask is given (view it as (B, M) when all rows have
         the same count). Raises ValueError for wrong shapes or dtypes.
         """
         h, w = self._check_images(images)
         batch = images.shape[0]
-        weight, bias = self.head()
+        weight, _ = self.head()
         if mask is not None:
             if mask.dtype != torch.bool or mask.shape not in ((batch, h, w), (batch, h * w)):
                 raise ValueError(
                     f"mask must be bool of shape {(batch, h, w)} or {(batch, h * w)}, not {mask.dtype} "
                     f"{tuple(mask.shape)}: one entry per token of images {tuple(images.shape)}"
                 )
-            mask = mask.reshape(batch, h * w)
+            if masked_rows is None:
+                masked_rows = mask.reshape(-1).nonzero().squeeze(1)
         kind = images.device.type
         bytes_per_image = self.width * images.shape[2] * images.shape[3] * weight.element_size()
         step = max(1, _ACTIVATION_BYTES.get(kind, 1 << 30) // bytes_per_image)
-        ids = []
+        parts = []
         for start in range(0, batch, step):
             rows = self.features(images[start : start + step]).permute(0, 2, 3, 1)  # (b, h, w, C)
             rows = rows.reshape(-1, rows.shape[-1])
-            if mask is not None:
-                chosen = mask[start : start + step].reshape(-1).nonzero().squeeze(1)
-                rows = rows.index_select(0, chosen.to(rows.device, non_blocking=True))
-            ids.append(_argmax_rows(rows, weight, bias, _LOGIT_BYTES.get(kind, 128 << 20)))
-        flat = ids[0] if len(ids) == 1 else torch.cat(ids) if ids else images.new_empty(0, dtype=torch.int64)
-        return flat if mask is not None else flat.view(batch, h, w)
+            parts.append(rows if masked_rows is not None else self._ids(rows))
+        if not parts:
+            return images.new_empty(0 if masked_rows is not None else (0, h, w), dtype=torch.int64)
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if masked_rows is None:
+            return flat.view(batch, h, w)
+        # How many rows a part holds only a host sync would tell: they are taken from all parts together.
+        return self._ids(flat.index_select(0, masked_rows.to(flat.device, non_blocking=True)))
+
+    def _ids(self, rows: Tensor) -> Tensor:
+        """Rows (P, C) of `features` -> int64 (P,)."""
+        return _argmax_rows(rows, *self.head(), _LOGIT_BYTES.get(rows.device.type, 128 << 20))
 
     def multiply_adds(self, height: int, width: int, positions: int | None = None) -> int:
         """Multiply-adds of encoding one image with the output convolution at `positions` (all where None)."""

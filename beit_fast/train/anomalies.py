@@ -50,10 +50,9 @@ class Anomalies:
         high = known & (values - self._mean > SIGMAS * deviation.clamp_min(1e-6 * self._mean.abs()))
         kind = torch.where(bad, (expected <= 0).long(), torch.where(high[0], 2, torch.where(high[1], 3, 0)))
         self._since = self._since + 1
-        chosen = torch.where(kind == 3, 1, 0)
-        row = torch.stack(
-            [self._since, kind.double(), loss, norm, own, self._mean[chosen], deviation[chosen]]
-        )  # fmt: skip
+        # not indexed by a tensor without dimensions: the host would wait for its value
+        mean, spread = (torch.where(kind == 3, pair[1], pair[0]) for pair in (self._mean, deviation))
+        row = torch.stack([self._since, kind.double(), loss, norm, own, mean, spread])
         self._slots = torch.where(((self._numbers == self._count) & (kind > 0))[:, None], row, self._slots)
         self._count = self._count + (kind > 0)
         # a spike enters the statistics cut off at what is still ordinary, so that it does not excuse the next one

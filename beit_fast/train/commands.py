@@ -20,8 +20,8 @@ from beit_fast.train.classifiers import Classifier, open_classifier
 from beit_fast.train.cli import fail, parse
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed import end_world, resolve_device, start_world
-from beit_fast.train.engine import DTYPES, precision_of
 from beit_fast.train.evaluate import evaluate_classifier
+from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.pretrain import NORMALIZATION
 from beit_fast.train.segmentors import open_segmentor
 from beit_fast.visualize.segmentations import overlay

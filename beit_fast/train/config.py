@@ -109,6 +109,9 @@ class RunConfig:
     models beyond one card. A run may continue with the other one, and at any number of processes."""
     compile: bool = free(False)
     """torch.compile of each block; the first step takes a minute longer."""
+    cuda_graph: bool = free(False)
+    """Record a step as one CUDA graph and launch that: the host's share of a step nearly vanishes, which counts where
+    steps are short (small models, few samples per GPU). One micro-batch per step, masks of one size."""
     hang_timeout_s: float = free(600.0)
     """Without a step for so long the run ends, and each rank writes where it stands to hang_rank<N>.txt."""
     replay: int | None = free(None)

@@ -20,6 +20,7 @@ from beit_fast.train.background_save import CheckpointWriter
 from beit_fast.train.batching import accumulation, requests_of, seed_of
 from beit_fast.train.checkpoint import Checkpoint
 from beit_fast.train.config import RunConfig, check
+from beit_fast.train.cuda_graph import CudaRecorder, check_cuda_graph
 from beit_fast.train.distributed import (
     LostRank,
     StopSignal,
@@ -31,11 +32,12 @@ from beit_fast.train.distributed import (
     start_world,
 )
 from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
-from beit_fast.train.optim import LossScaler, build_optimizer, optimizer_step, set_learning_rate
-from beit_fast.train.precision import DTYPES, precision_of
+from beit_fast.train.optim import LossScaler, build_optimizer, set_learning_rate
+from beit_fast.train.precision import autocast, precision_of
 from beit_fast.train.progress import Progress, duration
 from beit_fast.train.run_folder import RunFolder
 from beit_fast.train.schedules import learning_rate, run_length
+from beit_fast.train.step import StepWork
 from beit_fast.train.task import Task
 from beit_fast.train.training_state import files_of, restore_files
 from beit_fast.train.watchdog import Watchdog
@@ -144,6 +146,8 @@ class TrainingRun:
     def prepare(self, found: Checkpoint | None) -> None:
         """Build everything that trains, and put the checkpoint `found` into it."""
         config, world = self.config, self.world
+        if config.cuda_graph:
+            check_cuda_graph(config, world, self.task)
         torch.manual_seed(config.seed)
         self.bare = self.task.build(config, world)
         samples = self.task.num_samples()
@@ -162,7 +166,9 @@ class TrainingRun:
             raise ValueError(f"--parallel fsdp2: {self.task.name} cannot be split; use --parallel ddp")
         split = config.parallel == "fsdp2" and world.size > 1
         self.plain = copy.deepcopy(self.bare).cpu() if split else None
-        self.model = parallel.spread(self.bare, blocks, world, config.parallel, accumulation(config, world.size))
+        recorder = CudaRecorder(world.device) if config.cuda_graph and config.replay is None else None
+        with recorder.on_its_stream() if recorder else contextlib.nullcontext():
+            self.model = parallel.spread(self.bare, blocks, world, config.parallel, accumulation(config, world.size))
         if config.compile:
             parallel.compile_blocks(blocks)
         groups = self.task.parameter_groups(self.bare, config.optim.weight_decay)
@@ -170,6 +176,9 @@ class TrainingRun:
         self.precision = precision_of(config, world.device)
         self.scaler = LossScaler(world.device, enabled=self.precision == "fp16")
         self.ema = self.copy_weights() if config.optim.ema_decay is not None else None
+        self.work = StepWork(self.task, config, world, self.bare, self.model, self.optimizer, self.scaler, self.ema)
+        if recorder is not None:
+            self.work.record_with(recorder)
         self.interval, self.anomalies = Interval(world), Anomalies(world)
         self.memory = memory.state_memory(self.bare, groups, self.ema)
         wish = config.checkpoint.background
@@ -239,50 +248,12 @@ class TrainingRun:
 
     def train_step(self, group: list[Any]) -> None:
         """One optimizer step from this rank's micro-batches. Nothing here waits for the device."""
-        loss, sums = self.gradients(group)
-        self.update(loss, sums)
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.config.optim, self.total, self.warmup))
+        done = self.work(group, self.step)
+        self.interval.add(done.loss, done.sums, done.norm, done.found_inf)
+        self.anomalies.add(done.global_loss, done.loss, done.norm, done.found_inf, done.searching)
         torch.manual_seed(seed_of(self.config.seed, self.step))
         self.task.after_step(self.bare, self.step)
-
-    def gradients(self, group: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Gradients of the step, averaged over the ranks; this rank's share of the loss, and its sums."""
-        world, step, device = self.world, self.step, self.world.device
-        counts = [torch.as_tensor(self.task.num_targets(b), dtype=torch.float64, device=device) for b in group]
-        num_targets = (world.sum(torch.stack(counts).sum()) / world.size).float()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
-        sums: dict[str, Tensor] = {}
-        for index, batch in enumerate(group):
-            torch.manual_seed(seed_of(self.config.seed, step, world.rank, index))
-            with torch.no_grad():
-                ready = self.task.prepare(batch, step)
-            with parallel.micro_batch(self.model, world, last=index == len(group) - 1):
-                with self.autocast():
-                    output = self.task.loss(self.model, ready, num_targets)
-                (output.loss * self.scaler.scale).backward()
-            loss = loss + output.loss.detach()
-            sums = {name: value.detach() + sums.get(name, 0) for name, value in output.sums.items()}
-        return loss, sums
-
-    def update(self, loss: Tensor, sums: dict[str, Tensor]) -> None:
-        """Step the optimizer and the averages, unless the loss of any rank or the gradient is not finite."""
-        optim = self.config.optim
-        set_learning_rate(self.optimizer, learning_rate(self.step, optim, self.total, self.warmup))
-        total = self.world.sum(loss.clone()) / self.world.size
-        norm, found_inf = optimizer_step(self.optimizer, self.scaler.scale, optim.clip_grad, total)
-        searching = found_inf * torch.isfinite(total) * (self.scaler.scale > 1)  # for the right scale of fp16
-        self.scaler.update(found_inf)
-        if self.ema is not None and optim.ema_decay is not None:
-            weight = (1 - optim.ema_decay) * (1 - found_inf)
-            with torch.no_grad():
-                for name, parameter in self.bare.named_parameters():
-                    parallel.local(self.ema[name]).lerp_(parallel.local(parameter), weight)
-        self.interval.add(loss, sums, norm, found_inf)
-        self.anomalies.add(total, loss, norm, found_inf, searching)
-
-    def autocast(self) -> torch.autocast:
-        dtype = DTYPES[self.precision]
-        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def log(self) -> None:
         """Read the interval (the only wait for the device), write its line.
@@ -352,7 +323,8 @@ class TrainingRun:
         if self.watchdog is not None:
             self.watchdog.pause()
         torch.manual_seed(seed_of(self.config.seed, self.step))
-        with parallel.evaluated(self.bare, self.ema, self.plain) as model, torch.no_grad(), self.autocast():
+        precision = autocast(self.world.device, self.precision)
+        with parallel.evaluated(self.bare, self.ema, self.plain) as model, torch.no_grad(), precision:
             model.eval()
             result = self.task.evaluate(model, self.step)
         self.model.train()

@@ -90,9 +90,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: "OptimConfig") -> torc
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The scheduled rate times each group's `lr_scale` (layer decay)."""
+    """The scheduled rate times each group's `lr_scale` (layer decay); a rate that is a tensor is filled in place."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["lr_scale"])
+        else:
+            group["lr"] = lr * group["lr_scale"]
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -124,8 +127,9 @@ class LossScaler:
         clean = (self.clean_steps + 1) * (1 - found_inf)
         grow = clean >= self.interval
         grown = torch.where(grow, self.scale * 2, self.scale)
-        self.scale = torch.where(found_inf > 0, self.scale * 0.5, torch.where(torch.isfinite(grown), grown, self.scale))
-        self.clean_steps = torch.where(grow, torch.zeros_like(clean), clean)
+        kept = torch.where(torch.isfinite(grown), grown, self.scale)
+        self.scale.copy_(torch.where(found_inf > 0, self.scale * 0.5, kept))  # in place: a CUDA graph reads it here
+        self.clean_steps.copy_(torch.where(grow, torch.zeros_like(clean), clean))
 
     def state(self) -> dict[str, float]:
         return {"scale": float(self.scale), "clean_steps": float(self.clean_steps)}

@@ -93,6 +93,13 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+@torch.no_grad()
+def average(averages: Mapping[str, Tensor], model: nn.Module, weight: Tensor) -> None:
+    """Move every average by `weight` (0-d) of the way towards its parameter; of split ones, this rank's part."""
+    for name, parameter in model.named_parameters():
+        local(averages[name]).lerp_(local(parameter), weight)
+
+
 @contextlib.contextmanager
 def micro_batch(model: nn.Module, world: World, last: bool) -> Iterator[None]:
     """Gradients are reduced over the ranks with the last micro-batch of a step only."""

@@ -192,6 +192,7 @@ class MaskedImageModeling(Task):
 
     name = "pretrain"
     can_shard = True
+    can_capture = True
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -233,6 +234,8 @@ class MaskedImageModeling(Task):
         c, self.world = self.config, world
         if c.masking.mode == "none" and not self.everywhere:
             raise ValueError("--masking.mode none leaves nothing to predict; it needs --objective.recover all")
+        if c.masking.mode == "official" and c.cuda_graph:
+            raise ValueError("--cuda-graph needs masks of one size, which --masking.mode official does not make: exact")
         if c.objective.target == "visual_tokens":
             self.tokenizer = load_tokenizer(
                 c.tokenizer.name,
@@ -295,16 +298,17 @@ class MaskedImageModeling(Task):
     def num_targets(self, batch: PretrainBatch) -> Tensor | int:
         return batch.mask.numel() if self.everywhere else len(batch.masked_rows)
 
-    def prepare(self, batch: PretrainBatch, step: int) -> tuple[PretrainBatch, Tensor | None]:
-        """The visual tokens to predict, int64 (M,) or (B, h, w); none where pixels are."""
-        return batch, None if self.tokens is None else self.tokens.of(batch, self.everywhere)
+    def prepare(self, batch: PretrainBatch, step: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """images, mask, the visual tokens to predict (int64 (M,) or (B, h, w); none where pixels are), keys, rows."""
+        tokens = None if self.tokens is None else self.tokens.of(batch, self.everywhere)
+        return batch.images, batch.mask, tokens, batch.sample_keys, batch.masked_rows
 
-    def loss(self, model: nn.Module, batch: tuple[PretrainBatch, Tensor | None], num_targets: Tensor) -> StepOutput:
-        views, tokens = batch
-        output = model(
-            views.images, views.mask, tokens, views.sample_keys, num_targets, views.masked_rows, self.everywhere
-        )
-        masked = torch.full((), output.num_masked, dtype=torch.float64, device=views.images.device)
+    def loss(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor], num_targets: Tensor
+    ) -> StepOutput:
+        images, mask, tokens, sample_keys, masked_rows = batch
+        output = model(images, mask, tokens, sample_keys, num_targets, masked_rows, self.everywhere)
+        masked = torch.full((), output.num_masked, dtype=torch.float64, device=images.device)
         return StepOutput(output.loss, {"num_correct": output.num_correct, "num_masked": masked})
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:

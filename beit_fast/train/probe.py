@@ -25,7 +25,6 @@ from beit_fast.data.sources import fingerprint
 from beit_fast.models import Beit
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed import World
-from beit_fast.train.engine import DTYPES, precision_of
 from beit_fast.train.feature_cache import FeatureCache
 from beit_fast.train.finetune import (
     ClassifierModelConfig,
@@ -34,6 +33,7 @@ from beit_fast.train.finetune import (
     multiply_adds,
     open_data,
 )
+from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.pretrain import NORMALIZATION
 from beit_fast.train.task import Request, StepOutput, Task
 from beit_fast.train.weights import load_weights

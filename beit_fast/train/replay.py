@@ -89,7 +89,7 @@ def repeat(job: TrainingRun, step: int) -> dict[str, Any]:
         job.step += 1
     group = [next(batches) for _ in range(micro)]
     with observed(job.bare) as outputs:
-        loss, _ = job.gradients(group)
+        loss, _ = job.work.gradients(group, job.step)
     gradients = {
         name: local(parameter.grad).detach()
         for name, parameter in job.bare.named_parameters()

@@ -58,6 +58,10 @@ class Task:
     can_shard: bool = False
     """Whether FSDP2 may split the module: its parameters are then used in its forward pass only."""
 
+    can_capture: bool = False
+    """Whether a CUDA graph may hold `loss`: it depends on nothing but its arguments and the module, looks at no value
+    on the host, and `prepare` gives nested tuples of tensors whose shapes never change."""
+
     def build(self, config: "RunConfig", world: "World") -> nn.Module:
         """Open the data, load what is frozen, and return the module to train, on `world.device`, in fp32.
 

@@ -96,7 +96,8 @@ class TokenSource:
     def of(self, batch: PretrainBatch, everywhere: bool = False) -> Tensor:
         """int64: (M,) at the masked positions in row order, or (B, h, w)."""
         if batch.known_tokens is None:
-            return self.tokenizer.encode(batch.token_images, None if everywhere else batch.mask)
+            where = () if everywhere else (batch.mask, batch.masked_rows)
+            return self.tokenizer.encode(batch.token_images, *where)
         assert batch.unknown is not None
         tokens = batch.known_tokens
         if len(batch.unknown):
