@@ -23,6 +23,7 @@ from beit_fast.train.optim import optimizer_step
 
 TECHNIQUES = {
     "patches": "patch embedding as a matrix product",
+    "products": "on a CPU, fp32 products by oneDNN where MKL has no AVX-512",
     "position_bias": "table spread without an index, folded without a sort",
     "attention": "fused attention, bias gradient included",
     "residual": "residual + LayerScale + LayerNorm in one op",
@@ -51,6 +52,9 @@ class OfficialStyle:
         some = next(iter(weights.values()))
         self.index = kernels.relative_position_index(config.grid).to(some.device)
         self.scale = (config.width // config.num_heads) ** -0.5
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (kernels.linear if "products" in self.uses else F.linear)(x, weight, bias)
 
     def block(self, i: int) -> dict[str, Tensor | None]:
         prefix = f"blocks.{i}."
@@ -90,7 +94,7 @@ class OfficialStyle:
             chosen = F.layer_norm(hidden, (c.width,), *norm, c.layer_norm_eps)
         else:
             chosen = F.layer_norm(x, (c.width,), *norm, c.layer_norm_eps)[:, 1:][mask]
-        logits = F.linear(chosen, *head)
+        logits = self.linear(chosen, *head)
         return F.cross_entropy(logits, labels), (logits.max(-1)[1] == labels).sum()
 
     def tokens(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ class OfficialStyle:
         if "patches" in self.uses:
             batch, channels, (h, width) = images.shape[0], images.shape[1], c.grid
             patches = images.view(batch, channels, h, side, width, side).permute(0, 2, 4, 1, 3, 5)
-            x = F.linear(patches.reshape(batch, h * width, -1), weight.flatten(1), bias)
+            x = self.linear(patches.reshape(batch, h * width, -1), weight.flatten(1), bias)
             x = torch.where(mask.unsqueeze(-1), w["mask_token"], x.to(weight.dtype))
         else:
             x = F.conv2d(images, weight, bias, stride=side).flatten(2).transpose(1, 2)
@@ -127,7 +131,7 @@ class OfficialStyle:
         batch, n, width = x.shape
         heads = self.config.num_heads
         qkv_bias = torch.cat((p["attn.q_bias"], torch.zeros_like(p["attn.v_bias"]), p["attn.v_bias"]))
-        qkv = F.linear(x, p["attn.qkv.weight"], qkv_bias).reshape(batch, n, 3, heads, width // heads)
+        qkv = self.linear(x, p["attn.qkv.weight"], qkv_bias).reshape(batch, n, 3, heads, width // heads)
         if "attention" in self.uses:
             return kernels.packed_attention(qkv, bias, self.scale).reshape(batch, n, width)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -144,17 +148,17 @@ class OfficialStyle:
         proj, norm2 = (p["attn.proj.weight"], p["attn.proj.bias"]), (p["norm2.weight"], p["norm2.bias"])
         fc2 = p["mlp.fc2.weight"], p["mlp.fc2.bias"]
         if "residual" in self.uses:
-            branch = F.linear(mixed, proj[0])
+            branch = self.linear(mixed, proj[0])
             x, normed = kernels.residual_layer_norm(x, branch, p["gamma_1"], None, *norm2, eps, proj[1])
-            branch = F.linear(self.hidden(p, normed), fc2[0])
+            branch = self.linear(self.hidden(p, normed), fc2[0])
             if following is None:
                 x = kernels.residual_add(x, branch, p["gamma_2"], None, fc2[1])
                 return x, x
             norm1 = following["norm1.weight"], following["norm1.bias"]
             return kernels.residual_layer_norm(x, branch, p["gamma_2"], None, *norm1, eps, fc2[1])
-        branch = F.linear(mixed, *proj)
+        branch = self.linear(mixed, *proj)
         x = x + (branch if p["gamma_1"] is None else p["gamma_1"] * branch)
-        branch = F.linear(self.hidden(p, F.layer_norm(x, width, *norm2, eps)), *fc2)
+        branch = self.linear(self.hidden(p, F.layer_norm(x, width, *norm2, eps)), *fc2)
         x = x + (branch if p["gamma_2"] is None else p["gamma_2"] * branch)
         if following is None:
             return x, x
@@ -163,8 +167,8 @@ class OfficialStyle:
     def hidden(self, p: Mapping[str, Any], normed: Tensor) -> Tensor:
         weight, bias = p["mlp.fc1.weight"], p["mlp.fc1.bias"]
         if "gelu" in self.uses:
-            return kernels.bias_gelu(F.linear(normed, weight), bias)
-        return F.gelu(F.linear(normed, weight, bias))
+            return kernels.bias_gelu(self.linear(normed, weight), bias)
+        return F.gelu(self.linear(normed, weight, bias))
 
 
 class OfficialStep:
