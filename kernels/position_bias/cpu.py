@@ -3,7 +3,7 @@
 A bias over (query row, query column, key row, key column) depends on two differences only. In a strip laid out as
 (query column, key row - query row, key column) the keys of one query row are a contiguous window of h * w elements: one
 slice copy, or in the gradient one slice sum, serves a whole query row. What an index has left to do is h times smaller
-than the bias.
+than the bias. A small bias is worth no more than one call, which indexes all pairs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ import functools
 import torch
 from torch import Tensor
 
-from .reference import table_rows
+from .reference import relative_position_index, table_rows
+
+_FEW_PATCHES = 256
+"""Up to here all pairs are indexed: 14 x 14 patches on two threads in 0.7 of the time, 24 x 24 in twice the time."""
+
+
+@functools.lru_cache(maxsize=16)
+def _pair_index(height: int, width: int) -> Tensor:
+    """The table row of each (query, key); int64, flat."""
+    with torch.device("cpu"):  # whatever the default device
+        return relative_position_index((height, width)).flatten()
 
 
 @functools.lru_cache(maxsize=16)
@@ -46,9 +56,12 @@ def _query_rows(bias: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
 
 def spread_table(table: Tensor, height: int, width: int) -> Tensor:
     """(R, H) -> (H, N, N)."""
-    num_patches = height * width
+    num_heads, num_patches = table.shape[1], height * width
+    if num_patches <= _FEW_PATCHES:
+        pairs = table.t().contiguous().index_select(1, _pair_index(height, width))
+        return pairs.view(num_heads, num_patches + 1, num_patches + 1)
     strip = table.t().contiguous().index_select(1, _strip_index(height, width))
-    bias = table.new_empty(table.shape[1], num_patches + 1, num_patches + 1)
+    bias = table.new_empty(num_heads, num_patches + 1, num_patches + 1)
     torch._foreach_copy_(_query_rows(bias, height, width), _windows(strip, height, width))
     bias[:, 0].copy_(strip[:, -2 * num_patches - 1 : -num_patches])
     bias[:, 1:, 0].copy_(strip[:, -num_patches:])
@@ -57,13 +70,27 @@ def spread_table(table: Tensor, height: int, width: int) -> Tensor:
 
 def fold_bias(grad_bias: Tensor, height: int, width: int) -> Tensor:
     """(H, N, N) -> (R, H), summed in a fixed order in at least fp32."""
-    num_heads, num_patches = grad_bias.shape[0], height * width
-    grad = grad_bias.contiguous().to(torch.promote_types(grad_bias.dtype, torch.float32))
+    num_heads, num_tokens, num_patches = grad_bias.shape[0], grad_bias.shape[1], height * width
+    grad = grad_bias.contiguous()
+    if grad.element_size() < 4:
+        grad = grad.float()
+    folded = grad.new_zeros(num_heads, table_rows((height, width)))
+    if num_patches <= _FEW_PATCHES:
+        folded.scatter_add_(1, _pair_index(height, width).expand(num_heads, -1), grad.view(num_heads, -1))
+        return folded.t().contiguous().to(grad_bias.dtype)
     index = _strip_index(height, width)
     strip = grad.new_zeros(num_heads, len(index))
-    # one query row after the other: on a CPU a _foreach_ is a plain loop, so that the windows may overlap
-    torch._foreach_add_(_windows(strip, height, width), _query_rows(grad, height, width))
-    strip[:, -2 * num_patches - 1 : -num_patches].copy_(grad[:, 0])
-    strip[:, -num_patches:].copy_(grad[:, 1:, 0])
-    folded = grad.new_zeros(num_heads, table_rows((height, width))).index_add_(1, index, strip)
-    return folded.t().contiguous().to(grad_bias.dtype)
+    from_cls = len(index) - num_tokens - num_patches
+    sums = (
+        *_windows(strip, height, width),
+        strip.as_strided((num_heads, num_tokens), strip.stride(), from_cls),
+        strip.as_strided((num_heads, num_patches), strip.stride(), from_cls + num_tokens),
+    )
+    parts = (
+        *_query_rows(grad, height, width),
+        grad.as_strided((num_heads, num_tokens), (num_tokens**2, 1), grad.storage_offset()),
+        grad.as_strided((num_heads, num_patches), (num_tokens**2, num_tokens), grad.storage_offset() + num_tokens),
+    )
+    # one part after the other: on a CPU a _foreach_ is a plain loop, so that the windows may overlap
+    torch._foreach_add_(sums, parts)
+    return folded.index_add_(1, index, strip).t().contiguous().to(grad_bias.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from beit_fast import kernels
 from beit_fast.kernels import relative_position_bias, relative_position_index, use_backend
-from beit_fast.kernels.position_bias import reference
+from beit_fast.kernels.position_bias import cpu, reference
 
 WINDOWS = [(1, 1), (1, 4), (2, 2), (3, 2), (4, 7), (14, 14), (8, 17), (3, 90)]
 
@@ -42,9 +42,11 @@ def test_index_of_the_released_models() -> None:
     assert {place: int(index[place]) for place in golden} == golden
 
 
+@pytest.mark.parametrize("few_patches", [0, 256], ids=["runs", "pairs"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_bias_and_gradient(window: tuple[int, int]) -> None:
+def test_bias_and_gradient(window: tuple[int, int], few_patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias is a copy, bit for bit; the gradient equals the sum pair by pair; both backends agree."""
+    monkeypatch.setattr(cpu, "_FEW_PATCHES", few_patches)
     table = table_of(window).requires_grad_()
     bias = relative_position_bias(table, window)
     assert bias.is_contiguous()
@@ -69,8 +71,10 @@ def test_gradient_in_low_precision(dtype: torch.dtype, assert_accurate: Callable
     assert_accurate("table", ours, eager, fold_by_hand(grad.double(), window))
 
 
-def test_gradient_is_repeatable_and_additive() -> None:
+@pytest.mark.parametrize("few_patches", [0, 256], ids=["runs", "pairs"])
+def test_gradient_is_repeatable_and_additive(few_patches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs agree bit for bit, whatever the gradient's strides; gradients of two halves of a batch add up."""
+    monkeypatch.setattr(cpu, "_FEW_PATCHES", few_patches)
     window = (5, 6)
     table = table_of(window, dtype=torch.float32).requires_grad_()
     grads = torch.randn(2, 3, 31, 31, generator=torch.Generator().manual_seed(3))
