@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from beit_fast import kernels
 from beit_fast.kernels import Bias
-from beit_fast.nn.fusible import branch_of, untouched
+from beit_fast.nn.fusible import branch_of, product_of, untouched
 
 from .blocks import bias_for_all, drop_factors, inactive, prepared
 from .later_logits import LaterLogits
@@ -61,7 +61,7 @@ class BeitLayer(theirs.BeitLayer):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
         normed = self.layernorm_before(x)
         heads = (*x.shape[:2], attention.num_attention_heads, attention.head_dim)
-        q, k, v = (p(normed).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (product_of(p, normed).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         bias = self._bias(attention_mask, x, resolution, q.dtype)
         mixed = kernels.biased_attention(q, k, v, bias, attention.scaling).flatten(2)
         first, second = drop_factors(self.drop_path, x), drop_factors(self.drop_path, x)

@@ -23,3 +23,11 @@ def branch_of(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if untouched(linear, nn.Linear):
         return kernels.linear(x, linear.weight), linear.bias  # type: ignore[arg-type, return-value]
     return linear(x), None
+
+
+def product_of(linear: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer gives, by the fastest product."""
+    if untouched(linear, nn.Linear):
+        return kernels.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
+    result: Tensor = linear(x)
+    return result
