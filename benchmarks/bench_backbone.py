@@ -174,4 +174,4 @@ def compare(case: Case) -> Comparison:
 
 @pytest.mark.parametrize("rival", RIVALS)
 def test_backbone(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, case.budget_s, pairs=5)
+    in_turns(case, lambda: compare(case), rival, case.budget_s)

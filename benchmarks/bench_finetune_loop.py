@@ -4,8 +4,9 @@
 
 Both read the same JPEG class folders and do what the fine-tuning recipe says: random resized crop, RandAugment, erasing
 with noise, mixup or CutMix, layer-wise decay, AdamW. timm's is its own loader (`create_loader`, one worker process per
-core), its own Mixup, its own BEiT and parameter groups. A turn is a run of steps, so that what a loader made ahead in
-the other's turn is a small part of it. `data_wait_share` is the part of the time that the model waited.
+core), its own Mixup, its own BEiT and parameter groups; its RandAugment keeps to magnitude 9, because where `mstd0.5`
+draws 10 it asks Pillow to posterise to 0 bits, which Pillow refuses. A turn is a run of steps, so that what a loader
+made ahead in the other's turn is a small part of it. `data_wait_share` is the part of the time that the model waited.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def timms(case: Case) -> Rival:
     dataset = create_dataset("", root=str(case.folder / "train"), is_training=True)
     loader = create_loader(
         dataset, (3, case.image_size, case.image_size), case.batch, is_training=True, use_prefetcher=False,
-        re_prob=0.25, re_mode="pixel", auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
+        re_prob=0.25, re_mode="pixel", auto_augment="rand-m9-inc1", interpolation="bicubic",
         num_workers=len(os.sched_getaffinity(0)), device=device, persistent_workers=True,
     )  # fmt: skip
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=24)
@@ -177,4 +178,4 @@ def comparison(case: Case) -> Comparison:
 @pytest.mark.parametrize("rival", RIVALS)
 def test_loop(in_turns: Any, case: Any, rival: str, folder: Path) -> None:
     made = Case(*case, folder)
-    in_turns(("loop", case), lambda: comparison(made), rival, 60.0, pairs=5)
+    in_turns(("loop", case), lambda: comparison(made), rival, 20.0)

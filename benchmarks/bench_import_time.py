@@ -47,4 +47,4 @@ def compare() -> Comparison:
 
 @pytest.mark.parametrize("rival", STATEMENTS)
 def test_import(in_turns, case, rival):
-    in_turns(case, compare, rival, 30.0, pairs=5)
+    in_turns(case, compare, rival, 20.0)

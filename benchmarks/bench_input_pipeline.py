@@ -150,4 +150,4 @@ def compare(case: Case, folder: Path) -> Comparison:
 
 @pytest.mark.parametrize("rival", PIPELINES)
 def test_two_views_and_a_mask(in_turns, case, rival, jpeg_folder):
-    in_turns(case, lambda: compare(case, jpeg_folder), rival, case.budget_s, pairs=5)
+    in_turns(case, lambda: compare(case, jpeg_folder), rival, case.budget_s)

@@ -133,7 +133,7 @@ def _only_if(wanted: bool) -> None:
 
 @pytest.mark.parametrize("rival", RIVALS)
 def test_forward_and_backward(in_turns, case, rival):
-    in_turns(("forward and backward", case), lambda: forward_backward(case), rival, case.budget_s, pairs=5)
+    in_turns(("forward and backward", case), lambda: forward_backward(case), rival, case.budget_s)
 
 
 STEP_RIVALS = [OURS, "official style", "transformers, SDPA, fused AdamW"]
@@ -233,4 +233,4 @@ def _same_step(ours: Any, theirs: Any) -> dict[str, float]:
 def test_whole_step(in_turns, case, rival):
     if case.image_size != 224 and not case.tiny:
         pytest.skip("the tokenizer's share is the same at every resolution")
-    in_turns(("whole step", case), lambda: whole_step(case), rival, case.budget_s, pairs=5)
+    in_turns(("whole step", case), lambda: whole_step(case), rival, case.budget_s)

@@ -23,7 +23,7 @@ from beit_fast.models.segmentation_windows import sliding_logits, window_starts
 from beit_fast.train.finetune import multiply_adds
 from beit_fast.train.segment import head_flops
 from benchmarks.peers import transformers_beit
-from benchmarks.turns import OURS, Absent, Comparison, Rival
+from benchmarks.turns import OURS, Comparison, Rival
 
 ONE = "beit_fast, one window at a time"
 RIVALS = [OURS, ONE, "transformers, one window at a time"]
@@ -36,15 +36,13 @@ class Case:
     dtype: torch.dtype
     overrides: tuple[tuple[str, Any], ...] = ()
     classes: int = 150
-    singly: bool = True
 
 
 def cases(scale: Any) -> dict[str, Case]:
-    sides = scale.pick(tiny=(32,), cpu=(512,), gpu=(512, 640), full=(512, 640))
+    sides = scale.pick(tiny=(32,), cpu=(256,), gpu=(512, 640), full=(512, 640))
     tiny = (("width", 16), ("depth", 6), ("num_heads", 2), ("patch_size", 8)) if scale.name == "tiny" else ()
     dtype = torch.bfloat16 if scale.device.type == "cuda" else torch.float32
-    singly = scale.device.type == "cuda" or scale.name != "default"
-    return {f"{side} px": Case(side, scale.device, dtype, tiny, 5 if tiny else 150, singly) for side in sides}
+    return {f"{side} px": Case(side, scale.device, dtype, tiny, 5 if tiny else 150) for side in sides}
 
 
 def compare(case: Case) -> Comparison:
@@ -64,11 +62,6 @@ def compare(case: Case) -> Comparison:
                 return sliding_logits(predict, image, side, stride, batch_size)
 
         return Rival(run, lambda: {"logits": run()}, info={"windows": windows})
-
-    def one_at_a_time() -> Rival:
-        if not case.singly:
-            raise Absent("a minute per image on a CPU: --full")
-        return sliding(model.predict, 1)
 
     def transformers() -> Rival:
         values: dict[str, Any] = {"num_classes": case.classes}
@@ -90,7 +83,7 @@ def compare(case: Case) -> Comparison:
         group=f"segmentation: BEiT-B, UPerNet, {windows} windows of {side} in {side} x {width}",
         rivals={
             OURS: lambda: sliding(model.predict, 8),
-            ONE: one_at_a_time,
+            ONE: lambda: sliding(model.predict, 1),
             RIVALS[2]: transformers,
         },
         shapes={"image": (side, width), "window": side, "stride": stride, "classes": case.classes},
@@ -103,4 +96,4 @@ def compare(case: Case) -> Comparison:
 
 @pytest.mark.parametrize("rival", RIVALS)
 def test_sliding_windows(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, 30.0, pairs=1)
+    in_turns(case, lambda: compare(case), rival, 30.0)

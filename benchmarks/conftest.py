@@ -19,9 +19,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beit_fast")
     group.addoption("--full", action="store_true", help="all sizes, BEiT-L and 384 px among them (default: minutes)")
     group.addoption("--tiny", action="store_true", help="toy sizes that only show that everything runs")
-    group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 7; 15 with --full)")
+    group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 3; 15 with --full)")
     group.addoption("--stop-after", type=float, default=None, metavar="S",
-                    help="start no comparison after S seconds (default 540; --full: no limit)")  # fmt: skip
+                    help="start no comparison after S seconds (default 500; --full: no limit)")  # fmt: skip
     group.addoption("--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -45,7 +45,7 @@ class Scale:
     @property
     def pairs(self) -> int:
         """Fewest rounds of a comparison."""
-        return self.asked_pairs or {"tiny": 2, "default": 7, "full": 15}[self.name]
+        return self.asked_pairs or {"tiny": 2, "default": 3, "full": 15}[self.name]
 
     def pick(self, *, tiny: Any, cpu: Any, gpu: Any, full: Any = None) -> Any:
         """The value for this scale; `full` (default: that of the device) for --full."""
@@ -79,7 +79,7 @@ class Turns:
         self.started = time.monotonic()
         self.measured: dict[Hashable, Measured | Disagreement] = {}
 
-    def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float, pairs: int) -> Measured:
+    def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float) -> Measured:
         if key not in self.measured:
             self.check_time()
             tiny = self.scale.name == "tiny"
@@ -87,7 +87,7 @@ class Turns:
                 self.measured[key] = measure(
                     make(),
                     self.scale.device,
-                    pairs=pairs if self.scale.name == "default" and not self.scale.asked_pairs else self.scale.pairs,
+                    pairs=self.scale.pairs,
                     most_pairs=3 if tiny else 31,
                     budget_s=budget_s * {"tiny": 0.0, "default": 0.5, "full": 1.0}[self.scale.name],
                     turn_s=0.001 if tiny else 0.03,
@@ -114,7 +114,7 @@ class Turns:
 @pytest.fixture(scope="session")
 def turns(request: pytest.FixtureRequest, scale: Scale) -> Turns:
     given = request.config.getoption("--stop-after")
-    return Turns(scale, given if given is not None else math.inf if scale.name == "full" else 540.0)
+    return Turns(scale, given if given is not None else math.inf if scale.name == "full" else 500.0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -128,15 +128,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def in_turns(benchmark: Any, turns: Turns) -> Callable[..., Measured]:
     """`in_turns(key, make, rival)`: the row of one rival in the comparison that `make()` describes.
 
-    All tests with the same key share one measurement. A rival that cannot take part is skipped with the reason. `pairs`
-    is the fewest rounds of a default run, for work so slow that 7 would take too long.
+    All tests with the same key share one measurement. A rival that cannot take part is skipped with the reason.
     """
 
-    def report(
-        key: Hashable, make: Callable[[], Comparison], rival: str, budget_s: float = 10.0, pairs: int = 7
-    ) -> Measured:
+    def report(key: Hashable, make: Callable[[], Comparison], rival: str, budget_s: float = 10.0) -> Measured:
         try:
-            measured = turns.of(key, make, budget_s, pairs)
+            measured = turns.of(key, make, budget_s)
         except BaseException:
             benchmark.skipped = True
             raise
