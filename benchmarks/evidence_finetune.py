@@ -55,7 +55,7 @@ class Protocol:
     """Labelled training sets, orders and initial weights."""
     unlabelled_images: int = 16_000
     """Scenes for pre-training."""
-    pretrain_steps: int = 3000
+    pretrain_steps: int = 4000
     """Steps of pre-training, 32 scenes each."""
     labelled_images: int = 2000
     """Labelled training scenes per seed."""
@@ -63,13 +63,15 @@ class Protocol:
     """Validation scenes."""
     finetune_steps: int = 600
     """Steps of fine-tuning, 32 scenes each."""
-    scratch_steps: int = 3000
+    scratch_steps: int = 1800
     """Steps from scratch."""
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Learning rates that both choose from."""
     layer_decay: float = 0.85
     """Of fine-tuning; from scratch all layers learn alike."""
-    probe_epochs: int = 60
+    probe_images: int = 16_000
+    """Labelled scenes per seed for the probes, which train few numbers and need many scenes to tell features apart."""
+    probe_epochs: int = 20
     """Epochs of the probes."""
     cache_dir: str | None = None
     """Where scenes are kept."""
@@ -92,10 +94,10 @@ def pretraining(protocol: Protocol) -> PretrainConfig:
     )  # fmt: skip
 
 
-def labelled(protocol: Protocol, seed: int) -> LabelledDataConfig:
+def labelled(protocol: Protocol, seed: int, images: int) -> LabelledDataConfig:
     """Training scenes of a seed and the validation scenes."""
     return scene_protocol.labelled(
-        seed, images=protocol.labelled_images, validation_images=protocol.validation_images,
+        seed, images=images, validation_images=protocol.validation_images,
         cache_dir=protocol.cache_dir, threads=protocol.threads,
     )  # fmt: skip
 
@@ -104,8 +106,8 @@ def probing(protocol: Protocol, weights: str | None, seed: int) -> ProbeConfig:
     """Probes of every block on standardised features, without augmentation."""
     name = f"probe_{'random' if weights is None else 'pretrained'}_seed{seed}"
     return scene_protocol.probing(
-        common(protocol, name, 200), ClassifierModelConfig(**SHAPE), labelled(protocol, seed), weights=weights,
-        epochs=protocol.probe_epochs, seed=seed,
+        common(protocol, name, 200), ClassifierModelConfig(**SHAPE), labelled(protocol, seed, protocol.probe_images),
+        weights=weights, epochs=protocol.probe_epochs, seed=seed,
     )  # fmt: skip
 
 
@@ -115,8 +117,8 @@ def classifying(protocol: Protocol, weights: str | None, rate: float, seed: int)
     steps = protocol.scratch_steps if scratch else protocol.finetune_steps
     name = f"{'scratch' if scratch else 'finetune'}_lr{rate:g}_seed{seed}"
     return scene_protocol.classifying(
-        common(protocol, name, 50), ClassifierModelConfig(**SHAPE), labelled(protocol, seed), weights=weights,
-        steps=steps, rate=rate, layer_decay=protocol.layer_decay, seed=seed, evaluations=12,
+        common(protocol, name, 50), ClassifierModelConfig(**SHAPE), labelled(protocol, seed, protocol.labelled_images),
+        weights=weights, steps=steps, rate=rate, layer_decay=protocol.layer_decay, seed=seed, evaluations=12,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from benchmarks.evidence_finetune import Protocol, differences, gather, summary
 def test_every_arm_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     protocol = Protocol(
         output=tmp_path / "runs", seeds=2, unlabelled_images=64, pretrain_steps=16, labelled_images=64,
-        validation_images=48, finetune_steps=3, scratch_steps=9, rates=(1e-3, 2e-3), probe_epochs=2,
+        validation_images=48, finetune_steps=3, scratch_steps=9, rates=(1e-3, 2e-3), probe_epochs=2, probe_images=64,
         cache_dir=str(tmp_path / "cache"), device="cpu",
     )  # fmt: skip
     monkeypatch.setattr(evidence_finetune, "HELD_OUT", 32)
