@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from beit_fast import kernels
+from beit_fast.nn.fusible import untouched
 
 from .configs import BeitConfig
 from .hub import HubMethods
@@ -100,6 +101,12 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
             raise ValueError("visual_tokens are missing; only a model with mim_target='pixels' needs none")
         targets = self._targets_at(visual_tokens, rows, mask)
         hidden = self._hidden_at(images, mask, rows, sample_keys)
+        if not (untouched(self.norm, nn.LayerNorm) and untouched(self.lm_head, nn.Linear)):
+            logits = self.lm_head(self.norm(hidden)).float()
+            count = num_masked if num_targets is None else num_targets
+            loss = F.cross_entropy(logits, targets, reduction="sum") / count
+            num_correct = (logits.argmax(1) == targets).sum()
+            return MaskedImageModelingOutput(loss, num_correct.float() / num_masked, num_masked, num_correct)
         loss, num_correct = kernels.masked_cross_entropy(
             hidden,
             torch.arange(rows.shape[0], device=rows.device),
