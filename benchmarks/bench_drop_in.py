@@ -110,8 +110,19 @@ def compare(case: Case) -> Comparison:
         dtype=case.dtype,
         flops=(3 if case.training else 1) * case.batch_size * forward_flops(config, masked),
         images=case.batch_size,
-        tolerance=1e-4 if case.dtype == "float32" else 5e-2,
+        tolerance=tolerance(case),
     )
+
+
+def tolerance(case: Case) -> float:
+    """Of outputs, losses and gradients, relative.
+
+    Batch normalisation and ReLU in the segmentation head multiply rounding: in fp32 both sides' gradients are 6e-4 from
+    those in fp64.
+    """
+    if case.dtype != "float32":
+        return 5e-2
+    return 2e-3 if case.training and case.kind == "BeitForSemanticSegmentation" else 1e-4
 
 
 def peer(case: Case) -> nn.Module:
