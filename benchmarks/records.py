@@ -7,7 +7,7 @@ device and subject the newest one speaks; the older ones are the trend and what 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Record:
     date: str
     device: str
     subject: str
+    made: str
+    """When, as ISO 8601; "" where the file does not say."""
     environment: dict[str, Any]
     rows: tuple[Row, ...]
 
@@ -81,7 +83,7 @@ def read(path: Path) -> Record | None:
     if len(parts) != 3 or len(parts[0]) != 10:
         raise ValueError(f"{path.name} is not named <date>_<device>_<subject>.json")
     rows = [_row(entry) for entry in data["benchmarks"] if "rival" in entry["extra_info"]]
-    return Record(path, *parts, data.get("beit_fast", {}), tuple(rows))
+    return Record(path, *parts, data.get("datetime", ""), data.get("beit_fast", {}), tuple(rows))
 
 
 def _row(entry: dict[str, Any]) -> Row:
@@ -92,13 +94,22 @@ def _row(entry: dict[str, Any]) -> Row:
 def read_all(folder: Path = FOLDER) -> list[Record]:
     """Every record that holds rows, oldest first."""
     found = [read(path) for path in sorted(folder.glob("*.json"))]
-    return [record for record in found if record is not None and record.rows]
+    return sorted((r for r in found if r is not None and r.rows), key=lambda r: (r.date, r.made))
 
 
 def newest(records: list[Record]) -> list[Record]:
-    """The last record of each device and subject, in order of device and subject."""
-    last = {(record.device, record.subject): record for record in records}
-    return [last[key] for key in sorted(last)]
+    """The last measurement of each comparison on each device.
+
+    Those are the records, given oldest first, without the comparisons that a later one of the device repeats; in order
+    of device and subject.
+    """
+    found, seen = [], set()
+    for record in reversed(records):
+        rows = tuple(row for row in record.rows if (record.device, row.group) not in seen)
+        seen |= {(record.device, row.group) for row in rows}
+        if rows:
+            found.append(replace(record, rows=rows))
+    return sorted(found, key=lambda r: (r.device, r.subject))
 
 
 def history(records: list[Record]) -> dict[tuple[str, str], list[Record]]:

@@ -46,12 +46,15 @@ def test_a_table_shows_median_spread_rounds_command_and_commit(tmp_path):
     assert "No record of a GPU exists" in text
 
 
-def test_the_newest_record_of_a_device_and_subject_speaks(tmp_path):
+def test_the_newest_measurement_of_a_comparison_speaks(tmp_path):
+    other = [entry("optimizer", "beit_fast", 0.5, (1, 1, 1))]
     write(tmp_path, "2026-11-21", step(0.75, (1.5, 1.4, 1.6)))
     write(tmp_path, "2026-11-22", step(0.9, (1.8, 1.7, 1.9)))
-    write(tmp_path, "2026-11-20", step(0.9, (1.8, 1.7, 1.9)), subject="other")
+    write(tmp_path, "2026-11-20", step(0.9, (1.8, 1.7, 1.9)) + other, subject="older")
     (tmp_path / "2026-11-20_box_training.json").write_text('{"loss": 1}')  # not of this kind
-    assert [r.date for r in newest(read_all(tmp_path))] == ["2026-11-20", "2026-11-22"]
+    older, newer = newest(read_all(tmp_path))
+    assert (older.date, {row.group for row in older.rows}) == ("2026-11-20", {"optimizer"})
+    assert (newer.date, len(newer.rows)) == ("2026-11-22", 2)
 
 
 def test_a_misnamed_record_is_refused(tmp_path):
