@@ -20,12 +20,6 @@ WHY: dict[tuple[str, str], str] = {
         "tokenizer",
         "beit_fast, masked positions only",
     ): "the same encoder with less to do: not a rival but the fast path",
-    ("gradient of the position table", "heads first"): (
-        "the same sums in one call of torch; what is left is how an op of a library is called, 9 microseconds of 0.2 ms"
-    ),
-    ("position bias", "index_select"): (
-        "the same call of torch; what is left is how an op of a library is called, 4 microseconds of 0.2 ms"
-    ),
     ("residual and LayerNorm, plain", ".*"): (
         "the same two operations of torch in all rows: without LayerScale and drop path nothing is left to fuse on a "
         "CPU. The intervals hold 1; repeated alone on the same day the medians beside plain torch were 1.06 and 1.02"

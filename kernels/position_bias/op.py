@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import backend
-from ..dispatch import differentiable_op, plain_op
+from ..dispatch import differentiable_op, plain_op, traced
 from . import cpu, reference
 
 
@@ -38,6 +38,9 @@ def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tenso
         )
     if backend.chosen_backend() == "reference":
         return reference.relative_position_bias(table, (height, width))
+    small_on_cpu = table.device.type == "cpu" and height * width <= cpu.FEW_PATCHES
+    if small_on_cpu and not traced(table) and not backend.triton_runs(table):
+        return cpu.index_pairs(table, height, width)
     return _spread(table, height, width)
 
 
