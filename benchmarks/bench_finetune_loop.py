@@ -41,8 +41,8 @@ class Case:
 
 
 def cases(scale: Any) -> dict[str, Any]:
-    small, base = ("tiny", 224, 16, 8), ("base", 224, 64, 16)
-    found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(small,), gpu=(base,), full=(small, base))
+    quick, small, base = ("tiny", 224, 8, 4), ("tiny", 224, 16, 8), ("base", 224, 64, 16)
+    found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(quick,), gpu=(base,), full=(small, base))
     return {f"{size}{px}": (size, px, batch, steps, scale.name == "tiny", scale.device)
             for size, px, batch, steps in found}  # fmt: skip
 
