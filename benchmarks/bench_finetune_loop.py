@@ -41,7 +41,7 @@ class Case:
 
 
 def cases(scale: Any) -> dict[str, Any]:
-    quick, small, base = ("tiny", 224, 8, 4), ("tiny", 224, 16, 8), ("base", 224, 64, 16)
+    quick, small, base = ("tiny", 224, 8, 12), ("tiny", 224, 16, 8), ("base", 224, 64, 16)
     found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(quick,), gpu=(base,), full=(small, base))
     return {f"{size}{px}": (size, px, batch, steps, scale.name == "tiny", scale.device)
             for size, px, batch, steps in found}  # fmt: skip

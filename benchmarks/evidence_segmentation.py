@@ -7,8 +7,9 @@ and four textures. The BEiT has width 128 and depth 4, under UPerNet with 16 cha
 not ADE20K. `benchmarks.evidence_finetune` makes the pre-training, on scenes of a set of its own without labels.
 Labelled training scenes differ from seed to seed; the validation scenes are always the same and never trained on.
 
-Both arms differ in their initial weights alone. Each chooses from the same learning rates by one shorter run per rate
-on a set of labelled scenes that is not used again. Run folders are kept, so the program continues where it was stopped.
+Both arms differ in their initial weights and, as fine-tuning and training from scratch do, in the layer-wise decay of
+the learning rate. Each chooses from the same learning rates by one shorter run per rate on a set of labelled scenes
+that is not used again. Run folders are kept, so the program continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class Protocol:
     """Crops per step."""
     rates: tuple[float, ...] = (2e-3, 4e-3)
     """Learning rates that both choose from."""
+    layer_decay: float = 0.6
+    """From pre-trained weights: the new head needs a rate that would undo them. From scratch all layers learn alike."""
     cache_dir: str | None = None
     """Where scenes are kept."""
     device: str = "auto"
@@ -80,7 +83,7 @@ def segmenting(protocol: Protocol, weights: str | None, rate: float, seed: int) 
     return SegmentConfig(
         output_dir=protocol.output / name, device=protocol.device, precision="fp32", weights=weights, scratch=scratch,
         seed=seed, steps=steps, batch_size=protocol.batch_size, batch_per_device=protocol.batch_size,
-        eval_every=max(steps // 3, 1), layer_decay=1.0,
+        eval_every=max(steps // 3, 1), layer_decay=1.0 if scratch else protocol.layer_decay,
         data=SegmentationDataConfig(
             builtin_images=protocol.labelled_images, builtin_validation_images=protocol.validation_images,
             builtin_size=64, builtin_seed=1000 + seed, cache_dir=protocol.cache_dir, normalization="half",

@@ -1,9 +1,9 @@
-"""Attention on CPU: one sample at a time, so that its (H, N, N) scores are born, normalised and used within the cache.
+"""Attention on CPU: as many samples at a time as keep their (H, N, N) scores, from birth to use, within the cache.
 
-The (N, H, K) views of one sample are copied heads first: a BLAS may take half as long again over strided operands, and
-the copy costs a twentieth of one product. With a bias training keeps the probabilities, which is faster than making
-them again, up to KEEP_BYTES for one call; beyond that it keeps log-sum-exp of the scores and makes them again, some
-heads at a time. Inference, and training without a bias, are torch's own fused kernels.
+Their (N, H, K) views are copied heads first: a BLAS may take half as long again over strided operands, and the copy
+costs a twentieth of one product. With a bias training keeps the probabilities, which is faster than making them again,
+up to KEEP_BYTES for one call; beyond that it keeps log-sum-exp of the scores and makes them again, some heads at a
+time. Inference, and training without a bias, are torch's own fused kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEEP_BYTES = 128 * 2**20
+_CACHED_BYTES = 2 * 2**20  # one sample of BEiT-B at 224 px, four of BEiT-Ti
 _SCRATCH_BYTES = 8 * 2**20  # a slice of heads at a time where one sample's scores take more
 
 
@@ -34,6 +35,12 @@ def saved_shape(q: Tensor, bias: Tensor | None) -> tuple[int, ...]:
     return (*rows, num_tokens) if keeps_probabilities(q, bias) else rows
 
 
+def _samples_at_once(q: Tensor) -> int:
+    batch, num_tokens, num_heads, _ = q.shape
+    one = num_heads * num_tokens * num_tokens * compute_dtype(q.dtype).itemsize
+    return max(1, min(batch, _CACHED_BYTES // one))
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """(B, N, H, K) three times -> (B, N, H, K), nothing kept."""
     mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
@@ -50,18 +57,22 @@ def forward_train(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: f
     compute = compute_dtype(q.dtype)
     out = q.new_empty(q.shape)
     kept = q.new_empty(saved_shape(q, bias), dtype=compute)
-    operands = q.new_empty(4, num_heads, num_tokens, head_dim, dtype=compute)
-    queries, keys, values, product = operands.unbind(0)
+    samples = _samples_at_once(q)
+    operands = q.new_empty(4, samples, num_heads, num_tokens, head_dim, dtype=compute)
     added = None if bias is None else bias.to(compute)
-    for b in range(batch):
-        for target, source in ((queries, q), (keys, k), (values, v)):
-            target.copy_(source[b].transpose(0, 1))
-        scores = kept[b]
+    for first in range(0, batch, samples):
+        some = slice(first, min(first + samples, batch))
+        chunk = operands[:, : some.stop - first]
+        for target, source in zip(chunk, (q, k, v), strict=False):
+            target.copy_(source[some].transpose(1, 2))
+        queries, keys, values, product = (x.flatten(0, 1) for x in chunk.unbind(0))
+        scores = kept[some].flatten(0, 1)
         torch.baddbmm(scores, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=scores)
         if added is not None:
-            scores.add_(added)
+            kept[some].add_(added)
         torch.softmax(scores, dim=-1, out=scores)
-        out[b].copy_(torch.bmm(scores, values, out=product).transpose(0, 1))
+        torch.bmm(scores, values, out=product)
+        out[some].copy_(chunk[3].transpose(1, 2))
     return out, kept
 
 
@@ -92,33 +103,41 @@ def backward(
     grad_qkv = q.new_empty(batch, num_tokens, 3, num_heads, head_dim)
     grad_bias = q.new_zeros(num_heads, num_tokens, num_tokens, dtype=compute) if need_bias else None
     added = None if bias is None else bias.to(compute)
+    samples = _samples_at_once(q)
     step = max(1, min(num_heads, _SCRATCH_BYTES // (num_tokens * num_tokens * compute.itemsize)))
-    operands = q.new_empty(5, step, num_tokens, head_dim, dtype=compute)
-    scratch = q.new_empty(2, step, num_tokens, num_tokens, dtype=compute)
-    for b in range(batch):
-        for start in range(0, num_heads, step):
+    operands = q.new_empty(5, samples * step, num_tokens, head_dim, dtype=compute)
+    scratch = q.new_empty(2, samples * step, num_tokens, num_tokens, dtype=compute)
+    for first in range(0, batch, samples):
+        some = slice(first, min(first + samples, batch))
+        for start in range(0, num_heads, step):  # one pass, unless there is one sample at a time
             heads = slice(start, min(start + step, num_heads))
-            count = heads.stop - heads.start
+            shape = (some.stop - first, heads.stop - start)
+            count = shape[0] * shape[1]
             queries, keys, values, grad, product = operands[:, :count].unbind(0)
             for target, source in ((queries, q), (keys, k), (values, v), (grad, grad_out)):
-                target.copy_(source[b, :, heads].transpose(0, 1))
+                target.unflatten(0, shape).copy_(source[some, :, heads].transpose(1, 2))
             grad_scores, weights = scratch[:, :count].unbind(0)
             if saved.dim() == 4:
-                weights = saved[b, heads]
+                weights = saved[some, heads].flatten(0, 1)
             else:
                 torch.baddbmm(weights, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=weights)
                 if added is not None:
-                    weights.add_(added[heads])
-                weights.sub_(saved[b, heads].unsqueeze(-1)).exp_()
-            into_q, into_k, into_v = (grad_qkv[b, :, part, heads].transpose(0, 1) for part in range(3))
-            into_v.copy_(torch.bmm(weights.transpose(1, 2), grad, out=product))
+                    weights.unflatten(0, shape).add_(added[heads])
+                weights.sub_(saved[some, heads].flatten(0, 1).unsqueeze(-1)).exp_()
+            result = product.unflatten(0, shape)
+            into_q, into_k, into_v = (grad_qkv[some, :, part, heads].transpose(1, 2) for part in range(3))
+            torch.bmm(weights.transpose(1, 2), grad, out=product)
+            into_v.copy_(result)
             torch.bmm(grad, values.transpose(1, 2), out=grad_scores)
             # row by row: weights * (grad_scores - sum(weights * grad_scores)), in place
             torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, compute, grad_input=grad_scores)
             if grad_bias is not None:
-                grad_bias[heads].add_(grad_scores)
-            into_q.copy_(torch.baddbmm(product, grad_scores, keys, beta=0, alpha=scale, out=product))
-            into_k.copy_(torch.baddbmm(product, grad_scores.transpose(1, 2), queries, beta=0, alpha=scale, out=product))
+                for of_sample in grad_scores.unflatten(0, shape):  # one after the other, whatever `samples` is
+                    grad_bias[heads].add_(of_sample)
+            torch.baddbmm(product, grad_scores, keys, beta=0, alpha=scale, out=product)
+            into_q.copy_(result)
+            torch.baddbmm(product, grad_scores.transpose(1, 2), queries, beta=0, alpha=scale, out=product)
+            into_k.copy_(result)
     return grad_qkv, grad_bias
 
 

@@ -68,6 +68,20 @@ def test_accuracy(tokens: int, dtype: torch.dtype, assert_accurate: Check) -> No
     compare(assert_accurate, *inputs_of(3, tokens, 3, 64, dtype))
 
 
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_how_many_samples_share_the_cache_changes_nothing(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time, the last alone; one at a time; all at once."""
+    monkeypatch.setattr(cpu, "KEEP_BYTES", kept)
+    inputs = inputs_of(5, 17, 3, 64, torch.float32)
+    found = []
+    for samples in (2, 1, 5):
+        monkeypatch.setattr(cpu, "_CACHED_BYTES", samples * 3 * 17 * 17 * 4)
+        found.append(run(packed_attention, *inputs))
+    for one, two, five in zip(*found, strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(five, one, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tokens", [197, 257, 577, 1025])
 def test_accuracy_at_image_sizes(tokens: int, assert_accurate: Check) -> None:
     compare(assert_accurate, *inputs_of(2, tokens, 2, 64, torch.float32))
