@@ -2,8 +2,8 @@
 
     main(Study(rows=...))
 
-Every run is a run folder of its own and is continued where it was stopped; a run that is complete is not run again.
-What has been measured is appended to the record, a line of JSON per run; the table is made from the record.
+Every run is a run folder of its own and is continued where it was stopped. What has been measured is appended to the
+record, a line of JSON per run, and is not run again, even if its folder is gone; the table is made from the record.
 """
 
 from __future__ import annotations
@@ -180,9 +180,12 @@ class Record:
         if self.path.exists():
             yield from (json.loads(text) for text in self.path.read_text().splitlines())
 
+    def has(self, kind: str, row: str, seed: int | None) -> bool:
+        return any((line["kind"], line.get("row"), line.get("seed")) == (kind, row, seed) for line in self.lines())
+
     def add(self, kind: str, folder: Path, row: str, seed: int | None, metrics: dict[str, Any]) -> None:
         key = {"kind": kind, "row": row, "seed": seed}
-        if any(all(line.get(name) == value for name, value in key.items()) for line in self.lines()):
+        if self.has(kind, row, seed):
             return
         start = json.loads((folder / "environment.json").read_text())["starts"][-1]
         machine = {name: start[name] for name in ("device", "cpu_count", "torch_threads", "versions")}
@@ -202,27 +205,33 @@ class Record:
 
 
 def run(study: Study) -> Record:
-    """Run what is missing: every row's pre-training first, then all rows on one labelled set after the other, first
-    by probes, then by fine-tuning.
+    """Run what the record lacks: the pre-training of every row first, then all rows on one labelled set after the
+    other, first by probes, then by fine-tuning.
     """
     choices = dict(study.choices)
     if unknown := [name for name in study.rows if name not in choices]:
         raise ValueError(f"there is no row {unknown[0]!r}; choose from {', '.join(choices)}")
     record = Record(study.record or study.output / "record.jsonl", study)
+    missing = [
+        (measure, seed, name)
+        for measure in study.measures
+        for seed in range(study.seeds)
+        for name in study.rows
+        if not record.has(measure, name, seed)
+    ]
     for name in study.rows:
-        if choices[name].length:
+        wanted = any(name == row for _, _, row in missing) or not record.has("pretrain", name, None)
+        if choices[name].length and (wanted or not study.seeds):  # without seeds pre-training is all that is asked for
             config = pretraining(study, name, choices[name])
             record.add("pretrain", config.output_dir, name, None, _complete(MaskedImageModeling, config))
-    for measure in study.measures:
-        for seed in range(study.seeds):
-            for name in study.rows:
-                asked = (study, name, choices[name], seed)
-                if measure == "probe":
-                    probe = probing(*asked)
-                    record.add(measure, probe.output_dir, name, seed, _complete(LinearProbe, probe))
-                else:
-                    fine = finetuning(*asked)
-                    record.add(measure, fine.output_dir, name, seed, _complete(Finetune, fine))
+    for measure, seed, name in missing:
+        asked = (study, name, choices[name], seed)
+        if measure == "probe":
+            probe = probing(*asked)
+            record.add(measure, probe.output_dir, name, seed, _complete(LinearProbe, probe))
+        else:
+            fine = finetuning(*asked)
+            record.add(measure, fine.output_dir, name, seed, _complete(Finetune, fine))
     return record
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -60,6 +61,11 @@ def test_a_study_is_continued_and_its_record_grows(recipe, tmp_path, capsys):
     for measure in ("probe", "finetune"):
         assert len([line for line in lines if line["kind"] == measure]) == 6
         assert [entry.name for entry in second.measured(dict(study.choices), measure)] == list(rows)
+    shutil.rmtree(study.output / "scratch")
+    text = second.path.read_text()
+    ablation.run(dataclasses.replace(study, seeds=2))
+    assert second.path.read_text() == text
+    assert not (study.output / "scratch").exists()
     with pytest.raises(ValueError, match="other settings"):
         ablation.run(dataclasses.replace(study, rate=2e-3))
     json.dumps(lines)
