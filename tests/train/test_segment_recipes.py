@@ -102,7 +102,10 @@ def test_errors_are_one_line_on_the_command_line(cache, tmp_path, capsys):
 def test_the_arms_of_the_evidence_differ_only_in_what_they_compare():
     protocol = Protocol(pretrained="x")
     ours, scratch = (segmenting(protocol, weights, 1e-3, 0) for weights in ("x", None))
-    same = dataclasses.replace(scratch, weights="x", scratch=False, output_dir=ours.output_dir)
+    same = dataclasses.replace(
+        scratch, weights="x", scratch=False, output_dir=ours.output_dir, layer_decay=protocol.layer_decay
+    )
     assert same == ours
+    assert scratch.layer_decay == 1.0
     held = [segmenting(protocol, None, 1e-3, s).data.builtin_seed for s in (0, 1, 2, 100)]
     assert len(set(held)) == 4
