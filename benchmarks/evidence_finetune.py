@@ -7,8 +7,9 @@ a functional check of the method, not ImageNet. Pre-training sees unlabelled sce
 scenes differ from seed to seed, the validation scenes are always the same and are never trained on.
 
 Both ways of training have the same augmentation and the same three learning rates to choose from, by one run each on a
-set of labelled scenes that is not used again; training from scratch has `scratch_steps` steps, at least three times as
-many. The run folders are kept, so the program continues where it was stopped. `--arms probe` runs a part of it.
+set of labelled scenes that is not used again; the probes of either model choose likewise. Training from scratch has
+`scratch_steps` steps, at least three times as many. The run folders are kept, so the program continues where it was
+stopped. `--arms probe` runs a part of it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class Protocol:
     """Of fine-tuning; from scratch all layers learn alike."""
     probe_images: int = 16_000
     """Labelled scenes per seed for the probes, which train few numbers and need many scenes to tell features apart."""
+    probe_rates: tuple[float, ...] = (4e-3, 1e-2)
+    """Learning rates that the probes of either model choose from."""
     probe_epochs: int = 20
     """Epochs of the probes."""
     cache_dir: str | None = None
@@ -102,13 +105,14 @@ def labelled(protocol: Protocol, seed: int, images: int) -> LabelledDataConfig:
     )  # fmt: skip
 
 
-def probing(protocol: Protocol, weights: str | None, seed: int) -> ProbeConfig:
+def probing(protocol: Protocol, weights: str | None, rate: float, seed: int) -> ProbeConfig:
     """Probes of every block on standardised features, without augmentation."""
-    name = f"probe_{'random' if weights is None else 'pretrained'}_seed{seed}"
-    return scene_protocol.probing(
+    name = f"probe_{'random' if weights is None else 'pretrained'}_lr{rate:g}_seed{seed}"
+    config = scene_protocol.probing(
         common(protocol, name, 200), ClassifierModelConfig(**SHAPE), labelled(protocol, seed, protocol.probe_images),
         weights=weights, epochs=protocol.probe_epochs, seed=seed,
     )  # fmt: skip
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=rate))
 
 
 def classifying(protocol: Protocol, weights: str | None, rate: float, seed: int) -> FinetuneConfig:
@@ -156,8 +160,14 @@ def gather(protocol: Protocol) -> dict[str, Any]:
         }
     if "probe" in protocol.arms:
         for name, start in (("probe_pretrained", weights), ("probe_random", None)):
-            results = [run(LinearProbe, probing(protocol, start, seed)) for seed in seeds]
+            tuned = {
+                rate: run(LinearProbe, probing(protocol, start, rate, TUNING_SEED))["best_top1_percent"]
+                for rate in protocol.probe_rates
+            }
+            best = max(tuned, key=tuned.__getitem__)
+            results = [run(LinearProbe, probing(protocol, start, best, seed)) for seed in seeds]
             layers = [[value for key, value in sorted(r.items()) if key.startswith("layer")] for r in results]
+            found[f"{name}_tuning"] = {"top1_percent_by_rate": tuned, "chosen": best}
             found[name] = summary([r["best_top1_percent"] for r in results]) | {"layers": layers}
     for name, start in (("finetune", weights), ("scratch", None)):
         if "tune" not in protocol.arms and name not in protocol.arms:
