@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tiny", action="store_true", help="toy sizes that only show that everything runs")
     group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 3; 15 with --full)")
     group.addoption("--stop-after", type=float, default=None, metavar="S",
-                    help="start no comparison after S seconds (default 540; --full: no limit)")  # fmt: skip
+                    help="start no comparison after S seconds (default 500; --full: no limit)")  # fmt: skip
     group.addoption("--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -114,7 +114,7 @@ class Turns:
 @pytest.fixture(scope="session")
 def turns(request: pytest.FixtureRequest, scale: Scale) -> Turns:
     given = request.config.getoption("--stop-after")
-    return Turns(scale, given if given is not None else math.inf if scale.name == "full" else 540.0)
+    return Turns(scale, given if given is not None else math.inf if scale.name == "full" else 500.0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
