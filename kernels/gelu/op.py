@@ -3,13 +3,17 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import chosen_backend, triton_runs
-from ..dispatch import differentiable_op, plain_op
+from ..dispatch import differentiable_op, plain_op, traced
 from . import reference
 
-MAPPED_ANEW_BYTES = 32 << 20  # glibc: DEFAULT_MMAP_THRESHOLD_MAX
+MAPPED_ANEW_BYTES = 32 << 20
+"""glibc's DEFAULT_MMAP_THRESHOLD_MAX: it maps larger blocks of memory anew, page by page, every time."""
+PIECE_BYTES = 4 << 20
+"""Of the scratch in which a CPU then adds the bias: it stays in the cache until the next pass reads it."""
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Tensor:
@@ -29,7 +33,19 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
         return reference.bias_gelu(x, bias)
     if may_overwrite and bias is not None and _works_in_place(x, bias):
         return torch.ops.aten.gelu_(x.add_(bias))
-    return _gelu(x, bias, _keeps_sum(x, bias))[0]
+    if _is_fastest_plain(x, bias):
+        return F.gelu(x if bias is None else x + bias)
+    return _gelu(x, bias)
+
+
+def _is_fastest_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """On a CPU in eager mode: whether pieces save nothing, so that torch's own formula and gradient are best."""
+    return (
+        x.device.type == "cpu"
+        and not traced(x)
+        and not triton_runs(x)
+        and (bias is None or (bias.dtype == x.dtype and x.numel() * x.element_size() <= MAPPED_ANEW_BYTES))
+    )
 
 
 def _works_in_place(x: Tensor, bias: Tensor) -> bool:
@@ -45,69 +61,77 @@ def _works_in_place(x: Tensor, bias: Tensor) -> bool:
     )
 
 
-def _keeps_sum(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether the backward pass gets x + bias as it is, or adds it up again in the buffer that then takes the gradient.
-
-    On a CPU one addition more is cheaper than one more block of memory where that is mapped anew, page by page, every
-    time, which is so above the C library's limit.
-    """
-    if x.device.type != "cpu" or bias is None or bias.dtype != x.dtype or triton_runs(x):
-        return False
-    return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or bias.requires_grad)
-        and x.numel() * x.element_size() <= MAPPED_ANEW_BYTES
+def _pieces(x: Tensor, bias: Tensor) -> tuple[Tensor, range]:
+    """Scratch for x + bias of some rows, in the dtype that both promote to, and the first rows of the pieces of x."""
+    dtype = (
+        x.dtype
+        if bias.dtype == x.dtype
+        else torch.promote_types(torch.promote_types(x.dtype, bias.dtype), torch.float32)
     )
+    rows = min(len(x), max(PIECE_BYTES // max(x.shape[1] * dtype.itemsize, 1), 1))
+    return x.new_empty((rows, x.shape[1]), dtype=dtype), range(0, len(x), max(rows, 1))
 
 
-def _biased(x: Tensor, bias: Tensor) -> Tensor:
-    """x + bias, in at least fp32 where the two are not of one dtype."""
-    return x + bias if bias.dtype == x.dtype else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
-
-
-def _gelu_impl(x: Tensor, bias: Tensor | None, keep_sum: bool) -> tuple[Tensor, Tensor]:
-    """gelu(x + bias); and x + bias if `keep_sum`, else an empty tensor."""
+def _gelu_impl(x: Tensor, bias: Tensor | None) -> Tensor:
+    """gelu(x + bias)."""
     x = x.contiguous()
     if triton_runs(x):
         from . import kernel
 
-        return kernel.bias_gelu_forward(x, bias), x.new_empty(0)
+        return kernel.bias_gelu_forward(x, bias)
     if bias is None:
-        return torch.ops.aten.gelu(x), x.new_empty(0)
-    before = _biased(x, bias)
-    if keep_sum:
-        return torch.ops.aten.gelu(before), before
-    return torch.ops.aten.gelu_(before).to(x.dtype), x.new_empty(0)
+        return torch.ops.aten.gelu(x)
+    y = torch.empty_like(x)
+    x_rows, y_rows = x.view(-1, x.shape[-1]), y.view(-1, x.shape[-1])
+    scratch, starts = _pieces(x_rows, bias)
+    for start in starts:
+        part = x_rows[start : start + len(scratch)]
+        before = torch.add(part, bias, out=scratch[: len(part)])
+        out = y_rows[start : start + len(scratch)]
+        if before.dtype == y.dtype:
+            torch.ops.aten.gelu.out(before, out=out)
+        else:
+            out.copy_(torch.ops.aten.gelu_(before))
+    return y
 
 
-def _gelu_fake(x: Tensor, bias: Tensor | None, keep_sum: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape if keep_sum else 0)
+def _gelu_fake(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def _gelu_backward_impl(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x and, if `need_bias`, of what was or is added to it: (D,) in at least fp32, or empty.
-
-    Args:
-        x, bias: as given, or their sum and None.
-    """
+    """Gradients of x and, if `need_bias`, of the bias: (D,) in at least fp32, or empty."""
     grad, x = grad.contiguous(), x.contiguous()
     if triton_runs(x):
         from . import kernel
 
         return kernel.bias_gelu_backward(grad, x, bias, need_bias)
-    wide = torch.promote_types(x.dtype, torch.float32)
     if bias is None:
-        grad_x = torch.ops.aten.gelu_backward(grad, x)
+        return torch.ops.aten.gelu_backward(grad, x), x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    grad_x = torch.empty_like(x)
+    rows = x.view(-1, x.shape[-1]), grad.view(-1, x.shape[-1]), grad_x.view(-1, x.shape[-1])
+    scratch, starts = _pieces(rows[0], bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = x.new_empty((len(starts) if need_bias else 0, x.shape[-1]), dtype=wide)
+    for piece, start in enumerate(starts):
+        x_part, grad_part, out = (tensor[start : start + len(scratch)] for tensor in rows)
+        before = torch.add(x_part, bias, out=scratch[: len(x_part)])
+        if before.dtype == x.dtype:
+            torch.ops.aten.gelu_backward.grad_input(grad_part, before, grad_input=out)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(grad_part.to(before.dtype), before, grad_input=before)
+            out.copy_(before)
+        if need_bias:
+            _column_sum(out if before.dtype == x.dtype else before, sums[piece])
+    return grad_x, sums.sum(0) if need_bias else sums.view(-1)
+
+
+def _column_sum(matrix: Tensor, out: Tensor) -> None:
+    """(R, D) -> (D,), as a product with ones, which is faster than `sum(0)`."""
+    if matrix.dtype == out.dtype:
+        torch.mv(matrix.T, matrix.new_ones(len(matrix)), out=out)
     else:
-        grad_x = _biased(x, bias)
-        torch.ops.aten.gelu_backward.grad_input(grad.to(grad_x.dtype), grad_x, grad_input=grad_x)
-    grad_bias = _column_sum(grad_x.view(-1, x.shape[-1]), wide) if need_bias else grad_x.new_empty(0, dtype=wide)
-    return grad_x.to(x.dtype), grad_bias
-
-
-def _column_sum(matrix: Tensor, wide: torch.dtype) -> Tensor:
-    """(R, D) -> (D,), as a product with ones, which is twice as fast as `sum(0)`."""
-    return matrix.new_ones(matrix.shape[0]) @ matrix if matrix.dtype == wide else matrix.sum(0, dtype=wide)
+        torch.sum(matrix, 0, dtype=out.dtype, out=out)
 
 
 def _gelu_backward_fake(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool) -> tuple[Tensor, Tensor]:
@@ -115,21 +139,16 @@ def _gelu_backward_fake(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias:
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_bias else 0, dtype=wide)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, bias, keep_sum = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros for it either
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(*((output[1], None) if keep_sum else (x, bias)))
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias = inputs
+    ctx.save_for_backward(x, bias)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    if grad is None:
-        return None, None, None
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, bias = ctx.saved_tensors
-    need_bias = ctx.bias_dtype is not None and ctx.needs_input_grad[1]
+    need_bias = bias is not None and ctx.needs_input_grad[1]
     grad_x, grad_bias = _gelu_backward(grad, x, bias, need_bias)
-    return grad_x, grad_bias.to(ctx.bias_dtype) if need_bias else None, None
+    return grad_x, grad_bias.to(bias.dtype) if need_bias else None
 
 
 _gelu_backward = plain_op("bias_gelu_backward", _gelu_backward_impl, _gelu_backward_fake)
