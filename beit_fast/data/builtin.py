@@ -23,7 +23,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.scenes import NUM_CLASSES, draw_scene, generator, labelled_class, render_labelled, render_scene
+from beit_fast.data.scenes import (
+    HUED,
+    LABELLED,
+    NUM_CLASSES,
+    draw_scene,
+    generator,
+    labelled_class,
+    render_labelled,
+    render_scene,
+)
 from beit_fast.data.sources import FolderSource
 
 __all__ = ["NOTICE", "NUM_CLASSES", "builtin_source", "default_cache_dir", "render", "render_labelled"]
@@ -85,6 +94,7 @@ def builtin_source(
     photograph_share: float = 0.2,
     labelled: bool = False,
     label_maps: bool = False,
+    hues: bool = False,
     workers: int | None = None,
 ) -> FolderSource:
     """The first `count` built-in images of set `seed` as JPEG files of `size` pixels a side.
@@ -93,23 +103,36 @@ def builtin_source(
     on stderr, and found there afterwards; a larger `count` draws only what is missing, and so does a cache with
     missing, empty or truncated files. Several processes may call at once: one draws, the others wait.
     `labelled=True` gives the 24-class scenes (class = 4 * shape + texture) and no photographs; with `label_maps=True`
-    a PNG beside each holds the number of the surface (`scenes.SURFACES`) that each pixel shows.
+    a PNG beside each holds the number of the surface (`scenes.SURFACES`) that each pixel shows. With `hues=True`
+    the objects are coloured, and the class is 4 * shape + hue.
 
     ValueError where the folder holds something else than these images.
     """
-    if label_maps and not labelled:
-        raise ValueError("builtin_source: only labelled scenes have label maps")
+    if (label_maps or hues) and not labelled:
+        raise ValueError("builtin_source: only labelled scenes have label maps or hues")
+    if label_maps and hues:
+        raise ValueError("builtin_source: scenes with hues have no label maps")
     if count < 1 or size < 8 or seed < 0 or not 0 <= photograph_share <= 1:
         raise ValueError(
             f"builtin_source needs count >= 1, size >= 8, seed >= 0 and photograph_share in [0, 1]; "
             f"got {count}, {size}, {seed}, {photograph_share}"
         )
     share = 0.0 if labelled else photograph_share
-    kind = "segmented" if label_maps else "labelled" if labelled else f"photographs{round(100 * share)}"
+    kind = (
+        "segmented"
+        if label_maps
+        else "hues"
+        if hues
+        else "labelled"
+        if labelled
+        else f"photographs{round(100 * share)}"
+    )
     folder = Path(cache_dir or default_cache_dir()) / f"{RENDERER}-{kind}-seed{seed}-{size}px"
     manifest = {"renderer": RENDERER, "seed": seed, "size": size, "photograph_share": share, "labelled": labelled}
     if label_maps:
         manifest["label_maps"] = True
+    if hues:
+        manifest["hues"] = True
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         _check_manifest(folder, manifest | {"jpeg_quality": _QUALITY})
@@ -121,7 +144,8 @@ def builtin_source(
         ]
         if missing:
             _draw_missing(folder, missing, manifest, workers)
-    labels = np.array([labelled_class(index, seed) for index in range(count)], np.int32) if labelled else None
+    style = HUED if hues else LABELLED
+    labels = np.array([labelled_class(index, seed, style) for index in range(count)], np.int32) if labelled else None
     return FolderSource(folder, (_file_name(index) for index in range(count)), labels)
 
 
@@ -216,7 +240,7 @@ def _draw(folder: Path, indices: list[int], manifest: dict[str, Any]) -> Iterato
         path = folder / _file_name(index)
         path.parent.mkdir(exist_ok=True)
         if manifest["labelled"]:
-            scene = render_scene(index, seed, size)
+            scene = render_scene(index, seed, size, HUED if manifest.get("hues") else LABELLED)
             pixels = scene.pixels
             if manifest.get("label_maps"):
                 _save(Image.fromarray(scene.surfaces), path.with_suffix(".png"), format="PNG")

@@ -18,7 +18,7 @@ from beit_fast.data.sources import ArraySource, FolderSource, ImageSource, open_
 VALIDATION_FOLDERS = ("val", "validation", "test")
 VALIDATION_SEED = 2_000_003
 """Set of built-in scenes that is never trained on."""
-BuiltinSet = Literal["scenes", "digits"]
+BuiltinSet = Literal["scenes", "hues", "digits"]
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,18 @@ def open_evaluation(path: str | os.PathLike[str]) -> LabelledImages:
 def builtin_labelled(
     name: BuiltinSet, cache_dir: str | os.PathLike[str] | None, count: int, size: int, train: bool, seed: int = 0
 ) -> LabelledImages:
-    """Built-in data: `scenes`, drawn, 24 classes = 6 shapes x 4 textures, or `digits`, scikit-learn's 1797.
+    """Built-in data: `scenes`, drawn, 24 classes = 6 shapes x 4 textures; `hues`, 6 shapes x 4 hues; or `digits`,
+    scikit-learn's 1797.
 
     Training and validation scenes have different seeds and share no image. Of the digits every fifth is for
     validation; `count` and `size` do not apply to them (they are 8 x 8 pixels).
     """
     if name == "digits":
         return _digits(train)
-    source = builtin.builtin_source(cache_dir, count, seed if train else VALIDATION_SEED + seed, size, labelled=True)
-    classes = tuple(f"{t.__name__} {s.__name__}" for s in scenes.SHAPES for t in scenes.TEXTURES)
+    set_seed, hues = seed if train else VALIDATION_SEED + seed, name == "hues"
+    source = builtin.builtin_source(cache_dir, count, set_seed, size, labelled=True, hues=hues)
+    kinds = tuple(scenes.HUES) if hues else tuple(texture.__name__ for texture in scenes.TEXTURES)
+    classes = tuple(f"{kind} {shape.__name__}" for shape in scenes.SHAPES for kind in kinds)
     return LabelledImages(source, _labels(source, "built-in scenes"), classes)
 
 

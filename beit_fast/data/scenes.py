@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +113,8 @@ def blotches(x: Floats, y: Floats, period: float, u: Floats) -> Floats:
 
 
 TEXTURES: tuple[Callable[[Floats, Floats, float, Floats], Floats], ...] = (stripes, checker, dots, blotches)
+HUES = {"orange": (1, -1), "magenta": (1, 1), "blue": (-1, 1), "green": (-1, -1)}
+"""Directions of the red and the blue channel; the green one keeps the luminance."""
 NUM_CLASSES = len(SHAPES) * len(TEXTURES)
 SURFACES = ("ground", *(f"plain {shape.__name__}" for shape in SHAPES), *(texture.__name__ for texture in TEXTURES))
 """What a pixel can show, by its number in label maps: the ground, a plain leaf of some shape, or a texture."""
@@ -127,6 +129,8 @@ class SceneStyle:
     object_radius: tuple[float, float]
     textured_share: float
     """Share of the leaves that bear a texture; the others are shaded only."""
+    object_hues: bool = False
+    """Whether the object has one of four hues, which then is part of its class in place of the texture."""
 
 
 CLUTTERED = SceneStyle(leaves=(9, 17), leaf_radius=(4.5, 22.0), object_radius=(15.0, 23.0), textured_share=0.7)
@@ -134,6 +138,9 @@ CLUTTERED = SceneStyle(leaves=(9, 17), leaf_radius=(4.5, 22.0), object_radius=(1
 
 LABELLED = SceneStyle(leaves=(3, 8), leaf_radius=(4.5, 22.0), object_radius=(18.0, 26.0), textured_share=0.0)
 """For the 24 classes: only the object on top bears one of the four textures, so the label can be read off."""
+
+HUED = replace(LABELLED, object_hues=True)
+"""For 24 classes that are easy in part: the object has any texture and one of four hues, which a mean colour tells."""
 
 _PER_SURFACE = 48  # uniforms drawn for one surface, used or not: a scene is then one draw
 
@@ -148,9 +155,9 @@ class _Canvas:
         self.surfaces = np.zeros((size, size), np.uint8)  # the ground
         self.centres = np.arange(size, dtype=np.float32) + np.float32(0.5)
 
-    def surface(self, x: Floats, y: Floats, u: Floats, texture: int | None) -> Floats:
+    def surface(self, x: Floats, y: Floats, u: Floats, texture: int | None, hue: int | None = None) -> Floats:
         """Colours (3, Y, X) of a textured and shaded surface over the pixel centres x, y."""
-        first, second = _colours(u[0:8].tolist())
+        first, second = _colours(u[0:8].tolist(), hue)
         strength, angle = 0.35 * float(u[9]), 2 * math.pi * float(u[10])
         half_x, half_y = len(x) / 2, len(y) / 2
         light_x = (x - (x[0] + np.float32(half_x))) * np.float32(0.5 * strength * math.cos(angle) / half_x)
@@ -162,7 +169,9 @@ class _Canvas:
         share = TEXTURES[texture](x, y, period, u[24:48])
         return first * light + (second - first) * (share * light)
 
-    def drop(self, radius: float, stretch: float, u: Floats, shape: int, texture: int | None) -> None:
+    def drop(
+        self, radius: float, stretch: float, u: Floats, shape: int, texture: int | None, hue: int | None = None
+    ) -> None:
         """Paint one shape (radius in units) and the shadow that it casts around itself."""
         radius *= self.unit
         shadow_width = min(4 * self.unit, 0.4 * radius)
@@ -184,7 +193,7 @@ class _Canvas:
         below = self.pixels[:, y0:y1, x0:x1]
         # cover * surface + (1 - cover) * below, where the shadow takes up to 45 % of the light below
         below *= (np.float32(1) - np.float32(0.45) * shade) * (np.float32(1) - cover)
-        below += cover * self.surface(x, y, u, texture)
+        below += cover * self.surface(x, y, u, texture, hue)
         self.surfaces[y0:y1, x0:x1][cover >= 0.5] = 1 + (shape if texture is None else len(SHAPES) + texture)
 
 
@@ -194,14 +203,15 @@ def _unit(values: Floats) -> Floats:
     return np.minimum(values, np.float32(1), out=values)
 
 
-def _colours(u: list[float]) -> tuple[Floats, Floats]:
-    """Two RGB colours (3, 1, 1): luminances in [.08, .92] at least .3 apart, chroma within .07."""
+def _colours(u: list[float], hue: int | None) -> tuple[Floats, Floats]:
+    """Two RGB colours (3, 1, 1): luminances in [.08, .92] at least .3 apart, chroma within .07 of grey or of `hue`."""
+    red_of_hue, blue_of_hue = (0, 0) if hue is None else list(HUES.values())[hue]
     low = 0.08 + 0.54 * u[0]
     high = low + 0.3 + (0.92 - low - 0.3) * u[1]
     colours = []
     for luminance, red, blue in ((low, u[3], u[4]), (high, u[5], u[6])):
         # Red and blue move freely, green keeps the luminance (ITU-R 601 weights).
-        red, blue = 0.14 * (red - 0.5), 0.14 * (blue - 0.5)
+        red, blue = 0.12 * red_of_hue + 0.14 * (red - 0.5), 0.12 * blue_of_hue + 0.14 * (blue - 0.5)
         green = -(0.299 * red + 0.114 * blue) / 0.587
         colours.append(np.array([luminance + red, luminance + green, luminance + blue], np.float32)[:, None, None])
     return (colours[0], colours[1]) if u[2] < 0.5 else (colours[1], colours[0])
@@ -218,7 +228,7 @@ class Scene(NamedTuple):
     pixels: NDArray[np.uint8]
     """(size, size, 3)"""
     number: int
-    """Class of its object, `4 * shape + texture` in [0, 24)."""
+    """Class of its object in [0, 24): `4 * shape + texture`, or `4 * shape + hue` where objects have hues."""
     surfaces: NDArray[np.uint8]
     """(size, size): which of `SURFACES` covers at least half of each pixel."""
 
@@ -238,10 +248,10 @@ def draw_scene(rng: np.random.Generator, size: int, style: SceneStyle = CLUTTERE
         texture = int(row[16] * 4) if row[17] < style.textured_share else None
         canvas.drop(radius, 0.7 * (float(row[18]) - 0.5), row, int(row[19] * 6), texture)
     top = u[-1]
-    shape, texture = int(head[1] * 6), int(head[2] * 4)
+    shape, texture, hue = int(head[1] * 6), int(head[2] * 4), int(head[4] * 4) if style.object_hues else None
     near, far = style.object_radius
     top[11:13] = 0.5 + (top[11:13] - 0.5) * 0.4  # the object stays in the middle of the image
-    canvas.drop(near + (far - near) * float(top[15]), 0.24 * (float(top[18]) - 0.5), top, shape, texture)
+    canvas.drop(near + (far - near) * float(top[15]), 0.24 * (float(top[18]) - 0.5), top, shape, texture, hue)
     gain = np.float32(0.75 + 0.4 * float(head[3]))
     image = canvas.pixels
     image *= gain * np.float32(255)
@@ -249,13 +259,14 @@ def draw_scene(rng: np.random.Generator, size: int, style: SceneStyle = CLUTTERE
     np.maximum(image, np.float32(0), out=image)
     np.minimum(image, np.float32(254.5), out=image)
     image += np.float32(0.5)
-    return Scene(np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0)), 4 * shape + texture, canvas.surfaces)
+    pixels = np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0))
+    return Scene(pixels, 4 * shape + (texture if hue is None else hue), canvas.surfaces)
 
 
-def labelled_class(index: int, seed: int) -> int:
-    """The class of `render_labelled(index, seed, ...)` without drawing it."""
+def labelled_class(index: int, seed: int, style: SceneStyle = LABELLED) -> int:
+    """The class of `render_scene(index, seed, ..., style)` without drawing it."""
     head = generator(seed, index).random(8, dtype=np.float32)
-    return 4 * int(head[1] * 6) + int(head[2] * 4)
+    return 4 * int(head[1] * 6) + int(head[4 if style.object_hues else 2] * 4)
 
 
 def render_labelled(index: int, seed: int, size: int) -> tuple[NDArray[np.uint8], int]:
@@ -263,6 +274,6 @@ def render_labelled(index: int, seed: int, size: int) -> tuple[NDArray[np.uint8]
     return render_scene(index, seed, size)[:2]
 
 
-def render_scene(index: int, seed: int, size: int) -> Scene:
+def render_scene(index: int, seed: int, size: int, style: SceneStyle = LABELLED) -> Scene:
     """The same labelled scene with all that is known about it, label map included."""
-    return draw_scene(generator(seed, index), size, LABELLED)
+    return draw_scene(generator(seed, index), size, style)

@@ -58,7 +58,8 @@ class LabelledDataConfig:
     num_classes: int | None = None
     """Classes that the data has to have; None takes what it has."""
     builtin: BuiltinSet = "scenes"
-    """Without a path: `scenes`, drawn, 24 classes = 6 shapes x 4 textures, or `digits` (scikit-learn's)."""
+    """Without a path: `scenes`, drawn, 24 classes = 6 shapes x 4 textures; `hues`, 6 shapes x 4 hues, of which a model
+    without pre-training learns the hues; or `digits` (scikit-learn's)."""
     builtin_images: int = 2000
     """Training scenes."""
     builtin_validation_images: int = free(1500)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from beit_fast.data.builtin import builtin_source
+from beit_fast.data.labelled import BuiltinSet
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.finetune import AugmentConfig, ClassifierModelConfig, FinetuneConfig, LabelledDataConfig
 from beit_fast.train.pretrain import (
@@ -58,11 +59,12 @@ def pretraining(
 
 
 def labelled(
-    seed: int, *, images: int, validation_images: int, cache_dir: str | None, threads: int
-) -> LabelledDataConfig:
+    seed: int, *, images: int, validation_images: int, cache_dir: str | None, threads: int,
+    builtin: BuiltinSet = "scenes",
+) -> LabelledDataConfig:  # fmt: skip
     """Training scenes of a seed and the validation scenes."""
     return LabelledDataConfig(
-        builtin_images=images, builtin_validation_images=validation_images, builtin_size=64,
+        builtin=builtin, builtin_images=images, builtin_validation_images=validation_images, builtin_size=64,
         builtin_seed=1000 + seed, cache_dir=cache_dir, normalization="half", crop_share=1.0, threads=threads,
     )  # fmt: skip
 

@@ -137,6 +137,27 @@ def test_labelled_set(tmp_path):
     assert [source.label(i) for i in range(5)] == [scenes.labelled_class(i, 2) for i in range(5)]
 
 
+def test_hues_are_what_a_mean_colour_tells(tmp_path):
+    """Red and blue of the object's middle, less the brightness, point where the class says; shape and light do not."""
+    found = [scenes.render_scene(index, 3, 64, scenes.HUED) for index in range(200)]
+    plain = [scenes.render_scene(index, 3, 64) for index in range(200)]
+    directions = list(scenes.HUES.values())
+    right = []
+    for scene, grey in zip(found, plain, strict=True):
+        assert np.array_equal(scene.surfaces, grey.surfaces)
+        assert scene.number // 4 == grey.number // 4
+        red, green, blue = scene.pixels[scene.surfaces > len(scenes.SHAPES)].mean(0)
+        luminance = 0.299 * red + 0.587 * green + 0.114 * blue
+        right.append((np.sign(red - luminance), np.sign(blue - luminance)) == directions[scene.number % 4])
+    assert np.mean(right) > 0.95
+    assert [scenes.labelled_class(index, 3, scenes.HUED) for index in range(200)] == [s.number for s in found]
+    source = builtin.builtin_source(tmp_path, 5, seed=3, size=16, labelled=True, hues=True)
+    assert [source.label(index) for index in range(5)] == [s.number for s in found[:5]]
+    for wrong in ({"hues": True}, {"hues": True, "labelled": True, "label_maps": True}):
+        with pytest.raises(ValueError, match="hues"):
+            builtin.builtin_source(tmp_path, 1, **wrong)
+
+
 def test_the_photographs_are_small_and_attributed():
     folder = Path(builtin.__file__).parent / "photographs"
     attribution = (folder / "ATTRIBUTION.md").read_text()
