@@ -1,5 +1,7 @@
 """The same weights in this library, timm and transformers give the same outputs and gradients (fp32 on CPU)."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -49,41 +51,64 @@ def family(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def assert_same_gradients(ours, theirs, over_blocks=False) -> None:
-    """Within 1e-5 of each other, relative to the norm.
+class Tolerance(NamedTuple):
+    rtol: float
+    """Of outputs, relative to theirs."""
+    atol: float
+    """Of outputs, absolute, in addition."""
+    gradients: float
+    """Of gradients, relative to the norm of theirs."""
+    over_blocks: bool
+    """Whether that is the norm of a parameter in all blocks together."""
 
-    With `over_blocks` that of a parameter in all blocks together: at full size the gradient of a single block may be so
-    much smaller than what it is a sum of that rounding alone, here or there, comes to more.
-    """
+
+FP32 = Tolerance(0.0, 1e-5, 1e-5, False)
+# 24 blocks of 1024 columns round more: logits of BEiT-L come out 1.001e-5 apart, and the gradient of a single block may
+# be so much smaller than what it is a sum of that rounding alone, here or there, comes to more. That nothing but
+# rounding differs is what fp64 then shows, of every number by itself.
+FP32_FULL_SIZE = Tolerance(1e-5, 1e-5, 1e-5, True)
+FP64 = Tolerance(0.0, 1e-11, 1e-11, False)
+
+
+def assert_same_gradients(ours, theirs, tolerance=FP32) -> None:
     assert set(ours) == set(theirs)
     kinds: dict[str, list[str]] = {}
     for name in theirs:
-        kinds.setdefault(family(name) if over_blocks else name, []).append(name)
+        kinds.setdefault(family(name) if tolerance.over_blocks else name, []).append(name)
     for kind, names in kinds.items():
         difference = sum((ours[n] - theirs[n]).double().square().sum() for n in names) ** 0.5
         norm = sum(theirs[n].double().square().sum() for n in names) ** 0.5
-        assert difference <= 1e-5 * norm + 1e-8, f"{kind}: {difference / norm}"
+        assert difference <= tolerance.gradients * (norm + 1e-3), f"{kind}: {difference / norm}"
 
 
-def assert_same_outputs(ours, theirs, at_full_size=False) -> None:
-    """Within 1e-5 of each other; at full size, where logits of BEiT-L are 1.001e-5 apart, within 1e-5 of 1 + theirs."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-5 if at_full_size else 0.0, atol=1e-5)
+def assert_same_outputs(ours, theirs, tolerance=FP32) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance.rtol, atol=tolerance.atol)
+
+
+def at_each_precision(compare, ours, peer, x, at_full_size) -> None:
+    compare(ours, peer, x, FP32_FULL_SIZE if at_full_size else FP32)
+    if getattr(peer, "config", None) is None or peer.config._attn_implementation != "eager":
+        # transformers' eager attention takes its softmax in fp32 whatever its inputs are
+        compare(ours.double(), peer.double(), x.double(), FP64)
 
 
 def check_timm(config: BeitConfig, batch: int = 2, at_full_size: bool = False) -> None:
     ours = with_random_weights(Beit(config))
     peer = timm_beit(config)
     peer.load_state_dict(convert_state_dict(ours.state_dict(), to="timm"))
-    x = images_for(config, batch)
+    at_each_precision(compare_timm, ours, peer, images_for(config, batch), at_full_size)
+
+
+def compare_timm(ours, peer, x, tolerance) -> None:
     a, b = ours(x), peer(x)
-    assert_same_outputs(a, b, at_full_size)
-    probe = torch.randn(b.shape, generator=torch.Generator().manual_seed(2)) / b.numel() ** 0.5
+    assert_same_outputs(a, b, tolerance)
+    probe = (torch.randn(b.shape, generator=torch.Generator().manual_seed(2)) / b.numel() ** 0.5).to(x)
     with torch.no_grad():
         features, pooled = ours.forward_features(x), peer.forward_features(x)
-        assert_same_outputs(features, pooled, at_full_size)
-        assert_same_outputs(ours.forward_head(features, True), peer.forward_head(pooled, True), at_full_size)
+        assert_same_outputs(features, pooled, tolerance)
+        assert_same_outputs(ours.forward_head(features, True), peer.forward_head(pooled, True), tolerance)
     found = gradients((a * probe).sum(), ours)
-    assert_same_gradients(found, gradients((b * probe).sum(), peer), over_blocks=at_full_size)
+    assert_same_gradients(found, gradients((b * probe).sum(), peer), tolerance)
 
 
 POOLINGS = [("avg", None), ("token", None), ("", None), ("avg", False), ("token", True)]
@@ -125,16 +150,21 @@ def renamed(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return convert_state_dict(grads, to="transformers")
 
 
-def check_transformers_classifier(config: BeitConfig, attention: str, batch: int = 2) -> None:
+def check_transformers_classifier(
+    config: BeitConfig, attention: str, batch: int = 2, at_full_size: bool = False
+) -> None:
     ours = with_random_weights(Beit(config))
     peer = transformers_beit(config, "BeitForImageClassification", attn_implementation=attention)
     peer.load_state_dict(convert_state_dict(ours.state_dict(), to="transformers"))
-    x = images_for(config, batch)
+    at_each_precision(compare_transformers_classifiers, ours, peer, images_for(config, batch), at_full_size)
+
+
+def compare_transformers_classifiers(ours, peer, x, tolerance) -> None:
     a, b = ours(x), peer(x).logits
-    assert_same_outputs(a, b)
-    labels = torch.arange(batch)
+    assert_same_outputs(a, b, tolerance)
+    labels = torch.arange(len(x))
     ours_grad = gradients(F.cross_entropy(a, labels), ours)
-    assert_same_gradients(renamed(ours_grad), gradients(F.cross_entropy(b, labels), peer))
+    assert_same_gradients(renamed(ours_grad), gradients(F.cross_entropy(b, labels), peer), tolerance)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -149,35 +179,39 @@ def test_transformers_classifier(tables, pool, attention):
 @pytest.mark.parametrize("side", [224, 384])
 def test_transformers_classifier_at_full_size(side):
     config = BeitConfig.from_preset("base", image_size=side).for_classification(1000)
-    check_transformers_classifier(config, "eager", batch=1)
+    check_transformers_classifier(config, "sdpa", batch=1, at_full_size=True)
 
 
-def check_masked_image_modeling(config: BeitConfig, batch: int = 2, at_full_size: bool = False) -> None:
+def check_masked_image_modeling(config: BeitConfig, attention: str, batch: int = 2, at_full_size: bool = False) -> None:
     ours = with_random_weights(BeitForMaskedImageModeling(config))
-    peer = transformers_beit(config, "BeitForMaskedImageModeling", attn_implementation="eager")
+    peer = transformers_beit(config, "BeitForMaskedImageModeling", attn_implementation=attention)
     peer.load_state_dict(convert_state_dict(ours.state_dict(), to="transformers"))
-    x = images_for(config, batch)
-    generator = torch.Generator().manual_seed(3)
-    mask = torch.rand(batch, config.num_patches, generator=generator) < 0.4
+    at_each_precision(compare_masked_image_modeling, ours, peer, images_for(config, batch), at_full_size)
+
+
+def compare_masked_image_modeling(ours, peer, x, tolerance) -> None:
+    config, generator = ours.config, torch.Generator().manual_seed(3)
+    mask = torch.rand(len(x), config.num_patches, generator=generator) < 0.4
     tokens = torch.randint(0, config.vocab_size, (int(mask.sum()),), generator=generator)
     a = ours(x, mask, tokens)
     b = peer(x, bool_masked_pos=mask, labels=tokens)
-    assert (a.loss - b.loss).abs() < 1e-5
-    assert_same_outputs(ours.predict_tokens(x, mask), b.logits[mask], at_full_size)
+    assert (a.loss - b.loss).abs() < tolerance.atol
+    assert_same_outputs(ours.predict_tokens(x, mask), b.logits[mask], tolerance)
     assert a.num_correct == (b.logits[mask].argmax(1) == tokens).sum()
-    assert_same_gradients(renamed(gradients(a.loss, ours)), gradients(b.loss, peer), over_blocks=at_full_size)
+    assert_same_gradients(renamed(gradients(a.loss, ours)), gradients(b.loss, peer), tolerance)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("preset", ["plain", "plus"])
-def test_masked_image_modeling(preset):
+def test_masked_image_modeling(preset, attention):
     config = BeitConfig.from_preset(
         "tiny", preset, width=48, depth=3, num_heads=3, patch_size=8, image_size=32, vocab_size=60
     )
-    check_masked_image_modeling(config)
+    check_masked_image_modeling(config, attention)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["plain", "plus"])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_masked_image_modeling_at_full_size(size, preset):
-    check_masked_image_modeling(BeitConfig.from_preset(size, preset), batch=1, at_full_size=True)
+    check_masked_image_modeling(BeitConfig.from_preset(size, preset), "sdpa", batch=1, at_full_size=True)
