@@ -93,7 +93,7 @@ def ours(case: Case) -> Rival:
 
     config = FinetuneConfig(
         output_dir=case.folder / "run", scratch=True, batch_size=case.batch, batch_per_device=case.batch,
-        data=LabelledDataConfig(path=str(case.folder), validate=False),
+        data=LabelledDataConfig(path=str(case.folder), validate=False, prefetch=4),  # as many as timm's two workers
         model=ClassifierModelConfig(size=case.size, image_size=case.image_size, **shape(case)),  # type: ignore[arg-type]
         optim=OptimConfig(lr=1e-4, clip_grad=None),
     )  # fmt: skip
