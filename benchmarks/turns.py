@@ -1,7 +1,7 @@
 """Rivals that take turns: the one way all benchmarks measure.
 
 On a machine that is also busy with something else, two timings made one after the other say little. Here every rival
-runs once per round, in an order that rotates, and what is reported is the ratio within a round: its median over the
+runs once per round, in a random order, and what is reported is the ratio within a round: its median over the
 rounds, and an interval that assumes no distribution. Before anything is timed, the results are compared.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -183,6 +184,7 @@ def measure(
     """
     # without the rivals: they hold models and inputs, and the result outlives them
     measured = Measured(replace(comparison, rivals={}), device, load=os.getloadavg()[0])
+    _keep_freed_memory()
     rivals: dict[str, Rival] = {}
     for name, build in comparison.rivals.items():
         try:
@@ -207,13 +209,13 @@ def measure(
     rounds = max(pairs, min(most_pairs, int(budget_s / max(round_s, 1e-9))))
     measured.seconds = {name: [] for name in rivals}
     measured.probes = {name: [] for name in probes}
-    order = list(rivals)
+    order, generator = list(rivals), random.Random(0)
     for _ in range(rounds):
+        generator.shuffle(order)  # in a fixed cycle each would always follow the same other one
         for name in order:
             measured.seconds[name].append(clock.time(rivals[name], measured.calls[name]))
         for name, probe in probes.items():
             measured.probes[name].append(probe.work / clock.time(Rival(probe.run), 1))
-        order = order[1:] + order[:1]
     return measured
 
 
@@ -284,6 +286,8 @@ class Clock:
     def _by_wall_clock(self, rival: Rival, calls: int) -> float:
         run, prepare, elapsed = rival.run, rival.prepare, 0.0
         if prepare is None:
+            if calls > 1:
+                run()  # not timed: after another's turn caches and allocator are as that one left them
             self.wait()
             start = time.perf_counter()
             for _ in range(calls):
@@ -366,6 +370,20 @@ class PeakMemory:
             self.mib = torch.cuda.max_memory_allocated(self.device) / 2**20 - self.before
         elif self.before is not None and (peak := _status_mib("VmHWM")) is not None:
             self.mib = max(0.0, peak - self.before)
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep freed blocks of up to 32 MB, its own limit, and what is free at the end of the heap.
+
+    Otherwise it gives the end back whenever that exceeds twice the largest block freed so far. Whose blocks lie there,
+    and are then mapped anew page by page, is chance: of two rivals that ran the same code one came out 1.1 times as
+    fast in one process, and the other in the next.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 1 << 30)
 
 
 def _reset_resident_peak() -> float | None:
