@@ -1,9 +1,9 @@
 """Attention on CPU: as many samples at a time as keep their (H, N, N) scores, from birth to use, within the cache.
 
 Their (N, H, K) views are copied heads first: a BLAS may take half as long again over strided operands, and the copy
-costs a twentieth of one product. With a bias training keeps the probabilities, which is faster than making them again,
-up to KEEP_BYTES for one call; beyond that it keeps log-sum-exp of the scores and makes them again, some heads at a
-time. Inference, and training without a bias, are torch's own fused kernels.
+costs a twentieth of one product. With a learned bias training keeps the probabilities, which is faster than making them
+again, up to KEEP_BYTES for one call; beyond that it keeps log-sum-exp of the scores and makes them again, some heads at
+a time. Inference, and training where no bias is learned, are torch's own fused kernels.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def keeps_probabilities(q: Tensor, bias: Tensor | None) -> bool:
-    """Only a bias can want more than torch's fused backward pass gives."""
+def keeps_probabilities(q: Tensor, learned: bool) -> bool:
+    """Only a bias with a gradient wants more than torch's fused backward pass gives."""
     batch, num_tokens, num_heads, _ = q.shape
     scores = batch * num_heads * num_tokens * num_tokens
-    return bias is not None and scores * compute_dtype(q.dtype).itemsize <= KEEP_BYTES
+    return learned and scores * compute_dtype(q.dtype).itemsize <= KEEP_BYTES
 
 
-def saved_shape(q: Tensor, bias: Tensor | None) -> tuple[int, ...]:
+def saved_shape(q: Tensor, learned: bool) -> tuple[int, ...]:
     """What `forward_train` keeps: probabilities (B, H, N, N), or log-sum-exp (B, H, N)."""
     batch, num_tokens, num_heads, _ = q.shape
     rows = (batch, num_heads, num_tokens)
-    return (*rows, num_tokens) if keeps_probabilities(q, bias) else rows
+    return (*rows, num_tokens) if keeps_probabilities(q, learned) else rows
 
 
 def _samples_at_once(q: Tensor) -> int:
@@ -49,14 +49,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
     return out.transpose(1, 2).contiguous()  # no copy: the fused kernel writes (B, N, H, K)
 
 
-def forward_train(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def forward_train(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, learned: bool
+) -> tuple[Tensor, Tensor]:
     """The output (B, N, H, K), and what `backward` wants kept."""
-    if not keeps_probabilities(q, bias):
+    if not keeps_probabilities(q, learned):
         return _forward_lse(q, k, v, bias, scale)
     batch, num_tokens, num_heads, head_dim = q.shape
     compute = compute_dtype(q.dtype)
     out = q.new_empty(q.shape)
-    kept = q.new_empty(saved_shape(q, bias), dtype=compute)
+    kept = q.new_empty(saved_shape(q, learned), dtype=compute)
     samples = _samples_at_once(q)
     operands = q.new_empty(4, samples, num_heads, num_tokens, head_dim, dtype=compute)
     added = None if bias is None else bias.to(compute)

@@ -66,7 +66,7 @@ def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None)
     if run is not None:
         return run(q, k, v, tensor, scale)
     if _needs_gradient(qkv, tensor):
-        return _packed(qkv, tensor, padded, scale)[0]
+        return _packed(qkv, tensor, padded, scale, _needs_gradient(tensor))[0]
     return _attention(q, k, v, tensor, padded, scale)
 
 
@@ -88,7 +88,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: 
     if run is not None:
         return run(q, k, v, tensor, scale)
     if _needs_gradient(q, k, v, tensor):
-        return _biased(q, k, v, tensor, padded, scale)[0]
+        return _biased(q, k, v, tensor, padded, scale, _needs_gradient(tensor))[0]
     return _attention(q, k, v, tensor, padded, scale)
 
 
@@ -155,37 +155,42 @@ def _attention_fake(
 
 
 def _biased_impl(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output, and what the backward wants saved: log-sum-exp (B, H, N), on CPU rather the probabilities."""
+    """The output, and what the backward wants saved: log-sum-exp (B, H, N), on CPU the probabilities of a bias that is
+    `learned`."""
     if _runs_kernels(q):
         from . import kernel
 
         out, lse = kernel.forward(q, k, v, padded, scale, save=True)
         assert lse is not None
         return out, lse
-    return cpu.forward_train(q, k, v, bias, scale)
+    return cpu.forward_train(q, k, v, bias, scale, learned)
 
 
 def _biased_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
 ) -> tuple[Tensor, Tensor]:
     if _runs_kernels(q):
         batch, num_tokens, num_heads, _ = q.shape
         saved = q.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
     else:
-        saved = q.new_empty(cpu.saved_shape(q, bias), dtype=cpu.compute_dtype(q.dtype))
+        saved = q.new_empty(cpu.saved_shape(q, learned), dtype=cpu.compute_dtype(q.dtype))
     return q.new_empty(q.shape), saved
 
 
-def _packed_impl(qkv: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _packed_impl(
+    qkv: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
+) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
-    return _biased_impl(q, k, v, bias, padded, scale)
+    return _biased_impl(q, k, v, bias, padded, scale, learned)
 
 
-def _packed_fake(qkv: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _packed_fake(
+    qkv: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
+) -> tuple[Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
-    return _biased_fake(q, k, v, bias, padded, scale)
+    return _biased_fake(q, k, v, bias, padded, scale, learned)
 
 
 def _backward_impl(
@@ -230,7 +235,7 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
@@ -240,14 +245,14 @@ def _packed_autograd(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     need_bias = ctx.needs_input_grad[1]
     q, k, v = qkv.unbind(2)
     grad_qkv, grad_bias = _backward(grad_out, q, k, v, bias, padded, out, saved, ctx.scale, need_bias)
-    return grad_qkv, grad_bias.to(bias.dtype) if need_bias else None, None, None
+    return grad_qkv, grad_bias.to(bias.dtype) if need_bias else None, None, None, None
 
 
 def _biased_autograd(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, bias, padded, out, saved = ctx.saved_tensors
     need_bias = ctx.needs_input_grad[3]
     grad_qkv, grad_bias = _backward(grad_out, q, k, v, bias, padded, out, saved, ctx.scale, need_bias)
-    return *grad_qkv.unbind(2), grad_bias.to(bias.dtype) if need_bias else None, None, None
+    return *grad_qkv.unbind(2), grad_bias.to(bias.dtype) if need_bias else None, None, None, None
 
 
 _prepare = plain_op("prepare_bias", _prepare_impl, _prepare_fake)

@@ -100,15 +100,19 @@ def test_accuracy_without_kept_probabilities(
 ) -> None:
     """Long sequences keep log-sum-exp only, and take heads a few at a time; a frozen bias takes torch's gradient."""
     qkv, bias, grad = inputs_of(2, 17, 5, 32, dtype)
-    assert not cpu.keeps_probabilities(qkv[:, :, 0], bias)
+    assert not cpu.keeps_probabilities(qkv[:, :, 0], learned=True)
     compare(assert_accurate, qkv, bias if with_bias else None, grad)
     if with_bias:
-        ours, usual, exact = (
-            run(lambda x, _, attend=attend: attend(x, bias.to(x.dtype)), x, None, grad.to(x.dtype))
-            for attend, x in ((packed_attention, qkv), (eager, qkv), (by_definition, qkv.double()))
-        )
-        for name, *three in zip(("out", "qkv"), ours, usual, exact, strict=True):
-            assert_accurate(name, *three)
+        compare_frozen(assert_accurate, qkv, bias, grad)
+
+
+def compare_frozen(check: Check, qkv: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor) -> None:
+    ours, usual, exact = (
+        run(lambda x, _, attend=attend: attend(x, bias.to(x.dtype)), x, None, grad.to(x.dtype))
+        for attend, x in ((packed_attention, qkv), (eager, qkv), (by_definition, qkv.double()))
+    )
+    for name, *three in zip(("out", "qkv"), ours, usual, exact, strict=True):
+        check(name, *three)
 
 
 @pytest.mark.parametrize("head_dim", [1, 32, 80, 96, 128])
@@ -163,13 +167,13 @@ def test_three_tensors_equal_the_packed_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_frozen_bias(dtype: torch.dtype) -> None:
-    """A bias without requires_grad gets none, and the gradient of the rest is the same."""
+def test_frozen_bias(dtype: torch.dtype, assert_accurate: Check) -> None:
+    """A bias without requires_grad gets none, which leaves the rest as accurate, and the same at a second run."""
     qkv, bias, grad = inputs_of(2, 17, 3, 32, dtype)
+    compare_frozen(assert_accurate, qkv, bias, grad)
     full = run(packed_attention, qkv, bias, grad)
-    frozen = run(lambda x, _: packed_attention(x, bias), qkv, None, grad)
-    assert torch.equal(full[0], frozen[0])
-    assert torch.equal(full[1], frozen[1])
+    first, second = (run(lambda x, _: packed_attention(x, bias), qkv, None, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     table = bias.detach().requires_grad_()
     out = packed_attention(qkv, table)  # and the other way round: only the bias learns
     assert torch.equal(torch.autograd.grad(out, table, grad)[0], full[2])
@@ -224,16 +228,17 @@ def check_ops(dtype: torch.dtype, bias_only: bool) -> None:
     q, k, v = qkv.unbind(2)
     ops = torch.ops.beit_fast
     learned = bias.detach().requires_grad_()
-    torch.library.opcheck(ops.packed_attention.default, (qkv.requires_grad_(), learned, None, 0.5))
+    torch.library.opcheck(ops.packed_attention.default, (qkv.requires_grad_(), learned, None, 0.5, True))
     if bias_only:
         return
-    torch.library.opcheck(ops.packed_attention.default, (qkv, None, None, 0.5))
+    torch.library.opcheck(ops.packed_attention.default, (qkv, None, None, 0.5, False))
+    torch.library.opcheck(ops.packed_attention.default, (qkv, bias, None, 0.5, False))
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.biased_attention.default, (*leaves, learned, None, 0.5))
+    torch.library.opcheck(ops.biased_attention.default, (*leaves, learned, None, 0.5, True))
     constants = [x.detach() for x in (q, k, v, bias)]
     torch.library.opcheck(ops.attention.default, (*constants, None, 0.5))
-    out, saved = (x.detach() for x in ops.packed_attention(qkv, bias, None, 0.5))
     for need_bias in (True, False):
+        out, saved = (x.detach() for x in ops.packed_attention(qkv, bias, None, 0.5, need_bias))
         torch.library.opcheck(ops.attention_backward.default, (grad, *constants, None, out, saved, 0.5, need_bias))
 
 
