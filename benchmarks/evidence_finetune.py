@@ -8,8 +8,9 @@ to seed, the validation scenes are always the same and are never trained on. Wit
 shapes x 4 hues: a model without pre-training learns the hues at once, and shapes slowly. With `--labels scenes` they
 are 6 shapes x 4 textures, of which it learned nothing at any batch size, rate or number of steps tried.
 
-Both ways of training have the same augmentation and the same three learning rates to choose from, by one run each on a
-set of labelled scenes that is not used again; the probes of either model choose likewise. Training from scratch has
+Both ways of training have the same augmentation and choose their learning rate in the same way: of three, and of half
+the least or twice the largest as long as that is better still, by one run each on a set of labelled scenes that is not
+used again. The probes of either model choose likewise. Training from scratch has
 `scratch_steps` steps, at least three times as many. The run folders are kept, so the program continues where it was
 stopped. `--arms probe` runs a part of it.
 """
@@ -71,13 +72,13 @@ class Protocol:
     scratch_steps: int = 1800
     """Steps from scratch."""
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
-    """Learning rates that both choose from."""
+    """Learning rates that both begin to choose from."""
     layer_decay: float = 0.85
     """Of fine-tuning; from scratch all layers learn alike."""
     probe_images: int = 16_000
     """Labelled scenes per seed for the probes, which train few numbers and need many scenes to tell features apart."""
-    probe_rates: tuple[float, ...] = (4e-3, 1e-2)
-    """Learning rates that the probes of either model choose from."""
+    probe_rates: tuple[float, ...] = (4e-3, 1e-2, 4e-2)
+    """Learning rates that the probes of either model begin to choose from."""
     probe_epochs: int = 20
     """Epochs of the probes."""
     cache_dir: str | None = None
@@ -138,6 +139,17 @@ def run(task: Callable[[Any], Any], config: Any) -> dict[str, Any]:
     return result.metrics
 
 
+def choose(top1_at: Callable[[float], float], rates: tuple[float, ...]) -> tuple[dict[float, float], float]:
+    """Top-1 at every learning rate tried, and the best rate: one with a worse one on either side."""
+    found = {rate: top1_at(rate) for rate in rates}
+    while True:
+        best = max(found, key=found.__getitem__)
+        if min(found) < best < max(found):
+            return found, best
+        beyond = best / 2 if best == min(found) else best * 2
+        found[beyond] = top1_at(beyond)
+
+
 def curve(config: FinetuneConfig) -> list[tuple[int, float]]:
     """(step, top-1 in percent) of a run's evaluations."""
     lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -164,11 +176,12 @@ def gather(protocol: Protocol) -> dict[str, Any]:
         }
     if "probe" in protocol.arms:
         for name, start in (("probe_pretrained", weights), ("probe_random", None)):
-            tuned = {
-                rate: run(LinearProbe, probing(protocol, start, rate, TUNING_SEED))["best_top1_percent"]
-                for rate in protocol.probe_rates
-            }
-            best = max(tuned, key=tuned.__getitem__)
+            tuned, best = choose(
+                lambda rate, start=start: run(LinearProbe, probing(protocol, start, rate, TUNING_SEED))[
+                    "best_top1_percent"
+                ],
+                protocol.probe_rates,
+            )
             results = [run(LinearProbe, probing(protocol, start, best, seed)) for seed in seeds]
             layers = [[value for key, value in sorted(r.items()) if key.startswith("layer")] for r in results]
             found[f"{name}_tuning"] = {"top1_percent_by_rate": tuned, "chosen": best}
@@ -176,11 +189,10 @@ def gather(protocol: Protocol) -> dict[str, Any]:
     for name, start in (("finetune", weights), ("scratch", None)):
         if "tune" not in protocol.arms and name not in protocol.arms:
             continue
-        tuned = {
-            rate: run(Finetune, classifying(protocol, start, rate, TUNING_SEED))["top1_percent"]
-            for rate in protocol.rates
-        }
-        best = max(tuned, key=tuned.__getitem__)
+        tuned, best = choose(
+            lambda rate, start=start: run(Finetune, classifying(protocol, start, rate, TUNING_SEED))["top1_percent"],
+            protocol.rates,
+        )
         found[f"{name}_tuning"] = {"top1_percent_by_rate": tuned, "chosen": best}
         if name in protocol.arms:
             configs = [classifying(protocol, start, best, seed) for seed in seeds]
@@ -227,7 +239,8 @@ def main() -> None:
         record = {"subject": "finetune", "data": NOTICE, "settings": settings, "results": found,
                   "machine": machine.environment(device)}  # fmt: skip
         protocol.record.write_text(json.dumps(record, indent=1, default=str) + "\n")
-        draw(found, protocol.labels, protocol.record.with_suffix(".png"))
+        if "finetune" in found or "scratch" in found:
+            draw(found, protocol.labels, protocol.record.with_suffix(".png"))
         print(f"wrote {protocol.record}")
 
 
