@@ -21,8 +21,8 @@ import torch
 
 from beit_fast import Beit, BeitConfig
 from benchmarks.machine import environment
+from benchmarks.memory import PeakMemory
 from benchmarks.peers import timm_beit, transformers_beit
-from benchmarks.turns import PeakMemory
 
 RIVALS = ("beit_fast", "beit_fast, resized from 224 px", "timm", "transformers")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
+from benchmarks.memory import PeakMemory
 from benchmarks.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
 from benchmarks.records import read
 from benchmarks.turns import (
@@ -17,7 +18,6 @@ from benchmarks.turns import (
     Absent,
     Comparison,
     Disagreement,
-    PeakMemory,
     RecordedClock,
     Rival,
     interval_rank,
