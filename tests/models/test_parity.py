@@ -150,13 +150,11 @@ def renamed(grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return convert_state_dict(grads, to="transformers")
 
 
-def check_transformers_classifier(
-    config: BeitConfig, attention: str, batch: int = 2, at_full_size: bool = False
-) -> None:
+def check_transformers_classifier(config: BeitConfig, attention: str, batch: int = 2) -> None:
     ours = with_random_weights(Beit(config))
     peer = transformers_beit(config, "BeitForImageClassification", attn_implementation=attention)
     peer.load_state_dict(convert_state_dict(ours.state_dict(), to="transformers"))
-    at_each_precision(compare_transformers_classifiers, ours, peer, images_for(config, batch), at_full_size)
+    at_each_precision(compare_transformers_classifiers, ours, peer, images_for(config, batch), at_full_size=False)
 
 
 def compare_transformers_classifiers(ours, peer, x, tolerance) -> None:
@@ -176,10 +174,11 @@ def test_transformers_classifier(tables, pool, attention):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", [224, 384])
-def test_transformers_classifier_at_full_size(side):
+def test_transformers_classifier_at_full_size(side, attention):
     config = BeitConfig.from_preset("base", image_size=side).for_classification(1000)
-    check_transformers_classifier(config, "sdpa", batch=1, at_full_size=True)
+    check_transformers_classifier(config, attention, batch=1)
 
 
 def check_masked_image_modeling(config: BeitConfig, attention: str, batch: int = 2, at_full_size: bool = False) -> None:
