@@ -140,7 +140,7 @@ def run(task: Callable[[Any], Any], config: Any) -> dict[str, Any]:
 
 
 def choose(top1_at: Callable[[float], float], rates: tuple[float, ...]) -> tuple[dict[float, float], float]:
-    """Top-1 at every learning rate tried, and the best rate: one with a worse one on either side."""
+    """Top-1 at every learning rate tried, and the best rate: one with no better one tried on either side."""
     found = {rate: top1_at(rate) for rate in rates}
     while True:
         best = max(found, key=found.__getitem__)

@@ -118,15 +118,9 @@ def builtin_source(
             f"got {count}, {size}, {seed}, {photograph_share}"
         )
     share = 0.0 if labelled else photograph_share
-    kind = (
-        "segmented"
-        if label_maps
-        else "hues"
-        if hues
-        else "labelled"
-        if labelled
-        else f"photographs{round(100 * share)}"
-    )
+    kind = f"photographs{round(100 * share)}"
+    if labelled:
+        kind = "segmented" if label_maps else "hues" if hues else "labelled"
     folder = Path(cache_dir or default_cache_dir()) / f"{RENDERER}-{kind}-seed{seed}-{size}px"
     manifest = {"renderer": RENDERER, "seed": seed, "size": size, "photograph_share": share, "labelled": labelled}
     if label_maps:
