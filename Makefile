@@ -40,7 +40,7 @@ report: $(VENV)/.dev  ## the tables of the README from benchmarks/records
 
 SHOWN := runs/ablations/blockwise_tokens/pretrain
 gallery: $(VENV)/.train  ## the pictures of the README, from a small BEiT that is pre-trained first (ten minutes of a core)
-	$(BIN)/python recipes/ablations.py --rows blockwise_tokens --seeds 0
+	$(BIN)/python -m benchmarks.evidence.ablation --rows blockwise_tokens --seeds 0
 	$(BIN)/python -m beit_fast visualize reconstructions $(SHOWN) --output benchmarks/pictures/reconstructions.png
 	$(BIN)/python -m beit_fast visualize attention $(SHOWN) beit_fast/data/photographs/chelsea.jpg --image-size 240 \
 		--output-dir runs/ablations/attention

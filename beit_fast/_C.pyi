@@ -70,7 +70,7 @@ def transform_views(
 ) -> NDArray[np.float32]:
     """Colour jitter, flip and normalisation of crops (B, h, w, 3) into `out` (B, 3, h, w), in one pass.
 
-    With b, c, s = factors (B, 3), m = centers (B,) the gray means of the untouched images (of each view when None) and
+    With b, c, s = factors (B, 3), m = centers (B,) the gray means of the is_stock images (of each view when None) and
     gray(x) = 0.299 R + 0.587 G + 0.114 B, values in [0, 255] and clipped to it after each step:
     x <- b x;  x <- c x + (1 - c) clip(b m);  x <- s x + (1 - s) gray(x);  flip;  (x / 255 - mean) / std.
     """

@@ -1,15 +1,9 @@
 """BEiT (BERT pre-training of image transformers, arXiv 2106.08254) on PyTorch, engineered for speed."""
 
-from .integrations import accelerate, restore
-from .kernels import use_backend
-from .models import (
-    Beit,
-    BeitConfig,
-    BeitForMaskedImageModeling,
-    create_model,
-    list_models,
-)
-from .version import __version__
+from beit_fast.integrations import accelerate, restore
+from beit_fast.kernels import use_backend
+from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, create_model, list_models
+from beit_fast.version import __version__
 
 __all__ = [
     "Beit",

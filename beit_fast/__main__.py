@@ -6,7 +6,7 @@ import sys
 
 def doctor(arguments: list[str]) -> int:
     """doctor              what is installed, what is missing, what to do"""
-    from beit_fast.doctor import report as look
+    from beit_fast.cli.doctor import report as look
 
     lines, ready = look()
     print("\n".join(lines))
@@ -15,49 +15,49 @@ def doctor(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """report RUN          write the report.html of a run folder, finished or not"""
-    from beit_fast.train.picture_commands import report_command
+    from beit_fast.cli.pictures import report_command
 
     return report_command(arguments)
 
 
 def compare(arguments: list[str]) -> int:
     """compare RUN...      lay the curves of several runs over each other, in one page"""
-    from beit_fast.train.picture_commands import compare_command
+    from beit_fast.cli.pictures import compare_command
 
     return compare_command(arguments)
 
 
 def visualize(arguments: list[str]) -> int:
     """visualize reconstructions|attention|codes   what a pre-trained model or a tokenizer has learnt, as pictures"""
-    from beit_fast.train.picture_commands import visualize_command
+    from beit_fast.cli.pictures import visualize_command
 
     return visualize_command(arguments)
 
 
 def tokens(arguments: list[str]) -> int:
     """tokens IMAGE...     the visual tokens of images and what they decode to, for any tokenizer"""
-    from beit_fast.train.picture_commands import tokens_command
+    from beit_fast.cli.pictures import tokens_command
 
     return tokens_command(arguments)
 
 
 def evaluate(arguments: list[str]) -> int:
     """evaluate CHECKPOINT [--data.path DIR]       top-1, top-5 and loss of a classifier"""
-    from beit_fast.train.commands import evaluate_command
+    from beit_fast.cli.predict import evaluate_command
 
     return evaluate_command(arguments)
 
 
 def predict(arguments: list[str]) -> int:
     """predict CHECKPOINT IMAGE...                 the five likeliest classes of images"""
-    from beit_fast.train.commands import predict_command
+    from beit_fast.cli.predict import predict_command
 
     return predict_command(arguments)
 
 
 def segment(arguments: list[str]) -> int:
     """segment CHECKPOINT IMAGE...                 classes of every pixel as colours over images"""
-    from beit_fast.train.commands import segment_command
+    from beit_fast.cli.predict import segment_command
 
     return segment_command(arguments)
 

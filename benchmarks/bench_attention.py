@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from beit_fast import kernels
 from beit_fast.kernels.attention import backends
 from beit_fast.kernels.backend import xformers_installed
-from benchmarks.turns import OURS, Absent, Comparison, Rival
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 
 KERNEL = "beit_fast, its own kernel"
 RIVALS = [OURS, KERNEL, "SDPA", "SDPA, cuDNN", "eager", "xformers", "FlexAttention"]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from beit_fast import BeitConfig
 from beit_fast.models import Beit, convert_state_dict
+from benchmarks.baselines.libraries import timm_beit, transformers_beit
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 from benchmarks.mim_batches import forward_flops
-from benchmarks.peers import timm_beit, transformers_beit
-from benchmarks.turns import OURS, Absent, Comparison, Rival
 
 RIVALS = [OURS, "timm", "timm, compiled", "transformers, SDPA", "transformers, eager"]
 LEARNING_RATE = 1e-6  # the step is timed, not the training: weights should stay where they are

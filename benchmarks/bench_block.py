@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from beit_fast import BeitConfig, kernels
 from beit_fast.models import Beit, convert_state_dict
-from benchmarks.official_style import OfficialStyle, trainable
-from benchmarks.peers import timm_beit, transformers_beit
-from benchmarks.turns import OURS, Comparison, Rival
+from benchmarks.baselines.libraries import timm_beit, transformers_beit
+from benchmarks.baselines.official_style import OfficialStyle, trainable
+from benchmarks.harness import OURS, Comparison, Rival
 
 RIVALS = [OURS, "timm", "transformers, SDPA", "transformers, eager", "plain torch"]
 TABLE = "relative_position_bias_table"

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
-from beit_fast.train.checkpoint import newest_checkpoint, save_checkpoint
-from benchmarks.turns import OURS, Comparison, Rival
+from beit_fast.train.checkpoint.format import newest_checkpoint, save_checkpoint
+from benchmarks.harness import OURS, Comparison, Rival
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import beit_fast
 from beit_fast import BeitConfig
+from benchmarks.baselines.libraries import timm_beit, transformers_beit
+from benchmarks.harness import OURS, Comparison, Rival
 from benchmarks.mim_batches import forward_flops
-from benchmarks.peers import timm_beit, transformers_beit
-from benchmarks.turns import OURS, Comparison, Rival
 
 TABLE = "relative_position_bias_table"
 SEGMENTED = {"BeitForSemanticSegmentation", "BeitBackbone"}

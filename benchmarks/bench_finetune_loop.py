@@ -22,8 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.torchvision_stubs import make_torchvision_importable
-from benchmarks.turns import OURS, Absent, Comparison, Rival
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 
 RIVALS = [OURS, "timm"]
 
@@ -87,9 +87,9 @@ def shape(case: Case) -> dict[str, Any]:
 def ours(case: Case) -> Rival:
     from beit_fast.train.batching import requests_of
     from beit_fast.train.config import OptimConfig
-    from beit_fast.train.distributed import World
-    from beit_fast.train.finetune import ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
+    from beit_fast.train.distributed.world import World
     from beit_fast.train.optim import build_optimizer, optimizer_step, set_learning_rate
+    from beit_fast.train.tasks.finetune import ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
 
     config = FinetuneConfig(
         output_dir=case.folder / "run", scratch=True, batch_size=case.batch, batch_per_device=case.batch,
@@ -130,7 +130,7 @@ def timms(case: Case) -> Rival:
     except ImportError as error:
         raise Absent(f"timm is not installed ({error})") from error
     from beit_fast.models import BeitConfig
-    from benchmarks.peers import timm_beit
+    from benchmarks.baselines.libraries import timm_beit
 
     config = BeitConfig.from_preset(case.size, image_size=case.image_size, drop_path_rate=0.1, **shape(case))  # type: ignore[arg-type]
     model = timm_beit(config.for_classification(24))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 from benchmarks.machine import ROOT
-from benchmarks.turns import OURS, Absent, Comparison, Rival
 
-STUBS = "from benchmarks.torchvision_stubs import make_torchvision_importable as m; m(); "
+STUBS = "from benchmarks.baselines.torchvision_stubs import make_torchvision_importable as m; m(); "
 STATEMENTS = {
     OURS: ("beit_fast", "import beit_fast"),
     "timm.models.beit": ("timm", STUBS + "import timm.models.beit"),

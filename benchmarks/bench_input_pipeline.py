@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 
 import beit_fast.data
-from beit_fast.data import BlockwiseMasking, PretrainViews, Request, ViewSampling, open_source
-from benchmarks.peers_input import Batch, dali_pipeline, pil_pipeline
-from benchmarks.turns import OURS, Absent, Comparison, Rival
+from beit_fast.data import BlockwiseMasking, CropSampler, PretrainLoader, Request, open_source
+from benchmarks.baselines.input_pipelines import Batch, dali_pipeline, pil_pipeline
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 
 THREADS = min(2, os.cpu_count() or 1)
 QUEUE = 3  # batches that any of them has made ahead at most
@@ -69,8 +69,8 @@ def write_files(folder: Path, count: int) -> list[str]:
 
 def ours(files: list[str], batch_size: int, jitter_center: Any) -> Callable[[], Batch]:
     source = open_source(Path(files[0]).parent)
-    views = PretrainViews(
-        source, BlockwiseMasking((14, 14), 75), ViewSampling(), seed=0, threads=THREADS, jitter_center=jitter_center
+    views = PretrainLoader(
+        source, BlockwiseMasking((14, 14), 75), CropSampler(), seed=0, threads=THREADS, jitter_center=jitter_center
     )
     batches = views.batches(
         Request(epoch, np.arange(start, start + batch_size))

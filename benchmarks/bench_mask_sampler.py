@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from beit_fast.data.sampling import BlockwiseMasking
-from benchmarks.peers import PythonBlockwiseMasking
-from benchmarks.turns import OURS, Comparison, Disagreement, Rival
+from benchmarks.baselines.libraries import PythonBlockwiseMasking
+from benchmarks.harness import OURS, Comparison, Disagreement, Rival
 
 BATCH = 128
 GRID = (14, 14)

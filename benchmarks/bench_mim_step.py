@@ -18,6 +18,8 @@ import torch
 from beit_fast import BeitConfig
 from beit_fast.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from beit_fast.train.optim import decay_groups, optimizer_step
+from benchmarks.baselines.official_style import OfficialStep, OfficialStyle, official_tokens, trainable
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 from benchmarks.mim_batches import (
     OfficialForwardBackward,
     OurStep,
@@ -26,8 +28,6 @@ from benchmarks.mim_batches import (
     make_batch,
     make_model,
 )
-from benchmarks.official_style import OfficialStep, OfficialStyle, official_tokens, trainable
-from benchmarks.turns import OURS, Absent, Comparison, Rival
 
 LEARNING_RATE = 1e-6  # the step is timed, not the training: weights should stay where they are
 
@@ -165,7 +165,7 @@ def whole_step(case: Case) -> Comparison:
             tokens = tokenizer.encode(token_images, batch.mask.view(-1, *grid), rows)
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                output = model(batch.images, batch.mask, tokens, masked_rows=rows)
+                output = model(batch.images, batch.mask, tokens, masked_indices=rows)
             output.loss.backward()
             optimizer_step(optimizer, one, 3.0)
             return output.loss.detach(), tokens
@@ -220,7 +220,7 @@ def _named(loss: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _same_step(ours: Any, theirs: Any) -> dict[str, float]:
     """Loss within 1 %: a token that flips where two logits are nearly equal moves it by about 1e-4."""
-    from benchmarks.turns import Disagreement
+    from benchmarks.harness import Disagreement
 
     differing = float((ours["tokens"] != theirs["tokens"]).float().mean())
     difference = abs(float(ours["loss"]) / float(theirs["loss"]) - 1)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.train.config import OptimConfig
 from beit_fast.train.optim import build_optimizer, decay_groups, load_apex, optimizer_step
-from benchmarks.torchvision_stubs import make_torchvision_importable
-from benchmarks.turns import OURS, Absent, Comparison, Rival
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 
 RIVALS = [OURS, "torch fused", "torch foreach", "torch for loop", "timm", "apex FusedAdam"]
 CLIP, RATE, DECAY = 3.0, 1e-4, 0.05

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast import kernels
-from benchmarks.turns import OURS, Absent, Comparison, Rival
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 
 EPS = 1e-6
 RIVALS = [OURS, "plain torch", "official style", "torch.compile", "Liger"]

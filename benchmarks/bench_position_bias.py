@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from beit_fast import kernels
-from benchmarks.turns import OURS, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Rival
 
 RIVALS = [OURS, "index_add_, heads first", "index_add_, rows first", "index_put_", "index", "index_select"]
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling, use_backend
 from beit_fast.train.optim import decay_groups, optimizer_step
+from benchmarks.harness import OURS, Absent, Comparison, Rival
 from benchmarks.mim_batches import MimBatch, forward_flops, make_batch, make_model
-from benchmarks.turns import OURS, Absent, Comparison, Rival
 
 RIVALS = [
     OURS,
@@ -74,7 +74,7 @@ class Step:
         b = self.batch
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(b.images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(b.images, b.mask, b.labels, num_targets=self.count, masked_rows=self.rows).loss
+            loss = self.model(b.images, b.mask, b.labels, num_targets=self.count, masked_indices=self.rows).loss
         loss.backward()
         optimizer_step(self.optimizer, self.one, 3.0)
         return loss.detach()

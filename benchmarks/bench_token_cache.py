@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from beit_fast import BeitConfig
-from beit_fast.data.pretrain_views import PretrainBatch
+from beit_fast.data.pretraining import PretrainBatch
 from beit_fast.data.token_store import TokenStore
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train.optim import decay_groups, optimizer_step
-from beit_fast.train.token_cache import TokenSource
+from beit_fast.train.tasks.token_cache import TokenSource
+from benchmarks.harness import OURS, Comparison, Rival
 from benchmarks.mim_batches import forward_flops, make_batch, make_model
-from benchmarks.turns import OURS, Comparison, Rival
 
 RIVALS = [OURS, "beit_fast, tokens from the cache", "beit_fast, tokens by the demo tokenizer"]
 SAMPLES = 1000
@@ -63,9 +63,9 @@ def compare(case: Case) -> Comparison:
     keys = torch.zeros(case.batch_size, dtype=torch.int64, device=device)
     batch = PretrainBatch(inputs.images, images, inputs.mask.view(-1, h, w), torch.from_numpy(indices), keys, rows, 0)
     store = TokenStore(case.folder / "tokens", num_samples=SAMPLES, num_tokens=h * w, cycle=1, settings={})
-    everywhere = tokenizer.encode(images)
-    store.write(0, indices, everywhere.flatten(1).cpu().numpy())
-    given, weights = everywhere.flatten()[rows], make_model(config, device)
+    whole_grid = tokenizer.encode(images)
+    store.write(0, indices, whole_grid.flatten(1).cpu().numpy())
+    given, weights = whole_grid.flatten()[rows], make_model(config, device)
     source = TokenSource(tokenizer, store)
 
     def from_cache() -> Tensor:
@@ -84,7 +84,7 @@ def compare(case: Case) -> Comparison:
             tokens = tokens_of()
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = model(batch.images, batch.mask, tokens, masked_rows=rows).loss
+                loss = model(batch.images, batch.mask, tokens, masked_indices=rows).loss
             loss.backward()
             optimizer_step(optimizer, one, 3.0)
             return {"loss": loss.detach(), "tokens": tokens}

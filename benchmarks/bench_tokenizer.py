@@ -20,8 +20,8 @@ from beit_fast.tokenizers import load_tokenizer
 from beit_fast.tokenizers.base import Tokenizer
 from beit_fast.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from beit_fast.tokenizers.discrete_vae import DiscreteVAE
-from benchmarks.official_style import official_tokens
-from benchmarks.turns import OURS, Absent, Comparison, Disagreement, Rival
+from benchmarks.baselines.official_style import official_tokens
+from benchmarks.harness import OURS, Absent, Comparison, Disagreement, Rival
 
 MASKED = "beit_fast, masked positions only"
 RIVALS = [OURS, MASKED, "plain torch", "plain torch, channels last", "plain torch, compiled"]
@@ -95,11 +95,11 @@ def compare(case: Case) -> Comparison:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             given = images.to(memory_format=torch.channels_last)
         forward: Any = torch.compile(network) if compiled else network
-        everywhere = torch.ones_like(mask)
+        whole_grid = torch.ones_like(mask)
 
         def run() -> Tensor:
             if case.network == "dalle":
-                return official_tokens(forward, given, everywhere)
+                return official_tokens(forward, given, whole_grid)
             with torch.no_grad():
                 return forward(given).argmax(1).flatten()
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.baselines.official_style import TECHNIQUES
+from benchmarks.harness import OURS, Comparison, Measured, ratio_of
 from benchmarks.machine import ROOT
-from benchmarks.official_style import TECHNIQUES
-from benchmarks.turns import OURS, Comparison, Measured, ratio_of
 
 RUNGS = ["official style", *(f"+ {name}" for name in TECHNIQUES)]
 

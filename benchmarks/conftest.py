@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.harness import OURS, Comparison, Disagreement, Measured, measure, recorded_clock
 from benchmarks.machine import environment
-from benchmarks.turns import OURS, Comparison, Disagreement, Measured, measure, recorded_clock
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

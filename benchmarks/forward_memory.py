@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from beit_fast import Beit, BeitConfig
+from benchmarks.baselines.libraries import timm_beit, transformers_beit
 from benchmarks.machine import environment
 from benchmarks.memory import PeakMemory
-from benchmarks.peers import timm_beit, transformers_beit
 
 RIVALS = ("beit_fast", "beit_fast, resized from 224 px", "timm", "transformers")
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models import convert_state_dict
-
-from .official_style import OfficialStyle, trainable
-from .peers import transformers_beit
+from benchmarks.baselines.libraries import transformers_beit
+from benchmarks.baselines.official_style import OfficialStyle, trainable
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class OurStep:
         self.model.zero_grad(set_to_none=True)
         b = self.batch
         with torch.autocast(b.images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            self.loss = self.model(b.images, b.mask, b.labels, masked_rows=self.rows).loss
+            self.loss = self.model(b.images, b.mask, b.labels, masked_indices=self.rows).loss
         self.loss.backward()
 
     def result(self) -> dict[str, Tensor]:

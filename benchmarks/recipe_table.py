@@ -23,7 +23,6 @@ PUBLISHED = {
     "finetune_imagenet_after_22k": "BEiT-B 85.2, 86.8 at 384 px; BEiT-L 87.4, 88.4 at 384 px, 88.6 at 512 px",
     "finetune_cifar100": "90.1; after ImageNet-1k 91.8; from scratch 48.5",
     "scratch_imagenet_base": "ViT-B 77.9 at 384 px, DeiT-B 81.8 at 224 px",
-    "ablations": "82.86 for the first row, 80.50 to 83.22 for the others",
     "linear_probe": "BEiT-B 56.7 (layer 9), BEiT-L 73.5 (layer 14)",
     "segment_ade20k_base": "mIoU 45.7 (300 epochs, `plus`)",
     "segment_ade20k_640": "mIoU 53.6, multi-scale 54.2; BEiT-L 56.7, multi-scale 57.0",
@@ -32,7 +31,6 @@ PUBLISHED = {
 """Top-1 in percent, on ImageNet-1k unless the recipe is for other data (paper, and the official README for 22k)."""
 
 EVIDENCE = {
-    "ablations": "[too small to tell the rows apart](../benchmarks/records/2026-11-25_epyc-2cpu_ablations.md)",
     "pretrain_tiny_builtin": "[held-out loss against the tokens' entropy](../benchmarks/records/"
     "2026-11-21_xeon-2.5ghz-2cpu_pretrain_tiny_builtin.jsonl)",
     "train_tokenizer": "[the demo tokenizer](../benchmarks/records/2026-11-21_xeon-2.5ghz-2cpu_demo_tokenizer.jsonl)",

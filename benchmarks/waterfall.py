@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from beit_fast import BeitConfig
+from benchmarks.baselines.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
+from benchmarks.harness import OURS, Comparison, Measured, Rival, measure
 from benchmarks.mim_batches import MimBatch, forward_flops, make_batch, make_model
-from benchmarks.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
-from benchmarks.turns import OURS, Comparison, Measured, Rival, measure
 
 LEARNING_RATE = 1e-6
 

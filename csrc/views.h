@@ -11,7 +11,7 @@ struct ViewTransform {
   const std::uint8_t* crops;  // (batch, height, width, 3)
   const std::uint8_t* flips;  // (batch)
   const float* factors;       // (batch, 3): brightness b, contrast c, saturation s
-  const float* centers;       // (batch): gray mean m of the untouched view; computed here when null
+  const float* centers;       // (batch): gray mean m of the unjittered view; computed here when null
   std::array<double, 3> mean, std;
   float* out;  // (batch, 3, height, width)
 };

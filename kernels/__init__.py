@@ -4,15 +4,15 @@ Installed as `beit_fast.kernels`; every operation runs on CPU (plain torch) and 
 """
 
 if __name__ == "beit_fast.kernels":
-    from .attention.op import Bias, biased_attention, packed_attention, prepare_bias
-    from .backend import use_backend
-    from .gelu.op import bias_gelu
-    from .linear_products import linear
-    from .mim_loss.op import masked_cross_entropy
-    from .position_bias.op import relative_position_bias
-    from .position_bias.reference import relative_position_index
-    from .residual_norm.op import residual_add, residual_layer_norm
-    from .views.op import view_transform
+    from beit_fast.kernels.attention.op import Bias, biased_attention, packed_attention, prepare_bias
+    from beit_fast.kernels.backend import use_backend
+    from beit_fast.kernels.color_jitter.op import view_transform
+    from beit_fast.kernels.gelu.op import bias_gelu
+    from beit_fast.kernels.matmul import linear
+    from beit_fast.kernels.mim_loss.op import masked_cross_entropy
+    from beit_fast.kernels.position_bias.op import relative_position_bias
+    from beit_fast.kernels.position_bias.reference import relative_position_index
+    from beit_fast.kernels.residual_norm.op import residual_add, residual_layer_norm
 else:
     # Seen from the root of a clone this folder takes the name of a package of Hugging Face's, which transformers looks
     # for by importing it: that must succeed. But nothing may be had here, or the ops would be registered once more.

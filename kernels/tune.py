@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .backend import triton_installed
-from .launch import Config, architecture_of, forget, launch_config, trial, user_table_path
+from beit_fast.kernels.backend import triton_installed
+from beit_fast.kernels.launch_table import Config, architecture_of, forget, launch_config, trial, user_table_path
 
 GAIN = 0.97  # a new row must take at most this share of the shipped row's time
 TURNS = 7
@@ -50,11 +50,11 @@ def subjects(
     device: torch.device, batch: int, tokens: int, width: int, heads: int, vocabulary: int, dtype: torch.dtype
 ) -> list[Subject]:
     """Every kernel worth tuning, at the sizes of one model; `dtype` is that of activations."""
-    from .attention import kernel as attention
-    from .gelu import kernel as gelu
-    from .mim_loss import kernel as loss
-    from .residual_norm import kernel as residual
-    from .views import kernel as views
+    from beit_fast.kernels.attention import kernel as attention
+    from beit_fast.kernels.color_jitter import kernel as views
+    from beit_fast.kernels.gelu import kernel as gelu
+    from beit_fast.kernels.mim_loss import kernel as loss
+    from beit_fast.kernels.residual_norm import kernel as residual
 
     def draw(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, device=device).to(kind)

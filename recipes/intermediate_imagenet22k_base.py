@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 try:
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import OptimConfig
-    from beit_fast.train.finetune import (
+    from beit_fast.train.tasks.finetune import (
         AugmentConfig,
         ClassifierModelConfig,
         Finetune,

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import LogConfig, OptimConfig
-    from beit_fast.train.finetune import ClassifierModelConfig, LabelledDataConfig, demo_banner
-    from beit_fast.train.probe import LinearProbe, ProbeConfig
+    from beit_fast.train.tasks.finetune import ClassifierModelConfig, LabelledDataConfig, demo_banner
+    from beit_fast.train.tasks.probe import LinearProbe, ProbeConfig
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 

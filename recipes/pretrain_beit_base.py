@@ -19,9 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
-    from beit_fast.train.pretrain import MaskedImageModeling, ModelConfig, PretrainConfig, TokenizerConfig, demo_banner
+    from beit_fast.train.tasks.pretrain import (
+        MaskedImageModeling,
+        ModelConfig,
+        PretrainConfig,
+        TokenizerConfig,
+        demo_banner,
+    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 

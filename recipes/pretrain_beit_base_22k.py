@@ -16,10 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
-    from beit_fast.train.pretrain import DataConfig, MaskedImageModeling, ModelConfig, PretrainConfig, TokenizerConfig
-    from beit_fast.train.pretrain import demo_banner as banner
+    from beit_fast.train.tasks.pretrain import (
+        DataConfig,
+        MaskedImageModeling,
+        ModelConfig,
+        PretrainConfig,
+        TokenizerConfig,
+    )
+    from beit_fast.train.tasks.pretrain import demo_banner as banner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 

@@ -17,10 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 
 try:
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
-    from beit_fast.train.pretrain import DataConfig, MaskedImageModeling, ModelConfig, PretrainConfig, TokenizerConfig
-    from beit_fast.train.pretrain import demo_banner as banner
+    from beit_fast.train.tasks.pretrain import (
+        DataConfig,
+        MaskedImageModeling,
+        ModelConfig,
+        PretrainConfig,
+        TokenizerConfig,
+        demo_banner,
+    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 
@@ -36,7 +42,6 @@ config = PretrainConfig(
     data=DataConfig(normalization="half"),
     tokenizer=TokenizerConfig(name="dalle"),
 )
-
 # In place of the values above when no --data.path is given: about three minutes on two CPU cores.
 demo = replace(
     config,
@@ -50,6 +55,5 @@ demo = replace(
     checkpoint=CheckpointConfig(every_steps=5),
     log=LogConfig(every_steps=1),
 )
-
 if __name__ == "__main__":
-    main(config, MaskedImageModeling, demo=demo, banner=banner)
+    main(config, MaskedImageModeling, demo=demo, banner=demo_banner)

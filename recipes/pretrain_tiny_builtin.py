@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 try:
-    from beit_fast.train import pretrain
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import CheckpointConfig, OptimConfig
+    from beit_fast.train.tasks import pretrain
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 

@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 try:
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
     from beit_fast.train.config import OptimConfig
-    from beit_fast.train.segment import Segment, SegmentationDataConfig, SegmentationModelConfig, SegmentConfig
-    from beit_fast.train.segment_demo import demonstrate_segmentation, segmentation_banner
+    from beit_fast.train.tasks.segment import Segment, SegmentationDataConfig, SegmentationModelConfig, SegmentConfig
+    from beit_fast.train.tasks.segment_demo import demonstrate_segmentation, segmentation_banner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
 

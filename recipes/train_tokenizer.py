@@ -14,10 +14,10 @@ Hardware: one CPU core is enough. Result: beit_fast/tokenizers/weights/MODEL_CAR
 
 from pathlib import Path
 
-from beit_fast.train.cli import main
+from beit_fast.cli.train import main
 from beit_fast.train.config import CheckpointConfig, OptimConfig
-from beit_fast.train.dvae import tokenizer_task
-from beit_fast.train.tokenizer import TrainTokenizerConfig
+from beit_fast.train.tasks.dvae import tokenizer_task
+from beit_fast.train.tasks.tokenizer import TrainTokenizerConfig
 
 config = TrainTokenizerConfig(
     output_dir=Path("runs/train_tokenizer"),

@@ -50,7 +50,7 @@ def test_no_unrestricted_pickle_in_the_sources():
 
 def test_tar_entries_are_never_unpacked(tmp_path):
     """No source calls extract or extractall; entries that would climb out are images like any other, in place."""
-    from beit_fast.data.sources import open_source
+    from beit_fast.data.sources.sources import open_source
 
     for path in sources():
         assert not any(name.endswith((".extract", ".extractall", ".unpack_archive")) for name, _ in calls(path)), path
@@ -84,7 +84,7 @@ beit_fast.create_model("beit_base_patch16_224", depth=1)
 from pathlib import Path
 from beit_fast.train import engine
 from beit_fast.train.config import LogConfig, OptimConfig
-from beit_fast.train.pretrain import *
+from beit_fast.train.tasks.pretrain import *
 config = PretrainConfig(
     output_dir=Path(sys.argv[1]) / "run", steps=1, batch_size=2, batch_per_device=2,
     data=DataConfig(builtin_images=4, builtin_size=48, cache_dir=sys.argv[1], threads=1),

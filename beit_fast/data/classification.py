@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from beit_fast.data.augmentation.color_jitter import transform_views
+from beit_fast.data.augmentation.erasing import RandomErasing
+from beit_fast.data.augmentation.rand_augment import Augmenter, RandAugment
 from beit_fast.data.decoding import Crop, DaliDecoder, Decoder, PilDecoder, has_dali
-from beit_fast.data.erasing import RandomErasing
 from beit_fast.data.prefetch import Prefetcher
-from beit_fast.data.rand_augment import Augmenter, RandAugment
 from beit_fast.data.reading import Sample, ScreenedReader
-from beit_fast.data.sampling import ViewSampling, compiled_module, sample_keys
+from beit_fast.data.sampling import CropSampler, compiled_module, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
-from beit_fast.data.sources import ImageSource
-from beit_fast.data.view_transform import transform_views
+from beit_fast.data.sources.sources import ImageSource
 
 Triple = Sequence[float]
 
@@ -142,7 +142,7 @@ class _Views:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
-class TrainingViews(_Views):
+class ClassificationLoader(_Views):
     """Random views of a labelled source; `batches(requests)` works ahead in a thread.
 
     A position p of an epoch is view p % repeats of the image at place p // repeats of the epoch's order. An image that
@@ -172,7 +172,7 @@ class TrainingViews(_Views):
             bad_images=bad_images, threads=threads, prefetch=prefetch,
         )  # fmt: skip
         self.seed, self.augmentation = seed, augmentation
-        self._sampling = ViewSampling(augmentation.scale, augmentation.ratio, augmentation.flip_probability, 0, 0, 0)
+        self._sampling = CropSampler(augmentation.scale, augmentation.ratio, augmentation.flip_probability, 0, 0, 0)
         self._augmenter = Augmenter(self.threads) if augmentation.rand_augment is not None else None
         self._running: Prefetcher[tuple[Tensor, NDArray[np.bool_], LabelledBatch]] | None = None
 
@@ -265,7 +265,7 @@ class TrainingViews(_Views):
             out.copy_(resized(crop, (self.image_size, self.image_size)))
 
 
-class EvaluationViews(_Views):
+class EvaluationLoader(_Views):
     """Centre crops of a labelled source, with torchvision's geometry (`evaluation_geometry`).
 
     A bad image is left out, reported to `bad_images` and named there; it cannot be replaced.

@@ -64,7 +64,7 @@ def resize(crop: Crop, size: int, mode: str, out: Tensor) -> None:
     out.copy_(functional.interpolate(image, size=(size, size), mode=mode, antialias=True)[0].permute(1, 2, 0))
 
 
-class CpuViews:
+class CpuResizer:
     """Decoder on the CPU, then torch's antialiased resize, one image per task of `pool`."""
 
     def __init__(
@@ -104,7 +104,7 @@ class CpuViews:
         return ResizedViews(views, token_views, centers, rejected)
 
 
-class GpuViews(DaliPipeline):
+class GpuResizer(DaliPipeline):
     """nvJPEG and DALI's resize on the GPU. Written without a GPU at hand: unverified."""
 
     def __init__(self, device: torch.device, threads: int, image_size: int, token_image_size: int) -> None:

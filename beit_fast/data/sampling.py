@@ -83,7 +83,7 @@ class Views(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ViewSampling:
+class CropSampler:
     """Random resized crop, horizontal flip and colour jitter of pre-training (paper, appendix; no hue).
 
     Raises `ValueError` naming the argument at fault, `ModuleNotFoundError` where `beit_fast._C` was not built.

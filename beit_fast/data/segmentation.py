@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from beit_fast.data import builtin, scenes
 from beit_fast.data.screening import Header, Rejection
-from beit_fast.data.sources import FolderSource, ImageSource, open_source
+from beit_fast.data.sources.sources import FolderSource, ImageSource, open_source
 
 IGNORE = -1
 """Of a pixel that counts neither in the loss nor in a score."""
@@ -166,8 +166,8 @@ def _folders(root: Path, train: bool) -> tuple[Path, Path]:
     pairs = [(i, a) for i in _IMAGES for a in _LABELS]
     places = [(root / i / s, root / a / s) for s in splits for i, a in pairs]
     places += [(root / s / i, root / s / a) for s in splits for i, a in pairs]
-    everywhere = (*_TRAINING, *_VALIDATION)
-    if not any((root / i / s).is_dir() or (root / s / i).is_dir() for i in _IMAGES for s in everywhere):
+    every_split = (*_TRAINING, *_VALIDATION)
+    if not any((root / i / s).is_dir() or (root / s / i).is_dir() for i in _IMAGES for s in every_split):
         places += [(root / i, root / a) for i, a in pairs]
     found = next((place for place in places if place[0].is_dir() and place[1].is_dir()), None)
     if found is None:

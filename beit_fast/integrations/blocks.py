@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from beit_fast import kernels
 from beit_fast.kernels import Bias
-from beit_fast.nn.fusible import untouched
+from beit_fast.nn.stock import is_stock
 
 
 def inactive(dropout: nn.Module) -> bool:
     """Whether a dropout passes its input through, and nobody watches it do so."""
     if type(dropout) is nn.Dropout and dropout.p and dropout.training:
         return False
-    return untouched(dropout, nn.Dropout, nn.Identity)
+    return is_stock(dropout, nn.Dropout, nn.Identity)
 
 
 def drop_factors(drop_path: nn.Module, x: Tensor) -> Tensor | None:

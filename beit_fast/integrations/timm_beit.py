@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import beit_fast
 from beit_fast import kernels
+from beit_fast.integrations.blocks import bias_for_all, drop_factors, inactive, prepared
 from beit_fast.kernels import Bias
-from beit_fast.nn.fusible import branch_of, untouched
-
-from .blocks import bias_for_all, drop_factors, inactive, prepared
+from beit_fast.nn.stock import is_stock, linear_without_bias
 
 
 class Block(theirs.Block):
@@ -31,27 +30,29 @@ class Block(theirs.Block):
         mixed = kernels.packed_attention(
             qkv.view(*x.shape[:2], 3, attn.num_heads, -1), self._bias(shared_rel_pos_bias, qkv.dtype), attn.scale
         )
-        branch, bias = branch_of(attn.proj, mixed.flatten(2))
+        branch, bias = linear_without_bias(attn.proj, mixed.flatten(2))
         x, normed = kernels.residual_layer_norm(
             x, branch, self.gamma_1, drop_factors(self.drop_path1, x), norm.weight, norm.bias, norm.eps, bias
         )
-        hidden, bias = branch_of(mlp.fc1, normed)
-        branch, last_bias = branch_of(mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
+        hidden, bias = linear_without_bias(mlp.fc1, normed)
+        branch, last_bias = linear_without_bias(
+            mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None)
+        )
         return kernels.residual_add(x, branch, self.gamma_2, drop_factors(self.drop_path2, x), last_bias)
 
     def _as_made(self) -> bool:
         """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
         attn, mlp = self.attn, self.mlp
         return (
-            untouched(attn, theirs.Attention)
-            and untouched(attn.qkv, nn.Linear)
-            and untouched(self.norm2, LayerNorm, nn.LayerNorm)
-            and untouched(mlp, Mlp)
-            and untouched(mlp.act, nn.GELU)
-            and untouched(mlp.norm, nn.Identity)
+            is_stock(attn, theirs.Attention)
+            and is_stock(attn.qkv, nn.Linear)
+            and is_stock(self.norm2, LayerNorm, nn.LayerNorm)
+            and is_stock(mlp, Mlp)
+            and is_stock(mlp.act, nn.GELU)
+            and is_stock(mlp.norm, nn.Identity)
             and all(inactive(d) for d in (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2))
-            and untouched(self.drop_path1, DropPath, nn.Identity)
-            and untouched(self.drop_path2, DropPath, nn.Identity)
+            and is_stock(self.drop_path1, DropPath, nn.Identity)
+            and is_stock(self.drop_path2, DropPath, nn.Identity)
         )
 
     def _qkv_bias(self) -> Tensor | None:

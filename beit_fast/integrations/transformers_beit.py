@@ -19,11 +19,10 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from beit_fast import kernels
+from beit_fast.integrations.blocks import bias_for_all, drop_factors, inactive, prepared
+from beit_fast.integrations.later_logits import LaterLogits
 from beit_fast.kernels import Bias
-from beit_fast.nn.fusible import branch_of, product_of, untouched
-
-from .blocks import bias_for_all, drop_factors, inactive, prepared
-from .later_logits import LaterLogits
+from beit_fast.nn.stock import is_stock, linear_without_bias, product_of
 
 
 @dataclass
@@ -53,9 +52,9 @@ class BeitLayer(theirs.BeitLayer):
     ) -> Tensor:
         """(B, N, D) -> (B, N, D); `attention_mask` is the bias (1, H, N, N) that all blocks share, or a mask.
 
-        With `masked_rows`, if it means this block: (M, 1, D), all of the block behind the attention at its rows alone.
+        With `masked_indices`, if it means this block: (M, 1, D), all of the block after the attention, at these rows.
         """
-        masked_rows: MaskedRows | None = kwargs.pop("masked_rows", None)
+        masked_indices: MaskedRows | None = kwargs.pop("masked_indices", None)
         x, attention = hidden_states, self.attention
         if not self._as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
@@ -65,10 +64,10 @@ class BeitLayer(theirs.BeitLayer):
         bias = self._bias(attention_mask, x, resolution, q.dtype)
         mixed = kernels.biased_attention(q, k, v, bias, attention.scaling).flatten(2)
         first, second = drop_factors(self.drop_path, x), drop_factors(self.drop_path, x)
-        if masked_rows is None or masked_rows.block is not self:
+        if masked_indices is None or masked_indices.block is not self:
             return self._finish(x, mixed, first, second)
-        masked_rows.all_rows = lambda: self._finish(x, mixed, first, second)
-        at = masked_rows.at
+        masked_indices.all_rows = lambda: self._finish(x, mixed, first, second)
+        at = masked_indices.at
         sample = torch.div(at, x.shape[1], rounding_mode="floor")
         x_at, mixed_at = (t.flatten(0, 1).index_select(0, at).unsqueeze(1) for t in (x, mixed))
         first_at, second_at = (None if f is None else f.index_select(0, sample) for f in (first, second))
@@ -77,12 +76,14 @@ class BeitLayer(theirs.BeitLayer):
     def _finish(self, x: Tensor, mixed: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
         """The block behind the mixing of tokens: any tokens (B, N, D), the drop factors (B,) of both its branches."""
         norm = self.layernorm_after
-        branch, bias = branch_of(self.attention.o_proj, mixed)
+        branch, bias = linear_without_bias(self.attention.o_proj, mixed)
         x, normed = kernels.residual_layer_norm(
             x, branch, _gamma(self.lambda_1), first, norm.weight, norm.bias, norm.eps, bias
         )
-        hidden, bias = branch_of(self.mlp.fc1, normed)
-        branch, bias = branch_of(self.mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
+        hidden, bias = linear_without_bias(self.mlp.fc1, normed)
+        branch, bias = linear_without_bias(
+            self.mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None)
+        )
         return kernels.residual_add(x, branch, _gamma(self.lambda_2), second, bias)
 
     def _as_made(self, kwargs: dict[str, Any]) -> bool:
@@ -94,11 +95,11 @@ class BeitLayer(theirs.BeitLayer):
             config._attn_implementation in _SAME_RESULT
             and (attention.attention_dropout == 0.0 or not attention.training)
             and _unwatched(attention, theirs.BeitAttention)
-            and untouched(self.mlp, theirs.BeitMLP)
+            and is_stock(self.mlp, theirs.BeitMLP)
             and _exact_gelu(self.mlp.activation_fn)
-            and untouched(self.layernorm_after, nn.LayerNorm)
+            and is_stock(self.layernorm_after, nn.LayerNorm)
             and inactive(self.dropout)
-            and untouched(self.drop_path, theirs.BeitDropPath, nn.Identity)
+            and is_stock(self.drop_path, theirs.BeitDropPath, nn.Identity)
         )
 
     def _bias(self, shared: Tensor | None, x: Tensor, resolution: tuple[int, int] | None, dtype: torch.dtype) -> Bias:
@@ -117,7 +118,7 @@ def _is_bias(mask: Tensor, x: Tensor, attention: Any) -> bool:
 
 
 def _unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """As `untouched`; transformers' own hooks, which only wait for their outputs to be asked for, do not count."""
+    """As `is_stock`; transformers' own hooks, which only wait for their outputs to be asked for, do not count."""
     hooks = module._forward_hooks.values()
     return all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks) and not (
         type(module) is not kind or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -182,18 +183,18 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         per_image = bool_masked_pos.flatten(1).shape[1]
         rows = patches + torch.div(patches, per_image, rounding_mode="floor") + 1  # past each CLS token
         last, norm, head = self.beit.layers[-1], self.layernorm, self.lm_head
-        masked_rows = MaskedRows(last, rows) if self._reads_masked_rows_only(kwargs) else None
+        masked_indices = MaskedRows(last, rows) if self._reads_masked_rows_only(kwargs) else None
         outputs = self.beit(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             **kwargs,
-            **({} if masked_rows is None else {"masked_rows": masked_rows}),
+            **({} if masked_indices is None else {"masked_indices": masked_indices}),
         )
         hidden = outputs.last_hidden_state
         weights = [norm.weight, norm.bias, head.weight, head.bias]
-        finish, norm_of_trunk = None if masked_rows is None else masked_rows.all_rows, self.beit.layernorm
+        finish, norm_of_trunk = None if masked_indices is None else masked_indices.all_rows, self.beit.layernorm
         if finish is not None:  # `hidden` is (M, 1, D)
             rows = torch.arange(len(rows), device=rows.device)
             weights += [*last.parameters(), *norm_of_trunk.parameters()]
@@ -217,14 +218,14 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         return (
             not any(asked)
             and not last.gradient_checkpointing
-            and untouched(trunk, theirs.BeitModel)
+            and is_stock(trunk, theirs.BeitModel)
             and _unwatched(last, BeitLayer)
-            and untouched(trunk.layernorm, nn.LayerNorm, nn.Identity)
-            and all(untouched(m, nn.Linear) for m in (last.attention.o_proj, last.mlp.fc1, last.mlp.fc2))
+            and is_stock(trunk.layernorm, nn.LayerNorm, nn.Identity)
+            and all(is_stock(m, nn.Linear) for m in (last.attention.o_proj, last.mlp.fc1, last.mlp.fc2))
         )
 
     def _head_as_made(self) -> bool:
-        return untouched(self.layernorm, nn.LayerNorm) and untouched(self.lm_head, nn.Linear)
+        return is_stock(self.layernorm, nn.LayerNorm) and is_stock(self.lm_head, nn.Linear)
 
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {

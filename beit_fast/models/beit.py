@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .configs import BeitConfig
-from .hub import HubMethods
-from .initialisation import init_for_fine_tuning, init_head
-from .resize import resize_position_embedding, resize_relative_position_bias_table
-from .trunk import BeitTrunk
+from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.configs import BeitConfig
+from beit_fast.models.hub import HubMethods
+from beit_fast.models.initialisation import init_for_fine_tuning, init_head
+from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 
 
-class Beit(HubMethods, BeitTrunk):
+class Beit(HubMethods, BeitBackbone):
     """BEiT as a classifier or feature extractor (paper section 2.6), `config.for_classification(...)`.
 
     With `global_pool="avg"` the mean of the patch tokens, CLS left out, goes through `fc_norm` to `head`; with

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .key_names import to_official
-from .reading import CheckpointError, read_state_dict
-from .resize import resize_position_embedding, resize_relative_position_bias_table
-from .trunk import BeitTrunk
+from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.key_names import to_official
+from beit_fast.models.reading import CheckpointError, read_state_dict
+from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 
 # What comes and goes with the task: fresh where the file has none, ignored where the model has none.
 _TASK_SPECIFIC = (
@@ -101,9 +101,9 @@ def load_state_dict(
     verbose: bool = False,
 ) -> LoadReport:
     """`load_checkpoint` from tensors at hand; arguments and errors as there."""
-    whole = model if isinstance(model, BeitTrunk) else getattr(model, "model", model)
+    whole = model if isinstance(model, BeitBackbone) else getattr(model, "model", model)
     trunk = getattr(whole, "backbone", whole)  # a segmentation model has its heads beside the trunk
-    if not isinstance(trunk, BeitTrunk):
+    if not isinstance(trunk, BeitBackbone):
         raise CheckpointError(f"model is a {type(model).__name__}; weights can be loaded into a BEiT of beit_fast only")
     try:
         tensors, strangers = to_official(state)
@@ -129,7 +129,7 @@ class _Fit:
     """Finds the value of each parameter among the tensors of a file, and enters it in the report."""
 
     def __init__(
-        self, trunk: BeitTrunk, tensors: dict[str, Tensor], report: LoadReport, source_grid: tuple[int, int] | None
+        self, trunk: BeitBackbone, tensors: dict[str, Tensor], report: LoadReport, source_grid: tuple[int, int] | None
     ) -> None:
         self.config, self.tensors, self.report, self.source_grid = trunk.config, tensors, report, source_grid
         self.used: set[str] = set()

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 
-from .beit import Beit
-from .checkpoints import load_checkpoint
-from .configs import BeitConfig, model_names, named_config
-from .features import BeitFeatures
-from .hub import weights_at
+from beit_fast.models.beit import Beit
+from beit_fast.models.checkpoints import load_checkpoint
+from beit_fast.models.configs import BeitConfig, model_names, named_config
+from beit_fast.models.features import BeitFeatures
+from beit_fast.models.hub import weights_at
 
 _MEAN_V2, _STD_V2 = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _V1_1K, _V1_22K = "in22k_ft_in22k_in1k", "in22k_ft_in22k"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .beit import Beit, take_indices
+from beit_fast.models.beit import Beit, take_indices
 
 
 class FeatureInfo:

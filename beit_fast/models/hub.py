@@ -10,11 +10,10 @@ from typing import Any, Self, cast
 
 from torch import nn
 
+from beit_fast.models.checkpoints import load_checkpoint
+from beit_fast.models.configs import BeitConfig, named_config
+from beit_fast.models.reading import CheckpointError
 from beit_fast.version import __version__
-
-from .checkpoints import load_checkpoint
-from .configs import BeitConfig, named_config
-from .reading import CheckpointError
 
 _PREFIX = "hf-hub:"
 _OUR_KEYS = ("library_name", "library_version", "model_class")

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .trunk import BeitTrunk
+from beit_fast.models.backbone import BeitBackbone
 
 
-def _rescale_outputs(trunk: BeitTrunk) -> None:
+def _rescale_outputs(trunk: BeitBackbone) -> None:
     """Divides the output matrices of block l by sqrt(2l), which keeps deep pre-training stable (paper section 2.5)."""
     with torch.no_grad():
         for index, block in enumerate(trunk.layers(), start=1):
@@ -18,7 +18,7 @@ def _rescale_outputs(trunk: BeitTrunk) -> None:
             block.mlp.fc2.weight.div_(math.sqrt(2.0 * index))
 
 
-def _init_matrices(trunk: BeitTrunk, std: float, bound: float, patch_embed: bool) -> None:
+def _init_matrices(trunk: BeitBackbone, std: float, bound: float, patch_embed: bool) -> None:
     """Truncated normal weights and zero biases for every linear layer, and for the patch projection if asked for."""
     for module in trunk.modules():
         if isinstance(module, nn.Linear) or (patch_embed and isinstance(module, nn.Conv2d)):
@@ -34,7 +34,7 @@ def _truncated_normal(weight: Tensor, std: float, bound: float) -> None:
     nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-bound, b=bound)
 
 
-def init_for_pretraining(trunk: BeitTrunk, mask_token: Tensor) -> None:
+def init_for_pretraining(trunk: BeitBackbone, mask_token: Tensor) -> None:
     """The official initialisation of pre-training: normal, truncated at one standard deviation."""
     std = trunk.config.init_std
     _init_matrices(trunk, std, bound=std, patch_embed=True)
@@ -42,7 +42,7 @@ def init_for_pretraining(trunk: BeitTrunk, mask_token: Tensor) -> None:
     _rescale_outputs(trunk)
 
 
-def init_for_fine_tuning(trunk: BeitTrunk) -> None:
+def init_for_fine_tuning(trunk: BeitBackbone) -> None:
     """The official initialisation of fine-tuning: normal, truncated at +-2."""
     _init_matrices(trunk, trunk.config.init_std, bound=2.0, patch_embed=False)
     _rescale_outputs(trunk)

@@ -1,7 +1,7 @@
 """Masked image modelling: predict the visual tokens of masked patches (paper sections 2.2 to 2.4).
 
 The ablations of the paper's table 4 are options: `BeitConfig.mim_target` regresses pixels in place of visual tokens,
-and `everywhere` asks for all patches in place of the masked ones.
+and `predict_all` asks for all patches in place of the masked ones.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
 from beit_fast import kernels
-from beit_fast.nn.fusible import untouched
-
-from .configs import BeitConfig
-from .hub import HubMethods
-from .initialisation import init_for_pretraining
-from .trunk import BeitTrunk
+from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.configs import BeitConfig
+from beit_fast.models.hub import HubMethods
+from beit_fast.models.initialisation import init_for_pretraining
+from beit_fast.nn.stock import is_stock
 
 
 @dataclass
@@ -32,7 +31,7 @@ class MaskedImageModelingOutput:
     accuracy: Tensor
     """Share of masked positions whose most probable token is the right one, float32; nan for pixels."""
     num_masked: int
-    """M, the masked positions of this batch; all its patches where the loss is taken `everywhere`."""
+    """M, the masked positions of this batch; all its patches where the loss is taken at all of them."""
     num_correct: Tensor
     """Masked positions predicted right, int64; 0 for pixels."""
 
@@ -42,7 +41,7 @@ class MaskedImageModelingOutput:
 register_dataclass(MaskedImageModelingOutput)
 
 
-class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
+class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
     """BEiT in pre-training: a mask token in place of each masked patch, a linear head over the visual vocabulary.
 
     Only masked positions go through the head, and in the last block only they go through everything behind the
@@ -69,8 +68,8 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
         visual_tokens: Tensor | None = None,
         sample_keys: Tensor | None = None,
         num_targets: Tensor | None = None,
-        masked_rows: Tensor | None = None,
-        everywhere: bool = False,
+        masked_indices: Tensor | None = None,
+        predict_all: bool = False,
     ) -> MaskedImageModelingOutput:
         """Loss and accuracy of predicting the visual tokens at the masked positions.
 
@@ -82,14 +81,14 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
             sample_keys: int64 (B,), makes drop path a function of the sample (see `nn.drop_path_scales`).
             num_targets: 0-d; the sum of losses is divided by it instead of M, which makes the gradient independent
                 of how a global batch was split.
-            masked_rows: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
-            everywhere: take the loss at all patches, hidden or not ("recover 100 % visual tokens", table 4); the mask
+            masked_indices: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
+            predict_all: take the loss at all patches, hidden or not ("recover 100 % visual tokens", table 4); the mask
                 may then be empty.
 
         Raises:
             ValueError: nothing is masked, the shapes do not fit, or visual tokens are missing.
         """
-        mask, rows = self._masked_rows(images, mask, masked_rows, everywhere)
+        mask, rows = self._masked_rows(images, mask, masked_indices, predict_all)
         num_masked = rows.shape[0]
         if self.config.mim_target == "pixels":
             predicted = self.lm_head(self.norm(self._hidden_at(images, mask, rows, sample_keys)))
@@ -101,7 +100,7 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
             raise ValueError("visual_tokens are missing; only a model with mim_target='pixels' needs none")
         targets = self._targets_at(visual_tokens, rows, mask)
         hidden = self._hidden_at(images, mask, rows, sample_keys)
-        if not (untouched(self.norm, nn.LayerNorm) and untouched(self.lm_head, nn.Linear)):
+        if not (is_stock(self.norm, nn.LayerNorm) and is_stock(self.lm_head, nn.Linear)):
             logits = self.lm_head(self.norm(hidden)).float()
             count = num_masked if num_targets is None else num_targets
             loss = F.cross_entropy(logits, targets, reduction="sum") / count
@@ -120,20 +119,20 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
         )
         return MaskedImageModelingOutput(loss, num_correct.float() / num_masked, num_masked, num_correct)
 
-    def predict_tokens(self, images: Tensor, mask: Tensor, everywhere: bool = False) -> Tensor:
+    def predict_tokens(self, images: Tensor, mask: Tensor, predict_all: bool = False) -> Tensor:
         """Logits (M, V), or pixels (M, C * P * P), at the masked positions in row order, or at all."""
-        mask, rows = self._masked_rows(images, mask, None, everywhere)
+        mask, rows = self._masked_rows(images, mask, None, predict_all)
         return self.lm_head(self.norm(self._hidden_at(images, mask, rows, None)))
 
     def _masked_rows(
-        self, images: Tensor, mask: Tensor, rows: Tensor | None, everywhere: bool
+        self, images: Tensor, mask: Tensor, rows: Tensor | None, predict_all: bool
     ) -> tuple[Tensor, Tensor]:
         """The mask as (B, N-1) and where to predict: the indices of its true entries in the flattened mask, or all."""
         batch, patches = images.shape[0], self._patches_of(images)
         mask = mask.flatten(1)
         if mask.shape != (batch, patches) or mask.dtype != torch.bool:
             raise ValueError(f"mask must be bool ({batch}, {patches}), got {mask.dtype} {tuple(mask.shape)}")
-        if everywhere:
+        if predict_all:
             rows = torch.arange(mask.numel(), device=mask.device)
         elif rows is None:
             rows = mask.flatten().nonzero().squeeze(1)
@@ -169,7 +168,7 @@ class BeitForMaskedImageModeling(HubMethods, BeitTrunk):
         sample = torch.div(rows, mask.shape[1], rounding_mode="floor")
         at = rows + sample + 1  # every sample has one CLS token in front of its patches
         *_, last = self.layers()
-        if not last.fusible():
+        if not last.can_fuse():
             x, _ = self._run_blocks(x, bias_of, drop_path, len(self.blocks), None)
             return x.flatten(0, 1).index_select(0, at)
         x, normed = self._run_blocks(x, bias_of, drop_path, len(self.blocks) - 1, last.norm1)

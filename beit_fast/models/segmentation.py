@@ -10,14 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.checkpoints import load_checkpoint
+from beit_fast.models.configs import BeitConfig
+from beit_fast.models.heads import FCNHead, SetrUpHead, UPerHead, resize
+from beit_fast.models.initialisation import init_for_fine_tuning
+from beit_fast.models.reading import CheckpointError
 from beit_fast.version import __version__
-
-from .checkpoints import load_checkpoint
-from .configs import BeitConfig
-from .initialisation import init_for_fine_tuning
-from .reading import CheckpointError
-from .segmentation_heads import FCNHead, SetrUpHead, UPerHead, resize
-from .trunk import BeitTrunk
 
 SegmentationHead = Literal["upernet", "setr_pup"]
 
@@ -82,7 +81,7 @@ class SegmentationConfig:
         return self.backbone.width if self.head == "upernet" else 512
 
 
-class SegmentationBackbone(BeitTrunk):
+class SegmentationBackbone(BeitBackbone):
     """A BEiT that gives the outputs of four blocks as maps, for UPerNet at four resolutions.
 
     No norm follows the blocks. The pyramid is the official one: the first map is upsampled fourfold and the second

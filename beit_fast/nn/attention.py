@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from beit_fast import kernels
 from beit_fast.kernels import Bias
-
-from .fusible import untouched
-from .relative_position_bias import table_parameter
+from beit_fast.nn.relative_position_bias import table_parameter
+from beit_fast.nn.stock import is_stock
 
 
 class Attention(nn.Module):
@@ -44,7 +43,7 @@ class Attention(nn.Module):
         """(B, N, D) -> (B, N, D): the heads' outputs side by side, before `proj`."""
         batch, tokens, width = x.shape
         bias_of_qkv = self.qkv_bias()
-        if untouched(self.qkv, nn.Linear):
+        if is_stock(self.qkv, nn.Linear):
             qkv = kernels.linear(x, self.qkv.weight, bias_of_qkv)
         else:
             qkv = self.qkv(x)

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from beit_fast import kernels
 from beit_fast.kernels import Bias
-
-from .attention import Attention
-from .fusible import branch_of, untouched
-from .mlp import Mlp
+from beit_fast.nn.attention import Attention
+from beit_fast.nn.mlp import Mlp
+from beit_fast.nn.stock import is_stock, linear_without_bias
 
 
 class Block(nn.Module):
@@ -50,25 +49,25 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D); `bias` (H, N, N) prepared, plain, None, or what makes it; `drop_path` (2, B)."""
         if callable(bias):
             bias = bias()
-        if self._parts_fusible():
+        if self._parts_are_stock():
             return self.chain(x, self.norm1(x), bias, drop_path, None)[0]
         first, second = (None, None) if drop_path is None else drop_path
         x = kernels.residual_add(x, self.attn(self.norm1(x), bias), self.gamma_1, first)
         return kernels.residual_add(x, self.mlp(self.norm2(x)), self.gamma_2, second)
 
-    def fusible(self) -> bool:
+    def can_fuse(self) -> bool:
         """Whether `chain` and `finish` do what calling the block does: nobody watches or replaced it or its parts.
 
         Its linear layers may be touched: they are then called.
         """
-        return untouched(self, Block) and self._parts_fusible()
+        return is_stock(self, Block) and self._parts_are_stock()
 
-    def _parts_fusible(self) -> bool:
+    def _parts_are_stock(self) -> bool:
         return (
-            untouched(self.attn, Attention)
-            and untouched(self.mlp, Mlp)
-            and untouched(self.norm1, nn.LayerNorm)
-            and untouched(self.norm2, nn.LayerNorm)
+            is_stock(self.attn, Attention)
+            and is_stock(self.mlp, Mlp)
+            and is_stock(self.norm1, nn.LayerNorm)
+            and is_stock(self.norm2, nn.LayerNorm)
         )
 
     def chain(
@@ -100,7 +99,7 @@ class Block(nn.Module):
         """The residual sum behind the attention and its norm2."""
         proj, norm = self.attn.proj, self.norm2
         factors = None if drop_path is None else drop_path[0]
-        branch, bias = branch_of(proj, mixed)
+        branch, bias = linear_without_bias(proj, mixed)
         return kernels.residual_layer_norm(x, branch, self.gamma_1, factors, norm.weight, norm.bias, norm.eps, bias)
 
     def _add_mlp(

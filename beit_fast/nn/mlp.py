@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from beit_fast import kernels
-
-from .fusible import branch_of
+from beit_fast.nn.stock import linear_without_bias
 
 
 class Mlp(nn.Module):
@@ -24,6 +23,6 @@ class Mlp(nn.Module):
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(..., D) -> (..., D), and the bias of fc2 that is still to be added: the residual op that follows does it."""
-        hidden, bias = branch_of(self.fc1, x)
+        hidden, bias = linear_without_bias(self.fc1, x)
         # a bias that is still to be added means that `hidden` was made here and is ours
-        return branch_of(self.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
+        return linear_without_bias(self.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from beit_fast import kernels
-
-from .fusible import untouched
+from beit_fast.nn.stock import is_stock
 
 
 class PatchEmbed(nn.Module):
@@ -34,7 +33,7 @@ class PatchEmbed(nn.Module):
         batch, _, height, width = images.shape
         if height % p or width % p:
             raise ValueError(f"image sides must be multiples of the patch size {p}, got {height}x{width}")
-        if not untouched(self.proj, nn.Conv2d):
+        if not is_stock(self.proj, nn.Conv2d):
             return self.proj(images).flatten(2).transpose(1, 2)
         patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch, (height // p) * (width // p), channels * p * p)

@@ -1,8 +1,8 @@
 """Image tokenizers: images to visual tokens and back. `load_tokenizer` is the way in."""
 
-from .base import Tokenizer, TokenizerError
-from .dalle import DalleTokenizer
-from .discrete_vae import DiscreteVAE
-from .load import load_tokenizer
+from beit_fast.tokenizers.base import Tokenizer, TokenizerError
+from beit_fast.tokenizers.dalle import DalleTokenizer
+from beit_fast.tokenizers.discrete_vae import DiscreteVAE
+from beit_fast.tokenizers.load import load_tokenizer
 
 __all__ = ["DalleTokenizer", "DiscreteVAE", "Tokenizer", "TokenizerError", "load_tokenizer"]

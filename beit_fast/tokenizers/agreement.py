@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .load import load_tokenizer
+from beit_fast.tokenizers.load import load_tokenizer
 
 __all__ = ["precision_agreement"]
 

@@ -44,12 +44,12 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def encode(self, images: Tensor, mask: Tensor | None = None, masked_rows: Tensor | None = None) -> Tensor:
+    def encode(self, images: Tensor, mask: Tensor | None = None, masked_indices: Tensor | None = None) -> Tensor:
         """Visual tokens: the arg-max over the vocabulary at each position, without a softmax.
 
         images: floating (B, 3, H, W) in [0, 1]; H and W are multiples of `stride`.
         mask: bool (B, h, w) or (B, h*w). Where it is given, the output convolution runs at its True positions only.
-        masked_rows: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
+        masked_indices: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
         Returns int64 (B, h, w), or (M,) in row-major order where a mask is given (view it as (B, M) when all rows have
         the same count). Raises ValueError for wrong shapes or dtypes.
         """
@@ -62,8 +62,8 @@ class Tokenizer(nn.Module):
                     f"mask must be bool of shape {(batch, h, w)} or {(batch, h * w)}, not {mask.dtype} "
                     f"{tuple(mask.shape)}: one entry per token of images {tuple(images.shape)}"
                 )
-            if masked_rows is None:
-                masked_rows = mask.reshape(-1).nonzero().squeeze(1)
+            if masked_indices is None:
+                masked_indices = mask.reshape(-1).nonzero().squeeze(1)
         kind = images.device.type
         bytes_per_image = self.width * images.shape[2] * images.shape[3] * weight.element_size()
         step = max(1, _ACTIVATION_BYTES.get(kind, 1 << 30) // bytes_per_image)
@@ -71,14 +71,14 @@ class Tokenizer(nn.Module):
         for start in range(0, batch, step):
             rows = self.features(images[start : start + step]).permute(0, 2, 3, 1)  # (b, h, w, C)
             rows = rows.reshape(-1, rows.shape[-1])
-            parts.append(rows if masked_rows is not None else self._ids(rows))
+            parts.append(rows if masked_indices is not None else self._ids(rows))
         if not parts:
-            return images.new_empty(0 if masked_rows is not None else (0, h, w), dtype=torch.int64)
+            return images.new_empty(0 if masked_indices is not None else (0, h, w), dtype=torch.int64)
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if masked_rows is None:
+        if masked_indices is None:
             return flat.view(batch, h, w)
         # How many rows a part holds only a host sync would tell: they are taken from all parts together.
-        return self._ids(flat.index_select(0, masked_rows.to(flat.device, non_blocking=True)))
+        return self._ids(flat.index_select(0, masked_indices.to(flat.device, non_blocking=True)))
 
     def _ids(self, rows: Tensor) -> Tensor:
         """Rows (P, C) of `features` -> int64 (P,)."""
@@ -90,8 +90,8 @@ class Tokenizer(nn.Module):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             features = meta.features(torch.empty(1, 3, height, width, device="meta"))
         weight, _ = meta.head()
-        everywhere = features.shape[2] * features.shape[3]
-        return counter.get_total_flops() // 2 + weight.numel() * (everywhere if positions is None else positions)
+        positions_of_grid = features.shape[2] * features.shape[3]
+        return counter.get_total_flops() // 2 + weight.numel() * (positions_of_grid if positions is None else positions)
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
         s = self.stride

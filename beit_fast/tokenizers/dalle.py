@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Tokenizer, TokenizerError
+from beit_fast.tokenizers.base import Tokenizer, TokenizerError
 
 __all__ = ["DalleDecoder", "DalleEncoder", "DalleTokenizer", "map_pixels", "unmap_pixels"]
 

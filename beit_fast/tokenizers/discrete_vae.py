@@ -7,7 +7,7 @@ State-dict keys are those of their `pytorch_model.bin`: `codebook.weight`, `enco
 import torch
 from torch import Tensor, nn
 
-from .base import Tokenizer
+from beit_fast.tokenizers.base import Tokenizer
 
 __all__ = ["DiscreteVAE"]
 

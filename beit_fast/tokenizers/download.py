@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from .base import TokenizerError
+from beit_fast.tokenizers.base import TokenizerError
 
 __all__ = ["default_cache_dir", "exclusive", "fetch"]
 

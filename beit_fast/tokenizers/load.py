@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .base import Tokenizer, TokenizerError
-from .dalle import DalleDecoder, DalleEncoder, DalleTokenizer
-from .discrete_vae import DiscreteVAE
-from .download import default_cache_dir, exclusive, fetch
-from .unpickle import read_tensors
+from beit_fast.tokenizers.base import Tokenizer, TokenizerError
+from beit_fast.tokenizers.dalle import DalleDecoder, DalleEncoder, DalleTokenizer
+from beit_fast.tokenizers.discrete_vae import DiscreteVAE
+from beit_fast.tokenizers.download import default_cache_dir, exclusive, fetch
+from beit_fast.tokenizers.unpickle import read_tensors
 
 __all__ = ["MIRRORS", "convert_pickle", "load_tokenizer"]
 

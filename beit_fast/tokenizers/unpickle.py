@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import TokenizerError
+from beit_fast.tokenizers.base import TokenizerError
 
 __all__ = ["read_tensors"]
 

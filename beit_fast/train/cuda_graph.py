@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from beit_fast.train.batching import accumulation
 from beit_fast.train.config import RunConfig
-from beit_fast.train.distributed import World
+from beit_fast.train.distributed.world import World
 from beit_fast.train.task import Task
 
 WARM_UP_STEPS = 3

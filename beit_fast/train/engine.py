@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit_fast.train import checkpoint, memory, parallel
+from beit_fast.train import memory
 from beit_fast.train.anomalies import Anomalies, located
-from beit_fast.train.background_save import CheckpointWriter
 from beit_fast.train.batching import accumulation, requests_of, seed_of
-from beit_fast.train.checkpoint import Checkpoint
+from beit_fast.train.checkpoint import format as checkpoint
+from beit_fast.train.checkpoint.async_writer import CheckpointWriter
+from beit_fast.train.checkpoint.format import Checkpoint
+from beit_fast.train.checkpoint.run_folder import RunFolder
+from beit_fast.train.checkpoint.state import files_of, restore_files
 from beit_fast.train.config import RunConfig, check
 from beit_fast.train.cuda_graph import CudaRecorder, check_cuda_graph
-from beit_fast.train.distributed import (
+from beit_fast.train.distributed import parallel
+from beit_fast.train.distributed.watchdog import Watchdog
+from beit_fast.train.distributed.world import (
     LostRank,
     StopSignal,
     Vote,
@@ -35,12 +40,9 @@ from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
 from beit_fast.train.optim import LossScaler, build_optimizer, set_learning_rate
 from beit_fast.train.precision import autocast, precision_of
 from beit_fast.train.progress import Progress, duration
-from beit_fast.train.run_folder import RunFolder
 from beit_fast.train.schedules import learning_rate, run_length
-from beit_fast.train.step import StepWork
+from beit_fast.train.step import TrainStep
 from beit_fast.train.task import Task
-from beit_fast.train.training_state import files_of, restore_files
-from beit_fast.train.watchdog import Watchdog
 
 EXIT_RESUME = 75
 """EX_TEMPFAIL of sysexits.h: saved on a signal; the same command continues."""
@@ -176,7 +178,7 @@ class TrainingRun:
         self.precision = precision_of(config, world.device)
         self.scaler = LossScaler(world.device, enabled=self.precision == "fp16")
         self.ema = self.copy_weights() if config.optim.ema_decay is not None else None
-        self.work = StepWork(self.task, config, world, self.bare, self.model, self.optimizer, self.scaler, self.ema)
+        self.work = TrainStep(self.task, config, world, self.bare, self.model, self.optimizer, self.scaler, self.ema)
         if recorder is not None:
             self.work.record_with(recorder)
         self.interval, self.anomalies = Interval(world), Anomalies(world)

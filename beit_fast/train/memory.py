@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit_fast.train.checkpoint import tensor_bytes
+from beit_fast.train.checkpoint.format import tensor_bytes
 from beit_fast.train.config import RunConfig
-from beit_fast.train.distributed import World
+from beit_fast.train.distributed.world import World
 from beit_fast.train.metrics import peak_memory_mib
 from beit_fast.train.optim import expected_optimizer_bytes
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit_fast.train.distributed import World
+from beit_fast.train.distributed.world import World
 
 
 class Interval:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from beit_fast.train.parallel import local, whole
+from beit_fast.train.distributed.parallel import local, whole
 
 if TYPE_CHECKING:
     from beit_fast.train.config import OptimConfig

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from beit_fast.train import parallel
 from beit_fast.train.batching import seed_of
 from beit_fast.train.config import RunConfig
 from beit_fast.train.cuda_graph import DDP_WARM_UP_STEPS, WARM_UP_STEPS, CapturedStep, make_capturable
-from beit_fast.train.distributed import World
+from beit_fast.train.distributed import parallel
+from beit_fast.train.distributed.world import World
 from beit_fast.train.optim import LossScaler, optimizer_step
 from beit_fast.train.precision import autocast, precision_of
 from beit_fast.train.task import Task
@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
     """1 where that was to be expected: the scale of fp16 was still being looked for"""
 
 
-class StepWork:
+class TrainStep:
     """Steps a model; called with this rank's micro-batches and the number of the step, from 0."""
 
     def __init__(

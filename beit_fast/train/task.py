@@ -25,7 +25,7 @@ from beit_fast.train.optim import decay_groups
 
 if TYPE_CHECKING:
     from beit_fast.train.config import RunConfig
-    from beit_fast.train.distributed import World
+    from beit_fast.train.distributed.world import World
 
 
 class Request(NamedTuple):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from beit_fast.models.trunk import BeitTrunk
+from beit_fast.models.backbone import BeitBackbone
 from beit_fast.visualize import pictures
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class AttentionMaps(NamedTuple):
 
 
 def attention_maps(
-    model: BeitTrunk, image: Tensor, query: tuple[int, int] | None = None, block: int = -1, mass: float = MASS
+    model: BeitBackbone, image: Tensor, query: tuple[int, int] | None = None, block: int = -1, mass: float = MASS
 ) -> AttentionMaps:
     """The maps of patch `query` (None: the middle one) of a normalised image (C, S, S) in block `block`.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backend
+from beit_fast.kernels import backend
 
 MAX_HEAD_DIM = 128  # of our kernels
 

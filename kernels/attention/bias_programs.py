@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from .programs import _dot, _load_tile
+from beit_fast.kernels.attention.programs import _dot, _load_tile
 
 
 @triton.jit

@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import AotSpec, Config, launch_config
-from .bias_programs import bias_gradient, reduce_bias_gradient
-from .bias_programs import prepare_bias as prepare_bias_program
-from .programs import attention_backward_key, attention_backward_query, attention_forward
+from beit_fast.kernels.attention.bias_programs import bias_gradient, reduce_bias_gradient
+from beit_fast.kernels.attention.bias_programs import prepare_bias as prepare_bias_program
+from beit_fast.kernels.attention.programs import attention_backward_key, attention_backward_query, attention_forward
+from beit_fast.kernels.launch_table import AotSpec, Config, launch_config
 
 LOG2E = math.log2(math.e)
 MAX_HEAD_DIM = 128

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
-from ..dispatch import differentiable_op, plain_op
-from . import backends, cpu, reference
+from beit_fast.kernels import backend
+from beit_fast.kernels.attention import backends, cpu, reference
+from beit_fast.kernels.registration import differentiable_op, plain_op
 
 
 class PreparedBias(NamedTuple):
@@ -124,13 +124,13 @@ def _runs_kernels(tensor: Tensor) -> bool:
 
 
 def _prepare_impl(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    from . import kernel
+    from beit_fast.kernels.attention import kernel
 
     return kernel.prepare_bias(bias, dtype, transposed)
 
 
 def _prepare_fake(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    from . import kernel
+    from beit_fast.kernels.attention import kernel
 
     num_heads, num_tokens, _ = bias.shape
     shape = (2 if transposed else 1, num_heads, num_tokens, kernel.padded_width(num_tokens))
@@ -142,7 +142,7 @@ def _attention_impl(
 ) -> Tensor:
     """Inference: nothing is saved."""
     if _runs_kernels(q):
-        from . import kernel
+        from beit_fast.kernels.attention import kernel
 
         return kernel.forward(q, k, v, padded, scale, save=False)[0]
     return cpu.forward(q, k, v, bias, scale)
@@ -160,7 +160,7 @@ def _biased_impl(
     """The output, and what the backward wants saved: log-sum-exp (B, H, N), on CPU the probabilities of a bias that is
     `learned`."""
     if _runs_kernels(q):
-        from . import kernel
+        from beit_fast.kernels.attention import kernel
 
         out, lse = kernel.forward(q, k, v, padded, scale, save=True)
         assert lse is not None
@@ -207,7 +207,7 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor]:
     """The packed gradient (B, N, 3, H, K), and that of the bias: (H, N, N) in at least fp32, or empty."""
     if _runs_kernels(q):
-        from . import kernel
+        from beit_fast.kernels.attention import kernel
 
         if bias is not None and (padded is None or padded.shape[0] < 2):  # prepared where no gradient was in sight
             padded = kernel.prepare_bias(bias, q.dtype, transposed=True)

@@ -10,7 +10,7 @@ again and are never stored. Offsets are int64 per program and per tile, int32 wi
 import triton
 import triton.language as tl
 
-from ..rounding import INTERPRETED, narrow
+from beit_fast.kernels.rounding import INTERPRETED, narrow
 
 
 @triton.jit

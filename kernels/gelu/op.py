@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import chosen_backend, triton_runs
-from ..dispatch import differentiable_op, plain_op, traced
-from . import reference
+from beit_fast.kernels.backend import chosen_backend, triton_runs
+from beit_fast.kernels.gelu import reference
+from beit_fast.kernels.registration import differentiable_op, plain_op, traced
 
 MAPPED_ANEW_BYTES = 32 << 20
 """glibc's DEFAULT_MMAP_THRESHOLD_MAX: it maps larger blocks of memory anew, page by page, every time."""
@@ -76,7 +76,7 @@ def _gelu_impl(x: Tensor, bias: Tensor | None) -> Tensor:
     """gelu(x + bias)."""
     x = x.contiguous()
     if triton_runs(x):
-        from . import kernel
+        from beit_fast.kernels.gelu import kernel
 
         return kernel.bias_gelu_forward(x, bias)
     if bias is None:
@@ -103,7 +103,7 @@ def _gelu_backward_impl(grad: Tensor, x: Tensor, bias: Tensor | None, need_bias:
     """Gradients of x and, if `need_bias`, of the bias: (D,) in at least fp32, or empty."""
     grad, x = grad.contiguous(), x.contiguous()
     if triton_runs(x):
-        from . import kernel
+        from beit_fast.kernels.gelu import kernel
 
         return kernel.bias_gelu_backward(grad, x, bias, need_bias)
     if bias is None:

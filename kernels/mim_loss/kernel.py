@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotSpec, launch_config
-from ..rounding import narrow
+from beit_fast.kernels.launch_table import AotSpec, launch_config
+from beit_fast.kernels.rounding import narrow
 
 IGNORED = tl.constexpr(-100)
 

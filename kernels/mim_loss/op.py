@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import chosen_backend, triton_runs
-from ..dispatch import differentiable_op, plain_op
-from ..linear_products import matmul
-from . import cpu, reference
-from .cpu import IGNORED
+from beit_fast.kernels.backend import chosen_backend, triton_runs
+from beit_fast.kernels.matmul import matmul
+from beit_fast.kernels.mim_loss import cpu, reference
+from beit_fast.kernels.mim_loss.cpu import IGNORED
+from beit_fast.kernels.registration import differentiable_op, plain_op
 
 
 def masked_cross_entropy(
@@ -75,7 +75,7 @@ def _steps(hidden: Tensor) -> Any:
     """The module whose `gather_norm`, `cross_entropy_` and `scatter_norm_backward` serve this tensor."""
     if not triton_runs(hidden):
         return cpu
-    from . import kernel
+    from beit_fast.kernels.mim_loss import kernel
 
     return kernel
 

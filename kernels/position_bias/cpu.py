@@ -13,7 +13,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .reference import relative_position_index, table_rows
+from beit_fast.kernels.position_bias.reference import relative_position_index, table_rows
 
 FEW_PATCHES = 256
 """Up to here `index_pairs` is faster: at most 0.7 of the time at 14 x 14 patches, but twice the time at 24 x 24."""
@@ -64,7 +64,7 @@ def _query_rows(bias: Tensor, height: int, width: int) -> tuple[Tensor, ...]:
     return bias.as_strided((height, num_heads, width, height * width), strides, first).unbind(0)
 
 
-def spread_table(table: Tensor, height: int, width: int) -> Tensor:
+def gather_bias(table: Tensor, height: int, width: int) -> Tensor:
     """(R, H) -> (H, N, N)."""
     num_heads, num_patches = table.shape[1], height * width
     strip = table.t().contiguous().index_select(1, _strip_index(height, width))
@@ -75,7 +75,7 @@ def spread_table(table: Tensor, height: int, width: int) -> Tensor:
     return bias
 
 
-def fold_bias(grad_bias: Tensor, height: int, width: int) -> Tensor:
+def scatter_table_grad(grad_bias: Tensor, height: int, width: int) -> Tensor:
     """(H, N, N) -> (R, H), summed in a fixed order in at least fp32."""
     num_heads, num_tokens, num_patches = grad_bias.shape[0], grad_bias.shape[1], height * width
     grad = grad_bias.contiguous()

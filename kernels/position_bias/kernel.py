@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotSpec, launch_config
-from ..rounding import narrow
-from .reference import table_rows
+from beit_fast.kernels.launch_table import AotSpec, launch_config
+from beit_fast.kernels.position_bias.reference import table_rows
+from beit_fast.kernels.rounding import narrow
 
 
 @triton.jit
@@ -65,24 +65,24 @@ def fold_bias_program(grad_ptr, folded_ptr, h, w, H, N, R, ROWS: tl.constexpr, Q
         tl.store(folded_ptr + row * H + head, value, mask=row < R - 3)
 
 
-def spread_table(table: Tensor, height: int, width: int) -> Tensor:
+def gather_bias(table: Tensor, height: int, width: int) -> Tensor:
     """(R, H) -> (H, N, N)."""
     num_rows, num_heads = table.shape
     num_tokens = height * width + 1
     bias = table.new_empty(num_heads, num_tokens, num_tokens)
-    config = dict(launch_config("spread_table", table.device))
+    config = dict(launch_config("gather_bias", table.device))
     spread_table_program[(triton.cdiv(num_tokens**2, config["BLOCK"]), num_heads)](
         table.contiguous(), bias, height, width, num_heads, num_tokens, num_rows, **config
     )
     return bias
 
 
-def fold_bias(grad_bias: Tensor, height: int, width: int) -> Tensor:
+def scatter_table_grad(grad_bias: Tensor, height: int, width: int) -> Tensor:
     """(H, N, N) -> (R, H), summed in fp32."""
     num_heads, num_tokens, _ = grad_bias.shape
     num_rows = table_rows((height, width))
     folded = grad_bias.new_empty(num_rows, num_heads)
-    config = dict(launch_config("fold_bias", grad_bias.device))
+    config = dict(launch_config("scatter_table_grad", grad_bias.device))
     fold_bias_program[(triton.cdiv(num_rows - 3, config["ROWS"]) + 1, num_heads)](
         grad_bias.contiguous(), folded, height, width, num_heads, num_tokens, num_rows, **config
     )
@@ -94,9 +94,9 @@ def aot_specs() -> list[AotSpec]:
     specs = []
     sizes = dict.fromkeys(("h", "w", "H", "N", "R"), "i32")
     for label, kernel, pointers in (
-        ("spread_table fp32", spread_table_program, {"table_ptr": "*fp32", "bias_ptr": "*fp32"}),
-        ("fold_bias fp32", fold_bias_program, {"grad_ptr": "*fp32", "folded_ptr": "*fp32"}),
-        ("fold_bias bf16", fold_bias_program, {"grad_ptr": "*bf16", "folded_ptr": "*bf16"}),
+        ("gather_bias fp32", spread_table_program, {"table_ptr": "*fp32", "bias_ptr": "*fp32"}),
+        ("scatter_table_grad fp32", fold_bias_program, {"grad_ptr": "*fp32", "folded_ptr": "*fp32"}),
+        ("scatter_table_grad bf16", fold_bias_program, {"grad_ptr": "*bf16", "folded_ptr": "*bf16"}),
     ):
         config = dict(launch_config(label.split()[0], "default"))
         warps, stages = config.pop("num_warps"), config.pop("num_stages")

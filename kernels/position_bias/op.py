@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import backend
-from ..dispatch import differentiable_op, plain_op, traced
-from . import cpu, reference
+from beit_fast.kernels import backend
+from beit_fast.kernels.position_bias import cpu, reference
+from beit_fast.kernels.registration import differentiable_op, plain_op, traced
 
 
 def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -46,12 +46,12 @@ def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tenso
 
 def _spread_impl(table: Tensor, height: int, width: int) -> Tensor:
     if backend.triton_runs(table):
-        from . import kernel
+        from beit_fast.kernels.position_bias import kernel
 
-        return kernel.spread_table(table, height, width)
+        return kernel.gather_bias(table, height, width)
     if table.device.type != "cpu":
         return reference.relative_position_bias(table, (height, width))
-    return cpu.spread_table(table, height, width)
+    return cpu.gather_bias(table, height, width)
 
 
 def _spread_fake(table: Tensor, height: int, width: int) -> Tensor:
@@ -61,14 +61,14 @@ def _spread_fake(table: Tensor, height: int, width: int) -> Tensor:
 
 def _fold_impl(grad_bias: Tensor, height: int, width: int) -> Tensor:
     if backend.triton_runs(grad_bias):
-        from . import kernel
+        from beit_fast.kernels.position_bias import kernel
 
-        return kernel.fold_bias(grad_bias, height, width)
+        return kernel.scatter_table_grad(grad_bias, height, width)
     if grad_bias.device.type != "cpu":
         index = reference.relative_position_index((height, width)).to(grad_bias.device)
         folded = grad_bias.new_zeros(reference.table_rows((height, width)), grad_bias.shape[0])
         return folded.index_put_((index,), grad_bias.permute(1, 2, 0), accumulate=True)
-    return cpu.fold_bias(grad_bias, height, width)
+    return cpu.scatter_table_grad(grad_bias, height, width)
 
 
 def _fold_fake(grad_bias: Tensor, height: int, width: int) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import chosen_backend, triton_runs
-from ..dispatch import differentiable_op, plain_op
-from . import reference
+from beit_fast.kernels.backend import chosen_backend, triton_runs
+from beit_fast.kernels.registration import differentiable_op, plain_op
+from beit_fast.kernels.residual_norm import reference
 
 
 def residual_add(
@@ -88,7 +88,7 @@ def _add_impl(
     x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, branch_bias: Tensor | None
 ) -> Tensor:
     if triton_runs(x):
-        from . import kernel
+        from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_add_forward(x, branch, gamma, drop_path, branch_bias)
     return _sum(x, branch, gamma, drop_path, branch_bias)
@@ -129,7 +129,7 @@ def _add_backward_impl(
 ) -> list[Tensor]:
     """Gradients of (branch, gamma, branch_bias); an empty tensor where `needs` says no."""
     if triton_runs(grad):
-        from . import kernel
+        from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_add_backward(grad, branch, gamma, drop_path, branch_bias, branch_dtype, needs)
     wide = grad.contiguous().to(_wide(grad.dtype))
@@ -247,7 +247,7 @@ def _norm_impl(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum, normed, and of every row the mean and 1/std (B, N, 1) for the backward pass."""
     if triton_runs(x):
-        from . import kernel
+        from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_layer_norm_forward(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
     total = _sum(x, branch, gamma, drop_path, branch_bias)
@@ -286,7 +286,7 @@ def _norm_backward_impl(
 ) -> list[Tensor]:
     """Gradients of (x, branch, gamma, weight, bias, branch_bias); empty where `needs` says no (x: always given)."""
     if triton_runs(total):
-        from . import kernel
+        from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_layer_norm_backward(
             grad_total, grad_normed, total, mean, rstd, weight, branch, gamma, drop_path, branch_bias,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from beit_fast import _C
-from benchmarks.peers import PythonBlockwiseMasking
+from benchmarks.baselines.libraries import PythonBlockwiseMasking
 
 GRID = (14, 14)
 CELLS = 196

@@ -8,19 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
+from beit_fast.data.augmentation.erasing import RandomErasing
+from beit_fast.data.augmentation.rand_augment import OPERATIONS, Augmenter, AugmentPlan, RandAugment
 from beit_fast.data.builtin import render_labelled
 from beit_fast.data.classification import (
     Augmentation,
-    EvaluationViews,
-    TrainingViews,
+    ClassificationLoader,
+    EvaluationLoader,
     default_crop_share,
     evaluation_geometry,
 )
-from beit_fast.data.erasing import RandomErasing
-from beit_fast.data.rand_augment import OPERATIONS, Augmenter, AugmentPlan, RandAugment
-from beit_fast.data.sampling import ViewSampling, epoch_order
-from beit_fast.data.sources import ArraySource
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from beit_fast.data.sampling import CropSampler, epoch_order
+from beit_fast.data.sources.sources import ArraySource
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 transforms = pytest.importorskip("torchvision.transforms")
@@ -55,7 +55,7 @@ LABELS = np.arange(8) * 3
 
 def training(source, augmentation=None, **options):
     options = {"seed": 1, "image_size": 32, "threads": 1, "mean": MEAN, "std": STD} | options
-    return TrainingViews(source, LABELS, augmentation or Augmentation(), **options)
+    return ClassificationLoader(source, LABELS, augmentation or Augmentation(), **options)
 
 
 def collect(views, requests):
@@ -93,7 +93,7 @@ def test_evaluation_views_are_torchvisions(source, pictures, decoder, crop_share
         ]
     )
     expected = torch.stack([reference(Image.fromarray(picture)) for picture in pictures])
-    views = EvaluationViews(
+    views = EvaluationLoader(
         source, LABELS, image_size=32, crop_share=crop_share, mean=MEAN, std=STD, decoder=decoder, threads=1
     )
     batches = list(views.batches(batch_size=3))
@@ -106,7 +106,7 @@ def test_evaluation_views_are_torchvisions(source, pictures, decoder, crop_share
 
 
 def test_ranks_share_the_evaluation_without_repetition(source):
-    views = EvaluationViews(source, LABELS, image_size=32, threads=1)
+    views = EvaluationLoader(source, LABELS, image_size=32, threads=1)
     seen = [[i for b in views.batches(2, rank, 3) for i in b.indices.tolist()] for rank in range(3)]
     views.close()
     assert seen == [[0, 3, 6], [1, 4, 7], [2, 5]]
@@ -124,7 +124,7 @@ def test_training_views_are_the_sampled_windows(source, pictures):
     assert batch.indices.tolist() == order.tolist()
     assert batch.labels.tolist() == LABELS[order].tolist()
     shapes = np.array([pictures[i].shape[:2] for i in order])
-    windows, flips, _ = ViewSampling((0.08, 1), (3 / 4, 4 / 3), 0.5, 0, 0, 0).sample(1, 2, order, *shapes.T)
+    windows, flips, _ = CropSampler((0.08, 1), (3 / 4, 4 / 3), 0.5, 0, 0, 0).sample(1, 2, order, *shapes.T)
     assert 0 < flips.sum() < 8
     for row, (index, (top, left, height, width), flip) in enumerate(zip(order, windows, flips, strict=True)):
         image = Image.fromarray(pictures[index]).crop((left, top, left + width, top + height))
@@ -199,7 +199,7 @@ def test_bad_images_are_replaced_in_training_and_left_out_of_evaluation(pictures
         assert batch.labels[row] == LABELS[order[place % 8]]
         if index not in (2, 5):
             assert place == row
-    views = EvaluationViews(
+    views = EvaluationLoader(
         source, LABELS, image_size=32, threads=1, decoder=decoder, bad_images=BadImages(8, max_share=1.0)
     )
     seen = [i for b in views.batches(3) for i in b.indices.tolist()]
@@ -267,10 +267,10 @@ def test_views_that_nothing_is_done_to_stay_as_they_are(pictures):
     ("call", "message"),
     [
         (lambda s: training(s, Augmentation(repeats=0)), "repeats must be at least 1"),
-        (lambda s: TrainingViews(s, np.arange(3), Augmentation(), seed=0), "labels: 3 for 8 images"),
+        (lambda s: ClassificationLoader(s, np.arange(3), Augmentation(), seed=0), "labels: 3 for 8 images"),
         (lambda s: training(s, decoder="gpu"), "decoder must be auto, dali or pil"),
         (lambda s: training(s, image_size=0), "image_size must be at least 1"),
-        (lambda s: EvaluationViews(s, LABELS, crop_share=1.5), r"crop_share must be in \(0, 1\], got 1.5"),
+        (lambda s: EvaluationLoader(s, LABELS, crop_share=1.5), r"crop_share must be in \(0, 1\], got 1.5"),
         (lambda s: RandAugment(magnitude=11), r"magnitude must be in \[0, 10\]"),
         (lambda s: RandAugment(num_operations=-1), "num_operations >= 0"),
     ],

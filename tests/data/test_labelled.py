@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit_fast.data.cifar import read_cifar100
 from beit_fast.data.labelled import builtin_labelled, open_training, open_validation
+from beit_fast.data.sources.cifar import read_cifar100
 
 RNG = np.random.default_rng(0)
 NAMES = [f"class{number:02d}" for number in range(100)]

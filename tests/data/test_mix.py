@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from beit_fast.data.augmentation.erasing import RandomErasing, erase
+from beit_fast.data.augmentation.mix import Mix, Mixing, cutmix, mix_images, mixed_cross_entropy, paired_order
 from beit_fast.data.draws import uniforms
-from beit_fast.data.erasing import RandomErasing, erase
-from beit_fast.data.mix import Mix, Mixing, cutmix, mix_images, mixed_cross_entropy, paired_order
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 timm_mixup = pytest.importorskip("timm.data.mixup")

@@ -8,7 +8,7 @@ import torch
 
 import beit_fast
 from beit_fast import _C
-from beit_fast.data.sampling import BlockwiseMasking, ViewSampling, epoch_order, sample_keys
+from beit_fast.data.sampling import BlockwiseMasking, CropSampler, epoch_order, sample_keys
 
 
 def test_masks() -> None:
@@ -59,14 +59,14 @@ def test_bad_masking_is_refused_when_it_is_described(name: str, arguments: dict)
 
 
 def test_views() -> None:
-    sampling = ViewSampling()
+    sampling = CropSampler()
     views = sampling.sample(3, 1, torch.arange(6), [375] * 6, torch.full((6,), 500))
     assert (views.windows.shape, views.windows.dtype) == ((6, 4), np.int32)
     assert (views.flips.shape, views.flips.dtype) == ((6,), np.bool_)
     assert (views.factors.shape, views.factors.dtype) == ((6, 3), np.float32)
     for ours, theirs in zip(views, _C.sample_views([375] * 6, [500] * 6, range(6), 3, 1), strict=True):
         np.testing.assert_array_equal(ours, theirs)  # the defaults of the two are the same
-    still = ViewSampling((1, 1), (1, 1), 1.0, 0, 0, 0).sample(0, 0, [0], [9], [9])
+    still = CropSampler((1, 1), (1, 1), 1.0, 0, 0, 0).sample(0, 0, [0], [9], [9])
     assert still.windows.tolist() == [[0, 0, 9, 9]]
     assert still.flips.tolist() == [True]
     assert still.factors.tolist() == [[1, 1, 1]]
@@ -85,7 +85,7 @@ def test_views() -> None:
 )
 def test_bad_views_are_refused_when_they_are_described(name: str, arguments: dict) -> None:
     with pytest.raises(ValueError, match=rf"^{name}\b"):
-        ViewSampling(**arguments)
+        CropSampler(**arguments)
 
 
 def test_order_and_keys() -> None:

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from beit_fast.data import scenes
+from beit_fast.data.augmentation.photometric import PhotometricDistortion, distort
 from beit_fast.data.builtin import render_labelled
-from beit_fast.data.photometric import PhotometricDistortion, distort
 from beit_fast.data.screening import BadImages, Header, Rejection
 from beit_fast.data.segmentation import (
     IGNORE,
@@ -20,15 +20,15 @@ from beit_fast.data.segmentation import (
     open_segmentation,
     read_numbers,
 )
-from beit_fast.data.segmentation_views import (
-    CropSampling,
-    SegmentationViews,
+from beit_fast.data.segmentation_loader import (
+    SegmentationCropSampler,
+    SegmentationLoader,
     WholeImages,
     bilinear,
     nearest,
     scaled_size,
 )
-from beit_fast.data.sources import ArraySource, open_source
+from beit_fast.data.sources.sources import ArraySource, open_source
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SIZES = [(60, 90), (90, 60), (77, 77), (50, 123), (64, 64), (131, 52)]
@@ -60,7 +60,7 @@ def pairs(tmp_path):
 
 
 def views_of(data, sampling, photometric=None, **options):
-    return SegmentationViews(data, sampling, photometric, **({"seed": 1, "threads": 1} | HALF | options))
+    return SegmentationLoader(data, sampling, photometric, **({"seed": 1, "threads": 1} | HALF | options))
 
 
 def collect(views, *requests):
@@ -81,7 +81,7 @@ def disagreement(images, labels):
 @pytest.mark.parametrize("decoder", ["dali", "pil"])
 def test_image_and_label_have_one_geometry(pairs, decoder):
     """The pixels of a crop and its labels say the same place, to rounding and half a pixel where it shrinks."""
-    sampling = CropSampling(crop=32, base=(128, 48), ratio=(0.7, 1.6), cat_max_ratio=1.0)
+    sampling = SegmentationCropSampler(crop=32, base=(128, 48), ratio=(0.7, 1.6), cat_max_ratio=1.0)
     batches = collect(views_of(pairs, sampling, decoder=decoder), *(Request(e, np.arange(6)) for e in range(4)))
     images, labels = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels"))
     distance, counted = disagreement(images, labels)
@@ -94,7 +94,9 @@ def test_image_and_label_have_one_geometry(pairs, decoder):
 @pytest.mark.parametrize(("rows", "columns"), [(1, 0), (0, 1), (-1, 0), (0, -1)])
 def test_a_label_shifted_by_one_pixel_is_caught(pairs, rows, columns):
     """The test above would see it: at scale 1 the two agree exactly, and a shift is a distance of one."""
-    sampling = CropSampling(crop=32, base=(512, 512), ratio=(1.0, 1.0), cat_max_ratio=1.0, flip_probability=0.5)
+    sampling = SegmentationCropSampler(
+        crop=32, base=(512, 512), ratio=(1.0, 1.0), cat_max_ratio=1.0, flip_probability=0.5
+    )
     square = SegmentationImages(
         ArraySource([number_picture(512, 512)[0]]), (pairs.labels[0].with_name("square.png"),), pairs.rule, ()
     )
@@ -116,7 +118,9 @@ def test_a_label_shifted_by_one_pixel_is_caught(pairs, rows, columns):
 
 
 def test_padding_is_zero_and_ignored(pairs):
-    sampling = CropSampling(crop=64, base=(64, 32), ratio=(1.0, 1.0), cat_max_ratio=1.0, flip_probability=1.0)
+    sampling = SegmentationCropSampler(
+        crop=64, base=(64, 32), ratio=(1.0, 1.0), cat_max_ratio=1.0, flip_probability=1.0
+    )
     batch = collect(views_of(pairs, sampling), Request(0, np.arange(6)))[0]
     for row, index in enumerate(batch.indices.tolist()):
         height, width = scaled_size(*SIZES[index], (64, 32))
@@ -129,7 +133,7 @@ def test_padding_is_zero_and_ignored(pairs):
 
 def test_the_split_into_batches_does_not_matter(tmp_path):
     data = builtin_segmentation(tmp_path, 8, 48, train=True)
-    sampling = CropSampling(crop=32, base=(48, 48), ratio=(0.5, 2.0))
+    sampling = SegmentationCropSampler(crop=32, base=(48, 48), ratio=(0.5, 2.0))
 
     def run(requests, **options):
         return collect(views_of(data, sampling, PhotometricDistortion(), **options), *requests)
@@ -158,7 +162,7 @@ def test_crops_are_mixed_where_they_can_be():
     label[:24, :24] = 1
     shares = {}
     for limit in (1.0, 0.75):
-        sampling = CropSampling(crop=16, base=(64, 64), ratio=(1.0, 1.0), cat_max_ratio=limit)
+        sampling = SegmentationCropSampler(crop=16, base=(64, 64), ratio=(1.0, 1.0), cat_max_ratio=limit)
         windows = [sampling.sample(key, label).window for key in range(400)]
         assert all(h == w == 16 and 0 <= t <= 48 and 0 <= l <= 48 for t, l, h, w in windows)
         counts = [np.bincount(label[t : t + h, l : l + w].ravel(), minlength=2) for t, l, h, w in windows]
@@ -166,12 +170,12 @@ def test_crops_are_mixed_where_they_can_be():
     assert shares[1.0] < 0.2
     assert shares[0.75] > 4 * shares[1.0]
     ignored = np.where(label == 0, IGNORE, label)
-    assert not CropSampling()._is_mixed(ignored)  # what is ignored is no second class
+    assert not SegmentationCropSampler()._is_mixed(ignored)  # what is ignored is no second class
 
 
 def test_scales_are_uniform_and_windows_cover_the_image():
     label = np.zeros((96, 128), np.int64)
-    sampling = CropSampling(crop=48, base=(384, 96), ratio=(0.5, 2.0), cat_max_ratio=1.0)
+    sampling = SegmentationCropSampler(crop=48, base=(384, 96), ratio=(0.5, 2.0), cat_max_ratio=1.0)
     placements = [sampling.sample(key, label) for key in range(3000)]
     scales = np.array([p.size[0] / p.window[2] for p in placements])
     assert abs(scales.mean() - 1.25) < 0.02
@@ -334,7 +338,7 @@ def test_unknown_classes_are_asked_for(tmp_path):
 def test_labels_that_do_not_fit_end_the_run(tmp_path):
     write(tmp_path, "images", "labels", 2)
     data = opened(tmp_path)
-    sampling = CropSampling(crop=16, base=(32, 16))
+    sampling = SegmentationCropSampler(crop=16, base=(32, 16))
     Image.fromarray(np.zeros((20, 31), np.uint8)).save(data.labels[0])
     with pytest.raises(ValueError, match=r"the label is 31 x 20 pixels, its image .* 30 x 20; both have to be"):
         collect(views_of(data, sampling), Request(0, np.arange(2)))
@@ -357,7 +361,7 @@ def test_bad_files_are_replaced_in_training_and_left_out_of_evaluation(tmp_path,
     data.labels[4].write_bytes(data.labels[4].read_bytes()[:45])
     data.labels[5].unlink()
     bad = BadImages(6, max_share=1.0)
-    views = views_of(data, CropSampling(crop=16, base=(32, 16)), decoder=decoder, bad_images=bad)
+    views = views_of(data, SegmentationCropSampler(crop=16, base=(32, 16)), decoder=decoder, bad_images=bad)
     batch = collect(views, Request(0, np.arange(6)))[0]
     assert set(batch.indices.tolist()) == {0, 2, 3}
     assert set(bad.reasons) == {names[1], names[4], names[5]}
@@ -413,9 +417,9 @@ def test_a_lost_label_map_is_drawn_again(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: CropSampling(crop=0), "needs positive crop"),
-        (lambda: CropSampling(ratio=(2.0, 0.5)), "needs positive crop, base and ratio"),
-        (lambda: CropSampling(cat_max_ratio=0), "cat_max_ratio must be in"),
+        (lambda: SegmentationCropSampler(crop=0), "needs positive crop"),
+        (lambda: SegmentationCropSampler(ratio=(2.0, 0.5)), "needs positive crop, base and ratio"),
+        (lambda: SegmentationCropSampler(cat_max_ratio=0), "cat_max_ratio must be in"),
         (lambda: PhotometricDistortion(contrast=1.5), "contrast and saturation in"),
     ],
 )

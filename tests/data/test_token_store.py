@@ -152,10 +152,10 @@ def test_a_damaged_record_is_absent(tmp_path_factory, data):
             raw[start : start + size] = data.draw(st.binary(min_size=size, max_size=size))
         path.write_bytes(raw)  # the same file: the map sees it
         tokens, present = store.read(0, np.arange(4))
-        untouched = bytes(raw[start : start + size]) == old
-        assert present.tolist() == [untouched or i != record for i in range(4)]
+        intact = bytes(raw[start : start + size]) == old
+        assert present.tolist() == [intact or i != record for i in range(4)]
         np.testing.assert_array_equal(tokens[present], rows[present])
-        assert store.damaged_records in (0, int(not untouched))
+        assert store.damaged_records in (0, int(not intact))
         store.write(0, np.array([record]), rows[record : record + 1])
         assert store.read(0, np.arange(4))[1].all()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from beit_fast.train.checkpoint import list_checkpoints, verify
-from beit_fast.train.resharding import whole_tensors
+from beit_fast.train.checkpoint.format import list_checkpoints, verify
+from beit_fast.train.checkpoint.resharding import whole_tensors
 
 HERE = Path(__file__).parent
 

@@ -1,8 +1,8 @@
 """Runs of several ranks without the seconds that every `import torch` takes: a process that forks them.
 
-It reads one JSON job per line and answers with one JSON line. A job starts the real launcher (`beit_fast.train.launch`)
-in a forked child, whose workers are forked in their turn; each calls the recipe's `main` as a program would. What is to
-go wrong in which attempt stands in the job:
+It reads one JSON job per line and answers with one JSON line. A job starts the real launcher
+(`beit_fast.train.distributed.launch`) in a forked child, whose workers are forked in their turn; each calls the
+recipe's `main` as a program would. What is to go wrong in which attempt stands in the job:
 
     {"count": 2, "task": "tiny", "arguments": [...], "faults": {"0": {...}}, "log": path, "kill_tree_s": null}
 
@@ -27,7 +27,8 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
-from beit_fast.train import cli, launch
+from beit_fast.cli import train as cli
+from beit_fast.train.distributed import launch
 
 HERE = Path(__file__).parent
 
@@ -84,7 +85,7 @@ def run_program(task, arguments):
 
 def die_in_save(stop_at):
     """SIGKILL before the `stop_at`-th of the system calls by which a checkpoint is written."""
-    from beit_fast.train import checkpoint
+    from beit_fast.train.checkpoint import format as checkpoint
 
     calls = 0
 

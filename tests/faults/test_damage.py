@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from beit_fast.train import checkpoint, resharding
-from beit_fast.train.background_save import CheckpointWriter
-from beit_fast.train.distributed import World
+from beit_fast.train.checkpoint import format as checkpoint
+from beit_fast.train.checkpoint import resharding
+from beit_fast.train.checkpoint.async_writer import CheckpointWriter
+from beit_fast.train.distributed.world import World
 
 CPU = World(0, 1, torch.device("cpu"))
 KINDS = ("truncated", "flipped", "zeroed", "deleted", "swapped", "longer")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from beit_fast.train.checkpoint import list_checkpoints
+from beit_fast.train.checkpoint.format import list_checkpoints
 
 STEPS = 30
 HARD = ("--steps", STEPS, "--checkpoint.every-steps", 3, "--dropout", 0.2, "--optim.ema-decay", 0.9)
@@ -198,7 +198,7 @@ RESTARTED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import tiny_task as tiny
-from beit_fast.train.cli import main
+from beit_fast.cli.train import main
 attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
 if attempt < 2:
     prepare = tiny.TinyTask.prepare

@@ -9,11 +9,11 @@ import torch
 
 from beit_fast.train import memory
 from beit_fast.train.anomalies import MEMORY_STEPS, Anomalies
-from beit_fast.train.checkpoint import list_checkpoints, opened
+from beit_fast.train.checkpoint.format import list_checkpoints, opened
+from beit_fast.train.checkpoint.resharding import whole_tensors
 from beit_fast.train.config import RunConfig
-from beit_fast.train.distributed import World
+from beit_fast.train.distributed.world import World
 from beit_fast.train.metrics import read_metrics
-from beit_fast.train.resharding import whole_tensors
 
 CPU = World(0, 1, torch.device("cpu"))
 

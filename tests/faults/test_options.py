@@ -19,7 +19,7 @@ NAMES = st.sampled_from(
 
 
 def one_line_or_a_run(tiny, folder, arguments, capsys):
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
 
     recipe = dataclasses.replace(tiny.RECIPE, steps=2, output_dir=folder)
     with pytest.raises(SystemExit) as stop:
@@ -49,7 +49,7 @@ def tiny():
 
 
 def fuzz(tiny, tmp_path_factory, capsys, monkeypatch, examples):
-    from beit_fast.train import launch
+    from beit_fast.train.distributed import launch
 
     monkeypatch.setattr(launch, "launch", lambda count, device: 0)  # no processes: options are what is tested
     tried = 0
@@ -106,14 +106,14 @@ def test_bad_images(tmp_path, outcome):
     from beit_fast.train import engine
     from beit_fast.train.config import LogConfig, OptimConfig
     from beit_fast.train.metrics import read_metrics
-    from beit_fast.train.pretrain import (
+    from beit_fast.train.tasks.pretrain import (  # fmt: skip
         DataConfig,
         MaskedImageModeling,
         MaskingConfig,
         ModelConfig,
         PretrainConfig,
         TokenizerConfig,
-    )  # fmt: skip
+    )
 
     torch.set_num_threads(1)
     folder = tmp_path / "images"

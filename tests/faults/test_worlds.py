@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from beit_fast.train.checkpoint import list_checkpoints, opened
+from beit_fast.train.checkpoint.format import list_checkpoints, opened
+from beit_fast.train.checkpoint.resharding import whole_tensors
 from beit_fast.train.metrics import read_metrics
-from beit_fast.train.resharding import whole_tensors
 
 FSDP = ("--parallel", "fsdp2")
 
@@ -115,7 +115,7 @@ def test_shards_are_what_torch_distributed_writes(beit, tmp_path):
 def test_split_weights_start_another_run(beit, tmp_path):
     """`--weights <run folder>` of a run that was split: the same tensors as the checkpoint holds."""
     from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
-    from beit_fast.train.weights import load_weights
+    from beit_fast.train.tasks.weights import load_weights
 
     folder = beit("shards", 2, *FSDP, "--max-steps", 2)
     config = BeitConfig.from_preset("base", "plus", image_size=32, patch_size=8, width=32, depth=3, num_heads=4,

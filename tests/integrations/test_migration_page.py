@@ -9,7 +9,7 @@ import torch
 
 import beit_fast
 from beit_fast.models import resize_relative_position_bias_table
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 pytest.importorskip("timm")

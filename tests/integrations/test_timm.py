@@ -11,8 +11,8 @@ from torch import nn
 
 import beit_fast
 from beit_fast import BeitConfig
-from benchmarks.peers import timm_beit
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.libraries import timm_beit
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 timm = pytest.importorskip("timm")
@@ -183,7 +183,7 @@ def test_distributed_data_parallel():
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """DistributedDataParallel on two processes: the gradients of the untouched model on the whole batch."""
+    """DistributedDataParallel on two processes: the gradients of the plain model on the whole batch."""
     torch.multiprocessing.start_processes(train_in_two, (tmp_path / "store", tmp_path), nprocs=2, start_method="spawn")
     model = make("shared").train()
     expected = step(model)[1]

@@ -11,8 +11,8 @@ from torch import nn
 
 import beit_fast
 from beit_fast import BeitConfig
-from benchmarks.peers import transformers_beit
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.libraries import transformers_beit
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 pytest.importorskip("transformers")

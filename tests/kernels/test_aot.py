@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit_fast.kernels import static_costs
-from beit_fast.kernels.launch import SHIPPED, AotSpec, forget, launch_config
-from beit_fast.kernels.static_costs import FOLDERS, Cost, all_specs, faults, measure, recorded_costs
+from beit_fast.kernels import aot
+from beit_fast.kernels.aot import FOLDERS, Cost, all_specs, faults, measure, recorded_costs
+from beit_fast.kernels.launch_table import SHIPPED, AotSpec, forget, launch_config
 
 triton = pytest.importorskip("triton")
 
@@ -87,7 +87,7 @@ def test_launch_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_can_be_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(static_costs, "TABLE", tmp_path / "costs.json")
-    static_costs.write({"gelu/a sm_80": GOOD, "mim_loss/b sm_80": GOOD})
-    static_costs.write({"gelu/c sm_80": GOOD}, folders=["gelu"])
+    monkeypatch.setattr(aot, "TABLE", tmp_path / "costs.json")
+    aot.write({"gelu/a sm_80": GOOD, "mim_loss/b sm_80": GOOD})
+    aot.write({"gelu/c sm_80": GOOD}, folders=["gelu"])
     assert recorded_costs() == {triton.__version__: {"gelu/c sm_80": GOOD, "mim_loss/b sm_80": GOOD}}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from beit_fast import kernels
 from beit_fast.kernels import linear as public
-from beit_fast.kernels import linear_products as module
+from beit_fast.kernels import matmul as module
 from beit_fast.kernels import use_backend
 
 Check = Callable[[str, Tensor, Tensor, Tensor], None]

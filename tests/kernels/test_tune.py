@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from beit_fast.kernels import tune
-from beit_fast.kernels.launch import SHIPPED, forget, launch_config, trial
+from beit_fast.kernels.launch_table import SHIPPED, forget, launch_config, trial
 from beit_fast.kernels.tune import Subject, best_row
 
 

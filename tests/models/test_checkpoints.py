@@ -23,8 +23,8 @@ from beit_fast.models import (
     load_checkpoint,
     resize_relative_position_bias_table,
 )
-from benchmarks.peers import timm_beit, transformers_beit
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.libraries import timm_beit, transformers_beit
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 

@@ -5,7 +5,7 @@ import torch
 
 import beit_fast
 from beit_fast.models import Beit, BeitFeatures
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 timm = pytest.importorskip("timm")

@@ -67,7 +67,7 @@ def test_pretraining_compiles_as_one_graph():
     rows = mask.flatten().nonzero().squeeze(1)
     tokens = torch.randint(0, 20, (len(rows),))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss = compiled(images(2), mask, tokens, masked_rows=rows).loss
+    loss = compiled(images(2), mask, tokens, masked_indices=rows).loss
     expected = model(images(2), mask, tokens).loss
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
     for one, other in zip(gradients(model, loss), gradients(model, expected), strict=True):
@@ -147,7 +147,7 @@ def test_exporting_leaves_no_fake_matrix_behind():
 
 
 def test_accelerated_models_export():
-    from benchmarks.peers import timm_beit, transformers_beit
+    from benchmarks.baselines.libraries import timm_beit, transformers_beit
 
     config = SMALL.for_classification(5)
     with torch.no_grad():

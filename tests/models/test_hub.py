@@ -9,7 +9,7 @@ import torch
 
 import beit_fast
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, CheckpointError
-from benchmarks.peers import transformers_beit
+from benchmarks.baselines.libraries import transformers_beit
 
 pytest.importorskip("huggingface_hub")
 

@@ -19,7 +19,7 @@ MEASURE = """
 import json, sys, torch
 import beit_fast
 from benchmarks.forward_memory import peak_mib
-from benchmarks.peers import timm_beit
+from benchmarks.baselines.libraries import timm_beit
 from benchmarks.memory import PeakMemory
 rival, batch, values = json.loads(sys.argv[1])
 torch.set_num_threads(1)

@@ -94,7 +94,7 @@ def test_tokens_of_all_patches_or_of_masked_ones_alone():
         model(images, mask, tokens).loss,
         model(images, mask.flatten(1), tokens.flatten(1)).loss,
         model(images, mask, tokens[mask]).loss,
-        model(images, mask, tokens, masked_rows=mask.flatten().nonzero().squeeze(1)).loss,
+        model(images, mask, tokens, masked_indices=mask.flatten().nonzero().squeeze(1)).loss,
     ]
     for loss in losses[1:]:
         assert torch.equal(loss, losses[0])
@@ -139,19 +139,19 @@ def test_predicted_tokens_are_those_of_the_loss():
 
 def test_the_loss_everywhere_is_that_of_all_patches():
     model, images, mask, tokens = make("plus")
-    logits = model.predict_tokens(images, mask, everywhere=True)
+    logits = model.predict_tokens(images, mask, predict_all=True)
     assert logits.shape == (mask.numel(), 50)
     torch.testing.assert_close(logits[mask.flatten()], model.predict_tokens(images, mask))
-    found = model(images, mask, tokens, everywhere=True)
+    found = model(images, mask, tokens, predict_all=True)
     torch.testing.assert_close(F.cross_entropy(logits, tokens.flatten()), found.loss)
     assert (found.num_masked, int(found.num_correct)) == (
         mask.numel(),
         int((logits.argmax(1) == tokens.flatten()).sum()),
     )
     nothing = torch.zeros_like(mask)
-    clean = model(images, nothing, tokens, everywhere=True)
+    clean = model(images, nothing, tokens, predict_all=True)
     assert clean.loss != found.loss
-    torch.testing.assert_close(model(images, nothing, tokens, num_targets=torch.tensor(2.0), everywhere=True).loss,
+    torch.testing.assert_close(model(images, nothing, tokens, num_targets=torch.tensor(2.0), predict_all=True).loss,
                                clean.loss * mask.numel() / 2)  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
-from benchmarks.peers import timm_beit, transformers_beit
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.libraries import timm_beit, transformers_beit
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 pytest.importorskip("timm")

@@ -17,9 +17,9 @@ from beit_fast.models import (
     load_checkpoint,
 )
 from beit_fast.models.checkpoints import load_state_dict
+from beit_fast.models.heads import FCNHead, SetrUpHead, UPerHead
 from beit_fast.models.segmentation import SegmentationLogits, default_taps, segmentation_config, segmentation_loss
-from beit_fast.models.segmentation_heads import FCNHead, SetrUpHead, UPerHead
-from benchmarks.peers import transformers_beit
+from benchmarks.baselines.libraries import transformers_beit
 
 PRETRAINING = BeitConfig.from_preset(
     "tiny", width=24, depth=6, num_heads=3, patch_size=4, image_size=32, vocab_size=40, layer_scale_init=0.5

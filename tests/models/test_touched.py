@@ -9,8 +9,8 @@ from torch.nn.utils import prune
 
 from beit_fast import kernels
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling
-from benchmarks.peers import timm_beit
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.libraries import timm_beit
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 pytest.importorskip("timm")

@@ -9,7 +9,7 @@ import torch
 
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.tokenizers.load import DEMO_PATH
-from beit_fast.train.tokenizer import held_out_images, measure
+from beit_fast.train.tasks.tokenizer import held_out_images, measure
 
 CARD = DEMO_PATH.parent / "MODEL_CARD.md"
 COLUMNS = ("mae", "psnr_db", "perplexity", "used_codes")

@@ -74,7 +74,7 @@ def test_mask_selects_positions_in_row_order(vae: DiscreteVAE, flat: bool) -> No
     at_mask = vae.encode(images, mask.flatten(1) if flat else mask)
     assert at_mask.shape == (int(mask.sum()),)
     assert torch.equal(at_mask, ids[mask])
-    assert torch.equal(vae.encode(images, masked_rows=mask.flatten().nonzero().squeeze(1)), at_mask)
+    assert torch.equal(vae.encode(images, masked_indices=mask.flatten().nonzero().squeeze(1)), at_mask)
     assert vae.encode(images, torch.zeros(4, 4, 6, dtype=torch.bool)).shape == (0,)
 
 

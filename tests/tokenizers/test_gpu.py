@@ -5,7 +5,7 @@ import torch
 
 from beit_fast.tokenizers import DalleTokenizer, load_tokenizer
 from beit_fast.tokenizers.dalle import DalleDecoder, DalleEncoder
-from beit_fast.train.tokenizer import held_out_images
+from beit_fast.train.tasks.tokenizer import held_out_images
 
 pytestmark = [
     pytest.mark.gpu,

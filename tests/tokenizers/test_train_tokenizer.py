@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train import engine
 from beit_fast.train.config import LogConfig, OptimConfig
-from beit_fast.train.tokenizer import QuantizerConfig, TokenizerDataConfig, TrainTokenizer, TrainTokenizerConfig
+from beit_fast.train.tasks.tokenizer import QuantizerConfig, TokenizerDataConfig, TrainTokenizer, TrainTokenizerConfig
 
 
 def small(folder: Path, name: str) -> TrainTokenizerConfig:

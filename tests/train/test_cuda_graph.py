@@ -8,13 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from beit_fast.kernels import dispatch
+from beit_fast.kernels import registration
 from beit_fast.train import engine
 from beit_fast.train.config import LogConfig, OptimConfig
 from beit_fast.train.cuda_graph import CapturedStep, CudaRecorder, check_cuda_graph
-from beit_fast.train.distributed import World
+from beit_fast.train.distributed.world import World
 from beit_fast.train.metrics import read_metrics
-from beit_fast.train.pretrain import (
+from beit_fast.train.tasks.pretrain import (
     DataConfig,
     MaskedImageModeling,
     MaskingConfig,
@@ -101,7 +101,7 @@ def recorded(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(engine.TrainingRun, "prepare", recording)
             # the ops as a GPU sees them: one each, whatever they do within
-            patch.setattr(dispatch, "traced", lambda tensor: True)
+            patch.setattr(registration, "traced", lambda tensor: True)
             yield made
 
     return use
@@ -148,7 +148,7 @@ def test_a_recorded_pretraining_is_the_same(pretraining, recorded, weights, chec
     model = dataclasses.replace(pretraining.model, grad_checkpointing=checkpointing)
     config = dataclasses.replace(pretraining, model=model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "traced", lambda tensor: True)
+        patch.setattr(registration, "traced", lambda tensor: True)
         engine.run(MaskedImageModeling(config), config)
     again = dataclasses.replace(config, output_dir=config.output_dir.with_name("recorded"))
     with recorded() as recorders:
@@ -215,7 +215,7 @@ def test_the_comparison_sees_what_a_graph_would_freeze(tiny, tmp_path, recorded,
 
 def test_nothing_in_a_step_waits_for_the_device(pretraining, monkeypatch):
     """From the batch to the sums of the log, tokenizer included; ops count as one, as on a GPU."""
-    monkeypatch.setattr(dispatch, "traced", lambda tensor: True)
+    monkeypatch.setattr(registration, "traced", lambda tensor: True)
     copied = []
     for name in ("tensor", "as_tensor"):
         made = getattr(torch, name)

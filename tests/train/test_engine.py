@@ -14,9 +14,9 @@ import torch
 
 from beit_fast.train import engine
 from beit_fast.train.batching import requests_of
-from beit_fast.train.checkpoint import list_checkpoints
+from beit_fast.train.checkpoint.format import list_checkpoints
 from beit_fast.train.config import LogConfig, OptimConfig
-from beit_fast.train.distributed import StopSignal, World
+from beit_fast.train.distributed.world import StopSignal, World
 from beit_fast.train.metrics import read_metrics
 
 CLOCK = ("samples_per_s", "step_ms", "data_wait_share", "peak_memory_mib")

@@ -116,7 +116,7 @@ RECIPE = TinyConfig(
 )
 
 if __name__ == "__main__":
-    from beit_fast.train.cli import main
+    from beit_fast.cli.train import main
 
     torch.set_num_threads(1)
     main(RECIPE, TinyTask)

@@ -8,8 +8,8 @@ from PIL import Image
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
 from beit_fast.visualize.attention_maps import attention_maps, attention_sheet, save_attention, top_mass
-from benchmarks.peers import transformers_beit
-from benchmarks.torchvision_stubs import make_torchvision_importable
+from benchmarks.baselines.libraries import transformers_beit
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
 SMALL = {"width": 48, "depth": 3, "num_heads": 3, "patch_size": 8, "image_size": 32, "vocab_size": 60}

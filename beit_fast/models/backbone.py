@@ -1,0 +1,194 @@
+"""The BEiT backbone: patches to tokens, tokens through the blocks."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beit_fast import kernels
+from beit_fast.kernels import Bias
+from beit_fast.models.configs import BeitConfig
+from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
+from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
+from beit_fast.nn.stock import is_stock
+
+
+class BeitBackbone(nn.Module):
+    """What every BEiT model shares: patches to tokens, the blocks, and the names of their parameters.
+
+    Parameter names are those of the official code (and of timm), so a state dict moves between them unchanged.
+    """
+
+    def __init__(self, config: BeitConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width)) if config.use_abs_pos_emb else None
+        shared = config.relative_position_bias == "shared"
+        self.rel_pos_bias = RelativePositionBias(config.grid, config.num_heads) if shared else None
+        self.drop_path = DropPathRates(config.drop_path_rate, config.depth)
+        own_window = config.grid if config.relative_position_bias == "per_block" else None
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.num_heads,
+                config.mlp_ratio,
+                config.layer_norm_eps,
+                config.layer_scale_init,
+                own_window,
+            )
+            for _ in range(config.depth)
+        )
+        self.grad_checkpointing = False
+        self.blocks_apart = False
+        """Let every block that is called make its own bias: with FSDP2 its weights are whole only while it runs."""
+
+    def layers(self) -> Iterator[Block]:
+        """The blocks from first to last."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the blocks' inputs and compute the rest again in the backward pass: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of matrices and higher tensors that the official optimizer exempts from weight decay."""
+        return {"pos_embed", "cls_token"}
+
+    @torch.no_grad()
+    def attention_probabilities(self, images: Tensor, block: int = -1, queries: Tensor | None = None) -> Tensor:
+        """What the tokens of one block attend to: float32 (B, H, Q, N); each row sums to 1.
+
+        The blocks in front of it run as always, on the fused kernels; those behind it do not run. Memory is that of the
+        rows asked for, so a single query is cheap at any resolution.
+
+        Args:
+            images: (B, C, S, S), normalised, of any size that is a multiple of the patch.
+            block: number of the block, negative from the end.
+            queries: int64 (Q,), tokens whose rows to give; 0 is CLS, 1 + row * w + column a patch. None: all.
+
+        Raises:
+            ValueError: there is no such block or token.
+        """
+        depth = len(self.blocks)
+        if not -depth <= block < depth:
+            raise ValueError(f"block {block} does not exist; the model has {depth}, numbered from 0")
+        block %= depth
+        grid = self._grid_of(images)
+        tokens = 1 + grid[0] * grid[1]
+        if queries is not None and queries.numel() and not 0 <= int(queries.min()) <= int(queries.max()) < tokens:
+            raise ValueError(f"queries must lie in [0, {tokens}), got {int(queries.min())} to {int(queries.max())}")
+        layer = list(self.layers())[block]
+        _, normed = self._run_blocks(self._embed(images), self._attention_biases(images), None, block, layer.norm1)
+        assert normed is not None
+        attn = layer.attn
+        q, k, _ = F.linear(normed, attn.qkv.weight, attn.qkv_bias()).float().chunk(3, dim=-1)
+        q, k = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (q, k))  # (B, H, N, K)
+        table = attn.relative_position_bias_table
+        if self.rel_pos_bias is not None:
+            table = self.rel_pos_bias.relative_position_bias_table
+        bias = torch.zeros((), device=q.device)
+        if table is not None:
+            bias = kernels.relative_position_bias(
+                resize_relative_position_bias_table(table, self.config.grid, grid), grid
+            ).float()
+        if queries is not None:
+            q, bias = q.index_select(2, queries), bias if table is None else bias.index_select(1, queries)
+        return (q @ k.transpose(-2, -1) * attn.scale + bias).softmax(-1)
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        """(h, w), the patches of these images."""
+        height, width = images.shape[-2:]
+        # `index` makes plain numbers of them in a compiled graph, too: there is one graph for each image size
+        return operator.index(height) // self.config.patch_size, operator.index(width) // self.config.patch_size
+
+    def _embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """(B, C, S, S) -> (B, N, D) in the parameters' dtype, masked patches replaced, CLS in front."""
+        tokens = self.patch_embed(images).to(self.cls_token.dtype)
+        if mask is not None and mask_token is not None:
+            tokens = torch.where(mask.unsqueeze(-1), mask_token, tokens)
+        x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        if self.pos_embed is not None:
+            x = x + resize_position_embedding(self.pos_embed, self.config.grid, self._grid_of(images))
+        return x
+
+    def _attention_biases(self, images: Tensor) -> Callable[[int], Bias]:
+        """The bias of block i for this input size, prepared for the kernel when it is asked for.
+
+        Only then, because at 1024 x 1024 each is 0.8 GB in a base model. One that is shared is made once.
+        """
+        grid = self._grid_of(images)
+        dtype = images.dtype
+        if torch.is_autocast_enabled(images.device.type):
+            dtype = torch.get_autocast_dtype(images.device.type)
+
+        def prepared(table: Tensor | None) -> Bias:
+            if table is None:
+                return None
+            table = resize_relative_position_bias_table(table, self.config.grid, grid)
+            return kernels.prepare_bias(kernels.relative_position_bias(table, grid), dtype)
+
+        if self.rel_pos_bias is not None:
+            shared = prepared(self.rel_pos_bias.relative_position_bias_table)
+            return lambda index: shared
+        blocks = list(self.layers())
+        return lambda index: prepared(blocks[index].attn.relative_position_bias_table)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        bias_of: Callable[[int], Bias],
+        drop_path: Tensor | None,
+        count: int,
+        final_norm: nn.LayerNorm | None,
+        outputs: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The first `count` blocks; each hands its successor the LayerNorm that this one reads first.
+
+        Args:
+            final_norm: what reads the output of the last of them (None: nothing does).
+            outputs: receives the residual stream after each block.
+
+        Returns:
+            The residual stream after the last block, and its `final_norm`.
+        """
+        layers = list(self.layers())[:count]
+        can_fuse = [block.can_fuse() for block in layers]
+        # the norm that each block computes for its successor, where that one does not have to call it itself
+        norms = [block.norm1 if can else None for block, can in zip(layers, can_fuse, strict=True)]
+        norms.append(final_norm if final_norm is not None and is_stock(final_norm, nn.LayerNorm) else None)
+        run = _checkpointed if self.grad_checkpointing and torch.is_grad_enabled() else _called
+        normed: Tensor | None = None
+        for index, block in enumerate(layers):
+            factors = None if drop_path is None else drop_path[index]
+            # no name for the bias: one of an earlier block must be gone before the next is made
+            if can_fuse[index]:
+                normed = block.norm1(x) if normed is None else normed
+                x, normed = run(block.chain, x, normed, bias_of(index), factors, norms[index + 1])
+            else:
+                bias = partial(bias_of, index) if self.blocks_apart else bias_of(index)
+                x, normed = run(block, x, bias, factors), None
+                del bias
+            if outputs is not None:
+                outputs.append(x)
+        return x, final_norm(x) if normed is None and final_norm is not None else normed
+
+
+def _called(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
+    # a block draws no random numbers, and looking up the generator's state would break a CUDA graph
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,227 @@
+"""The run folder: one process at a time, continued only by the configuration that began it.
+
+config.json  environment.json  metrics.jsonl  anomalies.jsonl  checkpoints/  replay/  pictures/  report.html
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from beit_fast.train.checkpoint import format as checkpoint
+from beit_fast.train.checkpoint.format import Checkpoint
+from beit_fast.train.config import RunConfig, free_fields, to_plain
+from beit_fast.train.distributed.world import World
+from beit_fast.version import __version__
+
+FORMAT = "beit_fast run 1"
+REPLAY_KEPT = 2
+LOCK_PATIENCE_S = 3.0
+"""A run that was just killed together with its launcher holds its folder until its last process is gone."""
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "tyro", "apex")
+
+
+class RunFolder:
+    """Paths and files of a run. Only rank 0 changes anything; the others read after it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.anomalies = path / "anomalies.jsonl"
+        self.replay = path / "replay"
+        self._lock: IO[str] | None = None
+
+    def claim(self, config: RunConfig, task: str) -> None:
+        """Create or take over the folder: lock it, move an old run aside for --fresh, compare configurations.
+
+        OSError where it cannot be written, ValueError where the run found there is another one or still running.
+        """
+        self._create()
+        self._acquire()
+        found = self.saved()
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if found is not None and config.fresh and not restarted:
+            self._move_aside()
+            found = None
+        if found is not None and checkpoint.list_checkpoints(self.checkpoints):
+            self._compare(found, config, task)
+        self.checkpoints.mkdir(exist_ok=True)
+        checkpoint.remove_leftovers(self.checkpoints)
+        value = {"format": FORMAT, "version": __version__, "task": task, "config": to_plain(config)}
+        work = self.path / "config.json.tmp"
+        checkpoint.write_json(work, value)
+        work.replace(self.path / "config.json")
+
+    def _create(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot write to {self.path} ({error.strerror}); choose another --output-dir"
+            ) from None
+
+    def _acquire(self) -> None:
+        self._lock = (self.path / ".lock").open("a+")
+        try:
+            give_up = time.monotonic() + LOCK_PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        raise
+                    time.sleep(0.05)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {self.path}; stop it, or choose another --output-dir"
+            ) from None
+        except OSError:
+            return  # a file system without locks
+
+    def saved(self) -> dict[str, Any] | None:
+        """What config.json holds; None where there is no run. ValueError where it is none of ours."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        try:
+            value = json.loads(path.read_text())
+            if value["format"] == FORMAT and isinstance(value["config"], dict):
+                return dict(value)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise ValueError(f"{path} was not written by this program's runs; choose another --output-dir")
+
+    def _move_aside(self) -> None:
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        self.release()
+        self.path.rename(target)
+        print(f"--fresh: the run found in {self.path} was moved to {target}", flush=True)
+        self._create()
+        self._acquire()
+
+    def compare(self, config: RunConfig, task: str) -> None:
+        """ValueError where the folder holds no run, or one of another configuration; changes nothing."""
+        found = self.saved()
+        if found is None:
+            raise ValueError(f"there is no run in {self.path}; name its --output-dir")
+        self._compare(found, config, task)
+
+    def _compare(self, saved: dict[str, Any], config: RunConfig, task: str) -> None:
+        free = free_fields(config)
+        before, now = _flat(saved["config"]), _flat(to_plain(config))
+        changed = [
+            f"{name}: {json.dumps(before[name])} in that run, {json.dumps(now[name])} now"
+            for name in sorted(before.keys() & now.keys())
+            if before[name] != now[name] and name not in free
+        ]
+        if saved.get("task") != task:
+            changed.insert(0, f"task: {saved.get('task')} in that run, {task} now")
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}); repeat its settings to continue "
+                "it, or start another with --fresh or another --output-dir"
+            )
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to continue from, and one line per newer one that was damaged (and is now set aside)."""
+        found, rejected = checkpoint.newest_checkpoint(self.checkpoints)
+        notes = []
+        for path, reason in rejected:
+            moved = checkpoint.set_aside(path)
+            fallback = (
+                f"continuing from {found.path.name}" if found else "there is no older one, so the run starts anew"
+            )
+            notes.append(f"checkpoint {path.name} is damaged: {reason}; kept as {moved.name}; {fallback}")
+        return found, notes
+
+    def agreed_newest(self, world: World) -> tuple[Checkpoint | None, list[str]]:
+        """`newest`, verified by rank 0 and opened by all; the notes are rank 0's."""
+        found, notes = self.newest() if world.is_main else (None, [])
+        step = world.agree(-1 if found is None else found.step)
+        if not world.is_main and step >= 0:
+            found = checkpoint.opened(self.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
+        return found, notes
+
+    def keep_for_replay(self, step: int) -> str | None:
+        """Keep the newest checkpoint before step number `step` from being dropped; returns its name, None = the start.
+
+        By hard links, so it takes no room until the run drops its own; at most `REPLAY_KEPT` are kept.
+        """
+        older = [p for p in checkpoint.list_checkpoints(self.checkpoints) if (checkpoint.step_of(p) or 0) < step]
+        if not older:
+            return None
+        source, target = older[-1], self.replay / older[-1].name
+        if not target.exists():
+            work = self.replay / f".tmp-{source.name}"
+            try:
+                shutil.copytree(source, work, copy_function=os.link)
+                work.rename(target)
+            except OSError as error:
+                print(f"{source.name} cannot be kept for a replay: {error.strerror}", flush=True)
+                shutil.rmtree(work, ignore_errors=True)
+                return None
+            for old in checkpoint.list_checkpoints(self.replay)[:-REPLAY_KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+        return source.name
+
+    def record_start(self, step: int, world_size: int, device: torch.device) -> None:
+        """Add this start to environment.json: when, where, with what."""
+        path = self.path / "environment.json"
+        try:
+            starts = list(json.loads(path.read_text())["starts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            starts = []
+        versions: dict[str, str] = {"beit_fast": __version__, "python": platform.python_version()}
+        for package in PACKAGES:
+            try:
+                versions[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        starts.append(
+            {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "step": step,
+                "command": sys.argv,
+                "host": socket.gethostname(),
+                "world_size": world_size,
+                "device": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else platform.processor() or "cpu",
+                "cpu_count": os.cpu_count(),
+                "torch_threads": torch.get_num_threads(),
+                "cuda": torch.version.cuda,
+                "versions": versions,
+            }
+        )
+        checkpoint.write_json(path, {"starts": starts})
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            result |= _flat(item, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = item
+    return result

@@ -1,0 +1,359 @@
+"""Train a tokenizer: `DiscreteVAE` weights from images.
+
+The objective here is nearest-code quantisation with a codebook of moving averages: it gives a usable vocabulary within
+minutes, where Gumbel relaxation of the same small networks collapses to a handful of codes. The paper's own objective
+is `dvae.TrainRelaxedVAE`, which shares data, measurement and pictures.
+"""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from beit_fast.tokenizers import Tokenizer
+from beit_fast.train.config import RunConfig
+from beit_fast.train.schedules import run_length
+from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder
+
+if TYPE_CHECKING:
+    from beit_fast.data.pretraining import PretrainBatch
+    from beit_fast.train.distributed.world import World
+
+__all__ = [
+    "QuantizerConfig",
+    "TokenizerDataConfig",
+    "TrainTokenizer",
+    "TrainTokenizerConfig",
+    "held_out_images",
+    "measure",
+]
+
+HELD_OUT_SEED = 1_000_003
+"""Seed of the built-in images on which tokenizers are measured; they hold no photographs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerDataConfig:
+    """Images to learn from."""
+
+    path: Path | None = None
+    """Folder or tar shards with images; None takes the built-in ones."""
+    builtin_images: int = 2000
+    """Number of built-in images to draw where no path is given."""
+    cache_dir: Path | None = field(default=None, metadata={"free": True})
+    """Where built-in images are kept; None is the user's cache folder."""
+    view_sizes: tuple[int, ...] = (64, 112)
+    """Pixels per side of the training views; steps take them in turn, so that one tokenizer serves several scales."""
+    max_bad_share: float = field(default=0.01, metadata={"free": True})
+    """Stop when more than this share of the images turns out to be unusable."""
+    threads: int = field(default=1, metadata={"free": True})
+    """Threads that decode and crop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """The codebook (van den Oord et al., 2017, appendix A.1), with k-means start and re-seeding of dead codes."""
+
+    live_codes: int = 1024
+    """Codes that exist. The rest of the vocabulary never wins; fewer codes are learnt faster by a small BEiT."""
+    init_latents: int = 16384
+    """Latents that k-means starts from, at least 4 per code."""
+    kmeans_rounds: int = 4
+    """Rounds of k-means at the start."""
+    autoencoder_steps: int = 300
+    """Steps without quantisation, before k-means."""
+    decay: float = 0.99
+    """Decay of the moving averages per step."""
+    commitment: float = 0.25
+    """Weight of the loss that keeps latents near their codes."""
+    reseed_every_steps: int = 20
+    """Steps between looks for dead codes."""
+    reseed_after_steps: int = 200
+    """A code that won nothing for so many steps is dead and moves onto a current latent."""
+    reseed_share: float = 0.8
+    """Share of the run during which dead codes are re-seeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxationConfig:
+    """The discrete VAE of DALL-E, BEiT's tokenizer (Ramesh et al., 2021, appendix A.2)."""
+
+    blocks: int = 2
+    """Residual blocks per group; there are four groups in encoder and decoder."""
+    n_init: int = 128
+    """Channels that a token becomes in the decoder."""
+    temperature: tuple[float, float] = (1.0, 1 / 16)
+    """Of the Gumbel-softmax, at the start and at the end of its schedule (half a cosine)."""
+    temperature_share: float = 0.05
+    """Share of the run in which it falls; 150,000 of 3 million steps in the paper."""
+    kl_weight: float = 6.6
+    """Weight of KL(q || uniform) against the likelihood at the end of its schedule (half a cosine, from 0)."""
+    kl_share: float = 1 / 600
+    """Share of the run in which it grows; 5,000 of 3 million steps in the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizerConfig(RunConfig):
+    """A run that trains a tokenizer."""
+
+    objective: Literal["vq", "dvae"] = "vq"
+    """`vq`: nearest codes, a `DiscreteVAE`. `dvae`: the paper's, Gumbel-softmax and the logit-Laplace likelihood, in
+    DALL-E's layout."""
+    vocab_size: int = 8192
+    """Entries of the vocabulary."""
+    hidden_dim: int = 32
+    """Channels of the convolutions; 256 in the official tokenizer."""
+    codebook_dim: int = 16
+    """Dimensions of a code."""
+    smooth_l1_beta: float = 0.1
+    """Where the reconstruction loss turns from squared to absolute; pixels lie in [-1, 1]."""
+    held_out_images: int = field(default=200, metadata={"free": True})
+    """Held-out built-in images to measure on (only where data.path is None)."""
+    data: TokenizerDataConfig = TokenizerDataConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    dvae: RelaxationConfig = RelaxationConfig()
+
+
+class TrainTokenizer(Task):
+    """Trains a `QuantizedAutoencoder`; leaves `tokenizer.safetensors` and pictures in the run folder."""
+
+    name = "train_tokenizer"
+
+    def __init__(self, config: TrainTokenizerConfig) -> None:
+        self.config = config
+        self.views: Any = None
+        self.bad_images: Any = None
+
+    def build(self, config: RunConfig, world: "World") -> nn.Module:
+        from beit_fast.data.builtin import builtin_source
+        from beit_fast.data.pretraining import PretrainLoader
+        from beit_fast.data.sampling import BlockwiseMasking, CropSampler
+        from beit_fast.data.screening import BadImages
+        from beit_fast.data.sources.sources import open_source
+
+        own, data = self.config, self.config.data
+        if not data.view_sizes or any(size < 8 or size % 8 for size in data.view_sizes):
+            raise ValueError(f"--data.view-sizes must be multiples of 8 pixels, not {data.view_sizes}")
+        model = self.make_model().to(world.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if data.path is None:
+            self.source: Any = builtin_source(data.cache_dir, data.builtin_images)
+        else:
+            self.source = open_source(data.path)
+        self.total_steps = run_length(own, len(self.source))[1]
+        listing = own.output_dir / "bad_files.tsv" if own.output_dir.is_dir() else None
+        self.bad_images = BadImages(len(self.source), listing, data.max_bad_share)
+        self.views = PretrainLoader(
+            self.source,
+            BlockwiseMasking((1, 1), 0, mode="none"),
+            CropSampler(),
+            seed=own.seed,
+            image_size=16,  # the view for the transformer has no use here
+            token_image_size=max(data.view_sizes),
+            device=world.device.type,
+            bad_images=self.bad_images,
+            threads=data.threads,
+        )
+        return model
+
+    def make_model(self) -> nn.Module:
+        """What is trained."""
+        own = self.config
+        if own.quantizer.live_codes > own.vocab_size:
+            raise ValueError(f"--quantizer.live-codes {own.quantizer.live_codes} exceeds --vocab-size {own.vocab_size}")
+        return QuantizedAutoencoder(
+            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
+        )
+
+    def tokenizer_of(self, model: nn.Module, step: int) -> Tokenizer | None:
+        """The tokenizer that the model is after so many steps; None while there are no codes yet."""
+        assert isinstance(model, QuantizedAutoencoder)
+        return (
+            None if step <= self.config.quantizer.autoencoder_steps else model.to_discrete_vae(self.config.vocab_size)
+        )
+
+    def parts_of(self, tokenizer: Tokenizer) -> dict[str, nn.Module]:
+        """The files to export: their names without suffix, and what each holds."""
+        return {"tokenizer": tokenizer}
+
+    def num_samples(self) -> int:
+        return len(self.source)
+
+    def identity(self) -> dict[str, Any]:
+        from beit_fast.data.sources.sources import fingerprint
+
+        return {"data": fingerprint(self.source)}
+
+    def counters(self) -> dict[str, float]:
+        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
+
+    def batches(self, requests: Iterator[Request]) -> Iterator["PretrainBatch"]:
+        return self.views.batches(requests)
+
+    def view(self, batch: "PretrainBatch", step: int) -> Tensor:
+        """Images (B, 3, S, S) in [0, 1] at the size of this step."""
+        size = self.config.data.view_sizes[step % len(self.config.data.view_sizes)]
+        return _resized(batch.token_images, size).contiguous(memory_format=torch.channels_last)
+
+    def prepare(self, batch: "PretrainBatch", step: int) -> Any:
+        return self.view(batch, step), step >= self.config.quantizer.autoencoder_steps
+
+    def loss(self, model: nn.Module, batch: Any, num_targets: Tensor) -> StepOutput:
+        images, quantize = batch
+        reconstruction, commitment = model(images, quantize)
+        target = images * 2 - 1
+        per_image = F.smooth_l1_loss(
+            reconstruction.float(), target, beta=self.config.smooth_l1_beta, reduction="none"
+        ).mean((1, 2, 3))
+        loss = (per_image + self.config.quantizer.commitment * commitment).sum() / num_targets
+        error = (reconstruction.detach().float().clamp(-1, 1) - target) / 2
+        sums = {
+            "images": torch.tensor(float(len(images)), device=images.device),
+            "absolute_error": error.abs().mean((1, 2, 3)).sum(),
+            "squared_error": error.square().mean((1, 2, 3)).sum(),
+            "commitment": commitment.detach().sum(),
+        }
+        return StepOutput(loss, sums)
+
+    def num_targets(self, batch: "PretrainBatch") -> int:
+        return len(batch.token_images)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        assert isinstance(model, QuantizedAutoencoder)
+        config, quantizer = self.config.quantizer, model.quantizer
+        latents, ids = model.take_recent()
+        if step < config.autoencoder_steps:
+            quantizer.collect(latents)
+            if step == config.autoencoder_steps - 1:
+                quantizer.initialise(config.kmeans_rounds)
+            return
+        quantizer.update(latents, ids, config.decay)
+        if step % config.reseed_every_steps == 0 and step < config.reseed_share * self.total_steps:
+            quantizer.reseed(latents, config.reseed_after_steps)
+
+    def summarise(self, sums: dict[str, float]) -> dict[str, float]:
+        images = sums["images"]
+        return {
+            "mae": sums["absolute_error"] / images,
+            "psnr_db": -10 * math.log10(sums["squared_error"] / images),
+            "commitment": sums["commitment"] / images,
+        }
+
+    def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Error, perplexity and used codes on held-out built-in images; nothing while there are no codes yet."""
+        config = self.config
+        if config.data.path is not None or not config.held_out_images:
+            return {}
+        if (tokenizer := self.tokenizer_of(model, step)) is None:
+            return {}
+        result: dict[str, float] = {}
+        for size in config.data.view_sizes:
+            images = held_out_images(config.held_out_images, size)
+            result |= {f"held_out_{k}_{size}px": v for k, v in measure(tokenizer, images).items()}
+        return result
+
+    def plan(self, config: RunConfig) -> dict[str, float]:
+        own, model = self.config, self.make_model()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            for size in own.data.view_sizes:
+                model(torch.zeros(1, 3, size, size), 1)  # quantised, or at temperature 1
+        forward = counter.get_total_flops() / len(own.data.view_sizes)
+        return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
+
+    def finish(self, model: nn.Module, run_dir: Path) -> None:
+        from beit_fast.data.builtin import NOTICE
+
+        if (tokenizer := self.tokenizer_of(model, self.total_steps)) is None:
+            return
+        metadata = {
+            "command": shlex.join(["python", *sys.argv]),
+            "data": NOTICE if self.config.data.path is None else str(self.config.data.path),
+            "objective": self.config.objective,
+            "live_codes": str(self.config.quantizer.live_codes),
+            "measured": json.dumps(self.evaluate(model, self.total_steps)),
+        }
+        for name, part in self.parts_of(tokenizer).items():
+            tensors = {key: tensor.cpu().contiguous() for key, tensor in part.state_dict().items()}
+            save_file(tensors, run_dir / f"{name}.safetensors", metadata=metadata)
+        for size in self.config.data.view_sizes:
+            sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
+            sheet.save(run_dir / f"reconstructions_{size}px.png")
+        if self.bad_images is not None and len(self.bad_images):
+            print(f"{len(self.bad_images)} images could not be used: {run_dir / 'bad_files.tsv'}", flush=True)
+
+    def close(self) -> None:
+        if self.views is not None:
+            self.views.close()
+
+
+@lru_cache(maxsize=4)
+def held_out_images(count: int, size: int) -> Tensor:
+    """Built-in images that no training set contains, float32 (count, 3, size, size) in [0, 1], drawn at 256 pixels."""
+    from beit_fast.data.builtin import render
+
+    drawn = np.stack([render(index, HELD_OUT_SEED, 256, 0.0) for index in range(count)])
+    return _resized(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255, size)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+@torch.no_grad()
+def measure(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
+    """Reconstruction error and use of the vocabulary on images (B, 3, H, W) in [0, 1].
+
+    mae: mean absolute error; psnr_db: of the mean squared error over all pixels; perplexity: exp of the entropy of the
+    tokens' histogram, at most the number of tokens; used_codes.
+    """
+    absolute = squared = 0.0
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.float64)
+    device = next(tokenizer.parameters()).device
+    for part in images.split(32):
+        part = part.to(device)
+        with torch.autocast(device.type, enabled=False):  # as it will be used, also inside a bf16 run
+            ids = tokenizer.encode(part)
+            error = (tokenizer.decode(ids) - part).double()
+        absolute += float(error.abs().sum())
+        squared += float(error.square().sum())
+        counts += torch.bincount(ids.flatten().cpu(), minlength=tokenizer.vocab_size)
+    share = counts[counts > 0] / counts.sum()
+    return {
+        "mae": absolute / images.numel(),
+        "psnr_db": -10 * math.log10(squared / images.numel()),
+        "perplexity": float(torch.exp(-(share * share.log()).sum())),
+        "used_codes": float(len(share)),
+    }
+
+
+def reconstruction_sheet(tokenizer: Tokenizer, images: Tensor, columns: int = 8) -> Any:
+    """A PIL image: rows of originals, each above its reconstructions."""
+    from PIL import Image
+
+    images = images.to(next(tokenizer.parameters()).device)
+    with torch.autocast(images.device.type, enabled=False):
+        decoded = tokenizer.decode(tokenizer.encode(images))
+    rows: Sequence[Tensor] = [
+        torch.cat(list(part), dim=2)
+        for start in range(0, len(images), columns)
+        for part in (images[start : start + columns], decoded[start : start + columns])
+        if len(part) == columns
+    ]
+    pixels = (torch.cat(list(rows), dim=1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(pixels.cpu().numpy())

@@ -1,0 +1,180 @@
+"""Launch configurations of the Triton kernels: a shipped table per architecture, never a search in the first step.
+
+A kernel asks for its row with `launch_config("gelu_backward", device, bucket)`. The user's own table, which
+`python -m beit_fast tune` writes, comes first, then the shipped row of the architecture, then the safe default of the
+kernel. The static costs of every shipped row are checked for sm_80 and sm_90 in tests/kernels/test_aot.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Config = Mapping[str, int]  # block sizes by the kernel's own names, num_warps, num_stages
+
+# architecture -> "kernel" or "kernel/bucket" -> configuration. A kernel must have a row under "default".
+SHIPPED: dict[str, dict[str, Config]] = {
+    "default": {
+        # by the power of two that holds a head dim; COLS at most 64
+        "attention_forward": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_forward/128": {"ROWS": 128, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "attention_backward_query": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 2},
+        "attention_backward_query/128": {"ROWS": 128, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "attention_backward_key": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_key/128": {"ROWS": 32, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "bias_gradient": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "bias_gradient/128": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 2},
+        "prepare_bias": {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
+        "reduce_bias_gradient": {"BLOCK": 1024, "num_warps": 4, "num_stages": 2},
+        "gather_bias": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        "scatter_table_grad": {"ROWS": 32, "QUERIES": 64, "num_warps": 4, "num_stages": 1},
+        "gelu_forward": {"ROWS": 4, "COLS": 512, "num_warps": 4, "num_stages": 1},
+        "gelu_backward": {"ROWS": 4, "COLS": 256, "PROGRAMS": 256, "num_warps": 4, "num_stages": 1},
+        # by the power of two that holds a row: its elements stay in registers
+        "residual_norm_forward": {"num_warps": 4, "num_stages": 1},
+        "residual_norm_forward/2048": {"num_warps": 8, "num_stages": 1},
+        "residual_norm_forward/4096": {"num_warps": 16, "num_stages": 1},
+        "residual_norm_backward": {"PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
+        "residual_norm_backward/4096": {"PROGRAMS": 512, "num_warps": 16, "num_stages": 1},
+        "residual_norm_finish": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 1},
+        "cross_entropy": {"BLOCK": 8192, "num_warps": 16, "num_stages": 1},
+        "gather_norm_forward": {"num_warps": 4, "num_stages": 1},
+        "gather_norm_backward": {"PROGRAMS": 256, "num_warps": 8, "num_stages": 1},
+        "view_transform": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+    },
+    "sm_80": {},
+    "sm_90": {
+        "attention_forward/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_query": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_query/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+        "attention_backward_key/128": {"ROWS": 64, "COLS": 32, "num_warps": 8, "num_stages": 2},
+        "bias_gradient/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
+    },
+    # few and fat programs, each with several turns of its loop: the interpreter's time goes by operations, not elements
+    "interpreter": {
+        "attention_forward": {"ROWS": 128, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "attention_backward_query": {"ROWS": 128, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "attention_backward_key": {"ROWS": 128, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "prepare_bias": {"BLOCK": 256, "num_warps": 4, "num_stages": 1},
+        "reduce_bias_gradient": {"BLOCK": 16384, "num_warps": 4, "num_stages": 1},
+        "gather_bias": {"BLOCK": 16384, "num_warps": 4, "num_stages": 1},
+        "scatter_table_grad": {"ROWS": 512, "QUERIES": 64, "num_warps": 4, "num_stages": 1},
+        "gelu_forward": {"ROWS": 8, "COLS": 64, "num_warps": 4, "num_stages": 1},
+        "gelu_backward": {"ROWS": 4, "COLS": 64, "PROGRAMS": 2, "num_warps": 4, "num_stages": 1},
+        "residual_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},
+        "residual_norm_finish": {"ROWS": 2, "COLS": 512, "num_warps": 4, "num_stages": 1},
+        "gather_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},
+    },
+}
+
+
+@dataclass(frozen=True)
+class AotSpec:
+    """One configuration of a kernel to compile ahead of time, so that its static costs can be checked without a GPU.
+
+    Args:
+        label: names the configuration in static_costs.json, such as "gelu_forward bf16 D=3072".
+        kernel: the `triton.jit` function.
+        signature: argument name -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out.
+        constants: constexpr name -> value (None for a pointer that is not given).
+        num_warps, num_stages: as at the launch.
+        has_matmul: whether tensor-core instructions must appear in the machine code.
+        unaligned: arguments not known to be divisible by 16; pointers and integers otherwise are.
+        architectures: compute capabilities this configuration is launched on.
+    """
+
+    label: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    has_matmul: bool = False
+    unaligned: frozenset[str] = frozenset()
+    architectures: tuple[int, ...] = field(default=(80, 90))
+
+
+def launch_config(kernel: str, architecture: str | torch.device, bucket: int | str | None = None) -> Config:
+    """The configuration of `kernel` for one architecture ("sm_90") or for the GPU a device names.
+
+    Args:
+        bucket: a class of shapes, in the kernel's own terms; rows without one serve every bucket.
+
+    Raises:
+        ValueError: the kernel has no row, not even a default one.
+    """
+    bucket = None if bucket is None else str(bucket)
+    if (kernel, bucket) in _trials:
+        return _trials[kernel, bucket]
+    if isinstance(architecture, torch.device):
+        architecture = architecture_of(architecture)
+    return _resolve(kernel, architecture, bucket)
+
+
+_trials: dict[tuple[str, str | None], Config] = {}
+
+
+@contextmanager
+def trial(kernel: str, bucket: str | None, config: Config) -> Iterator[None]:
+    """Launches one kernel (of one bucket) with another configuration for a while."""
+    _trials[kernel, bucket] = config
+    try:
+        yield
+    finally:
+        del _trials[kernel, bucket]
+
+
+@functools.cache
+def _resolve(kernel: str, architecture: str, bucket: str | None) -> Config:
+    names = [kernel] if bucket is None else [f"{kernel}/{bucket}", kernel]
+    for table in (_user_table().get(architecture, {}), SHIPPED.get(architecture, {}), SHIPPED["default"]):
+        for name in names:
+            if name in table:
+                return table[name]
+    raise ValueError(f"kernel {kernel!r} has no row in the launch table; give it one under SHIPPED['default']")
+
+
+def architecture_of(device: torch.device) -> str:
+    """ "sm_90" for an H100; "interpreter" for CPU tensors, which is the only way kernels run on them."""
+    return _architecture(device.index or 0) if device.type == "cuda" else "interpreter"
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def user_table_path() -> Path:
+    """Where `python -m beit_fast tune` keeps what it found: $BEIT_FAST_LAUNCH, else the user's cache folder."""
+    given = os.environ.get("BEIT_FAST_LAUNCH")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(given) if given else cache / "beit_fast" / "launch.json"
+
+
+@functools.cache
+def _user_table() -> dict[str, dict[str, Config]]:
+    path = user_table_path()
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text())
+        if all(isinstance(row, dict) for rows in table.values() for row in rows.values()):
+            return table
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ValueError(f"launch table {path} is damaged: delete it, or write it again with `python -m beit_fast tune`")
+
+
+def forget() -> None:
+    """Reads the user's table anew at the next launch, for after it was written."""
+    _resolve.cache_clear()
+    _user_table.cache_clear()

@@ -1,0 +1,211 @@
+"""The benchmarks measure what they say: in turns, results compared before timing, rivals that do equal work."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_fast import BeitConfig, BeitForMaskedImageModeling
+from benchmarks.baselines.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
+from benchmarks.harness import (
+    OURS,
+    Absent,
+    Comparison,
+    Disagreement,
+    RecordedClock,
+    Rival,
+    interval_rank,
+    measure,
+    ratio_of,
+)
+from benchmarks.memory import PeakMemory
+from benchmarks.records import read
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def comparison(**rivals):
+    return Comparison("a group", rivals, {"B": 1})
+
+
+def sleeping(seconds, **values):
+    result = (lambda: {name: torch.tensor(value) for name, value in values.items()}) if values else None
+    return lambda: Rival(lambda: time.sleep(seconds), result)
+
+
+def test_rivals_take_turns_and_the_ratio_is_that_of_their_rounds():
+    order = []
+    case = Comparison(
+        "g", {OURS: lambda: Rival(lambda: order.append("a")), "other": lambda: Rival(lambda: order.append("b"))}, {}
+    )
+    measured = measure(case, CPU, pairs=12, most_pairs=12, turn_s=1e-9)
+    rounds = ["".join(order[-2 * i - 2 :][:2]) for i in range(12)]
+    assert set(rounds) == {"ab", "ba"}  # once each, and who goes first changes
+    assert {len(times) for times in measured.seconds.values()} == {12}
+    assert ratio_of([3.0, 8.0, 2.0], [1.0, 2.0, 2.0]) == (3.0, 1.0, 4.0, 3)
+
+
+def test_the_interval_holds_the_median_in_95_of_100_trials():
+    torch.manual_seed(0)
+    for count in (7, 15, 31):
+        rank = interval_rank(count)
+        values = torch.randn(20_000, count).sort(1).values
+        held = ((values[:, rank] <= 0) & (values[:, count - 1 - rank] >= 0)).double().mean()
+        tighter = ((values[:, rank + 1] <= 0) & (values[:, count - 2 - rank] >= 0)).double().mean()
+        assert held > 0.945
+        assert tighter < 0.955
+
+
+def test_a_rival_that_computes_something_else_is_not_timed():
+    slow = sleeping(10.0, loss=2.0)
+    with pytest.raises(Disagreement, match="other computes something else: loss differs by 1"):
+        measure(comparison(beit_fast=sleeping(10.0, loss=1.0), other=slow), CPU)
+    with pytest.raises(Disagreement, match="loss"):
+        measure(comparison(beit_fast=sleeping(0.0, loss=1.0), other=sleeping(0.0, loss=float("nan"))), CPU)
+
+
+def test_an_absent_rival_is_named_with_its_reason():
+    def absent():
+        raise Absent("no such library")
+
+    def missing():
+        import a_package_that_does_not_exist  # noqa: F401
+
+    measured = measure(
+        comparison(beit_fast=sleeping(0.0), one=absent, two=missing), CPU, pairs=2, most_pairs=2, turn_s=1e-9
+    )
+    assert measured.absent == {"one": "no such library", "two": "No module named 'a_package_that_does_not_exist'"}
+    assert list(measured.seconds) == [OURS]
+
+
+def test_a_rival_that_fails_is_left_out_but_our_own_failure_is_an_error():
+    def failing():
+        raise RuntimeError("no kernel image\nmore lines")
+
+    def fails_later():
+        return Rival(lambda: None, failing)
+
+    fine = sleeping(0.0, loss=1.0)
+    rounds = {"pairs": 2, "most_pairs": 2, "turn_s": 1e-9}
+    measured = measure(comparison(beit_fast=fine, one=failing, two=fails_later), CPU, **rounds)
+    assert measured.absent == dict.fromkeys(("one", "two"), "fails here: RuntimeError: no kernel image")
+    assert list(measured.seconds) == [OURS]
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        measure(comparison(beit_fast=failing, one=fine), CPU)
+
+
+def test_the_report_carries_work_over_time_and_conditions():
+    case = Comparison("g", {OURS: sleeping(0.01)}, {"B": 4, "grid": (2, 3)}, flops=2e7, bytes=1e7, images=4)
+    row = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0).report(OURS)
+    assert 0.5 < row["gflop_per_s"] <= 2.01
+    assert row["gb_per_s"] == pytest.approx(row["gflop_per_s"] / 2)
+    assert row["images_per_s"] == pytest.approx(row["gflop_per_s"] * 200)
+    assert 0 < row["share_of_matmul"] < 1
+    assert 0 < row["share_of_copy"] < 1
+    assert row["grid"] == [2, 3]
+    assert row["threads"] == torch.get_num_threads()
+    assert row["over_beit_fast"]["median"] == 1
+
+
+def test_peak_memory_is_that_of_the_code_inside():
+    with PeakMemory(CPU) as peak:
+        kept = torch.ones(48 << 18)  # 48 MiB
+        (kept + 1).sum()
+    assert peak.mib == pytest.approx(96, abs=8)
+
+
+def test_recorded_times_reach_the_timer_unchanged():
+    clock = RecordedClock()
+    assert clock.load([0.5, 0.25]) == 2
+    seen = []
+    for _ in range(2):
+        start = clock()
+        clock.next_round()
+        seen.append(clock() - start)
+    assert seen == [0.5, 0.25]
+
+
+def masked_model(preset):
+    torch.manual_seed(0)
+    config = BeitConfig.from_preset(
+        "tiny", preset, depth=3, width=48, num_heads=3, image_size=32, patch_size=8, vocab_size=60, init_std=0.2
+    )
+    model = BeitForMaskedImageModeling(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "table" in name:
+                parameter.normal_(std=0.3)
+    mask = torch.rand(2, 16) < 0.4
+    return config, model, torch.randn(2, 3, 32, 32), mask, torch.randint(0, 60, (int(mask.sum()),))
+
+
+@pytest.mark.parametrize("preset", ["plus", "plain"])
+def test_every_technique_alone_and_all_together_give_the_models_gradients(preset):
+    config, model, images, mask, labels = masked_model(preset)
+    output = model(images, mask, labels)
+    output.loss.backward()
+    for techniques in ((), *((name,) for name in TECHNIQUES), tuple(TECHNIQUES)):
+        weights = trainable(model.state_dict())
+        step = OfficialStep(OfficialStyle(config, weights, techniques))
+        loss, correct = step.forward_backward(images, mask, labels)
+        torch.testing.assert_close(loss, output.loss.detach())
+        assert correct == output.num_correct
+        for name, parameter in model.named_parameters():
+            error = (weights[name].grad - parameter.grad).norm() / parameter.grad.norm()
+            assert error < 5e-6, (techniques, name)
+
+
+def test_the_step_of_the_official_style_moves_the_weights_as_adamw_does():
+    config, model, images, mask, labels = masked_model("plus")
+    moved = {}
+    for techniques in ((), ("optimizer",), ("no_sync",)):
+        weights = trainable(model.state_dict())
+        step = OfficialStep(OfficialStyle(config, weights, techniques), learning_rate=1e-3, clip=0.5)
+        loss, accuracy = step(images, mask, labels)
+        assert isinstance(loss, torch.Tensor if "no_sync" in techniques else float)
+        assert 0 <= float(accuracy) <= 1
+        moved[techniques] = weights
+    for name, tensor in moved[()].items():
+        assert not torch.equal(tensor, model.state_dict()[name])
+        torch.testing.assert_close(moved[("optimizer",)][name], tensor, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(moved[("no_sync",)][name], tensor)
+
+
+def test_cpu_time_counts_work_not_waiting():
+    def working():
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
+
+    case = Comparison(
+        "g", {OURS: lambda: Rival(working), "waiting": lambda: Rival(lambda: time.sleep(0.1))}, {}, clock="cpu"
+    )
+    measured = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0)
+    assert min(measured.seconds[OURS]) > 0.04
+    assert max(measured.seconds["waiting"]) < 0.04
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_at_toy_sizes_beside_at_least_five_peers(tmp_path):
+    path = tmp_path / "2026-11-21_box_all.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--tiny", "--stop-after", "inf"]
+    command += ["--bench-device", "cpu", "--benchmark-json", str(path), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found = read(path)
+    measured = {row.rival for row in found.rows}
+    peers = {"timm", "transformers, SDPA", "torch fused", "safetensors", "plain Python", "Pillow, official order"}
+    assert peers <= measured
+    files = {Path(entry["fullname"].split("::")[0]).name for entry in json.loads(path.read_text())["benchmarks"]}
+    assert files == {file.name for file in (ROOT / "benchmarks").glob("bench_*.py")}
+    for row in found.rows:
+        assert row.info["device"] == "cpu", row.key
+        assert row.info["threads"] >= 1
+    assert found.environment["versions"]["torch"] == torch.__version__
+    assert "pytest benchmarks/ --benchmark-only --tiny" in found.command
+    assert "times as long as beit_fast: median of the rounds and its 95 % interval" in done.stdout

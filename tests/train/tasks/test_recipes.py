@@ -1,0 +1,71 @@
+"""The recipes' values against the paper's tables, and their first words to a bare machine."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_recipe_is_values(name):
+    text = (RECIPES / f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 60
+    assert "def " not in text
+    assert f"python recipes/{name}.py" in load(name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "epochs", "warmup", "clip", "normalization"),
+    [
+        ("pretrain_beit_base", "base", 800, (10.0, None), 3.0, "imagenet"),
+        ("pretrain_beit_large", "large", 800, (10.0, None), 1.0, "imagenet"),
+        ("pretrain_beit_base_22k", "base", 150, (10.0, 10_000), 3.0, "half"),
+        ("pretrain_beit_large_22k", "large", 150, (10.0, 10_000), 1.0, "half"),
+    ],
+)
+def test_values_of_the_paper(name, size, epochs, warmup, clip, normalization):
+    module = load(name)
+    config = module.config
+    assert (config.model.size, config.model.preset, config.model.drop_path_rate) == (size, "plus", 0.1)
+    assert (config.epochs, config.steps, config.max_steps, config.batch_size) == (epochs, None, None, 2048)
+    optim = config.optim
+    assert (optim.lr, optim.min_lr, optim.weight_decay, optim.betas, optim.eps) == (
+        1.5e-3,
+        1e-5,
+        0.05,
+        (0.9, 0.999),
+        1e-8,
+    )
+    assert (optim.warmup_epochs, optim.warmup_steps) == warmup
+    assert optim.clip_grad == clip
+    assert (config.masking.num_masked, config.masking.min_num_patches, config.masking.min_aspect) == (75, 16, 0.3)
+    assert (config.data.normalization, config.data.scale, config.data.jitter) == (normalization, (0.08, 1.0), 0.4)
+    assert config.tokenizer.name == "dalle"
+    # the demo is the real model, and differs in nothing that it does not set
+    demo = module.demo
+    assert (demo.model, demo.masking, demo.data) == (config.model, config.masking, config.data)
+    assert demo.output_dir != config.output_dir
+    assert demo.tokenizer.name == "demo"
+    assert demo.max_steps < demo.steps
+
+
+@pytest.mark.parametrize("name", ["pretrain_beit_large", "pretrain_beit_base_22k"])
+def test_before_anything_is_installed(name):
+    """-S leaves the installed packages out: a bare machine."""
+    command = [sys.executable, "-S", str(RECIPES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "`make pretrain`, or: pip install" in done.stderr

@@ -1,0 +1,528 @@
+"""Segmentation: scores of scikit-learn, windows by brute force, exact resume, clear errors, two processes."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from beit_fast.__main__ import main as commands
+from beit_fast.data.segmentation import builtin_segmentation
+from beit_fast.data.segmentation_loader import SegmentationBatch, WholeImages, scaled_size
+from beit_fast.models import BeitConfig, BeitForMaskedImageModeling, BeitForSemanticSegmentation
+from beit_fast.models.segmentation_windows import sliding_logits, window_starts
+from beit_fast.train import engine
+from beit_fast.train.checkpoint.format import save_checkpoint
+from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
+from beit_fast.train.distributed.world import World
+from beit_fast.train.evaluation.segmentation import (
+    Inference,
+    SegmentationScores,
+    confusion_matrix,
+    evaluate_segmentation,
+)
+from beit_fast.train.evaluation.segmentors import open_segmentor
+from beit_fast.train.tasks.segment import (
+    CropConfig,
+    Segment,
+    SegmentationDataConfig,
+    SegmentationEvaluationConfig,
+    SegmentationModelConfig,
+    SegmentConfig,
+    head_flops,
+)
+from beit_fast.visualize.segmentations import coloured, overlay, palette
+
+CPU = World(0, 1, torch.device("cpu"))
+MODEL = SegmentationModelConfig(
+    size="tiny", width=24, depth=3, num_heads=2, image_size=32, patch_size=8, drop_path_rate=0.3, channels=8,
+    auxiliary_channels=8,
+)  # fmt: skip
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def config(cache, tmp_path):
+    return SegmentConfig(
+        output_dir=tmp_path / "run",
+        scratch=True,
+        steps=4,
+        batch_size=4,
+        batch_per_device=4,
+        data=SegmentationDataConfig(
+            builtin_images=16, builtin_validation_images=5, builtin_size=48, cache_dir=cache, threads=1
+        ),
+        model=MODEL,
+        crops=CropConfig(base=(48, 48), ratio=(0.7, 1.4)),
+        evaluation=SegmentationEvaluationConfig(pictures=2),
+        optim=OptimConfig(lr=1e-3, warmup_steps=1, clip_grad=None, eps=1e-3, schedule="poly"),
+        checkpoint=CheckpointConfig(every_steps=2),
+        log=LogConfig(every_steps=2, progress="none"),
+    )
+
+
+def train(config, **changes):
+    config = dataclasses.replace(config, **changes)
+    result = engine.run(Segment(config), config)
+    assert result.exit_code == 0
+    return BeitForSemanticSegmentation.from_pretrained(config.output_dir / "model"), result.metrics
+
+
+def change(config, **fields):
+    for name, value in fields.items():
+        outer, _, inner = name.partition("__")
+        value = dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value
+        config = dataclasses.replace(config, **{outer: value})
+    return config
+
+
+# Scores.
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_scikit_learns(seed):
+    """Random predictions, ignored pixels, a class that is nowhere and one that is only found."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    total = np.zeros((7, 7), np.int64)
+    labels, found = rng.integers(0, 5, (6, 30, 20)), rng.integers(0, 6, (6, 30, 20))  # 5 only found, 6 nowhere
+    found = np.where(rng.random(found.shape) < 0.4, labels, found)
+    labels[rng.random(labels.shape) < 0.2] = -1
+    for label, prediction in zip(labels, found, strict=True):  # an image at a time
+        total += confusion_matrix(torch.from_numpy(label), torch.from_numpy(prediction), 7).numpy()
+    counted = labels >= 0
+    expected = metrics.confusion_matrix(labels[counted], found[counted], labels=range(7))
+    np.testing.assert_array_equal(total, expected)
+    scores = SegmentationScores(tuple("abcdefg"), total, 6).metrics()
+    jaccard = metrics.jaccard_score(labels[counted], found[counted], labels=range(6), average=None, zero_division=0)
+    recall = metrics.recall_score(labels[counted], found[counted], labels=range(5), average="macro")
+    assert scores["mean_iou_percent"] == pytest.approx(100 * jaccard.mean())
+    assert scores["mean_accuracy_percent"] == pytest.approx(100 * recall)
+    accuracy = metrics.accuracy_score(labels[counted], found[counted])
+    assert scores["pixel_accuracy_percent"] == pytest.approx(100 * accuracy)
+
+
+def test_the_table_names_what_a_class_is_taken_for(tmp_path):
+    confusion = np.array([[6, 2, 0, 0], [0, 0, 4, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    scores = SegmentationScores(("ant", "bee", "cat", "dog"), confusion, 1)
+    (table,) = scores.write(tmp_path)
+    assert table.read_text().splitlines()[1:] == [
+        "bee\t4\t0.00\t0.00\tcat (4)",
+        "cat\t0\t0.00\t\t",
+        "ant\t8\t75.00\t75.00\tbee (2)",
+    ]
+    assert scores.metrics()["mean_iou_percent"] == 25.0
+
+
+# Windows.
+
+
+class Patterned(torch.nn.Module):
+    """Logits that depend on where a pixel lies in its window, so that every overlap shows."""
+
+    def __init__(self, side, classes=3):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(classes, 3, generator=generator)
+        self.place = torch.randn(classes, side, side, generator=generator)
+
+    def predict(self, images):
+        return torch.einsum("oc,bchw->bohw", self.weight, images) + self.place
+
+
+def brute_force(model, image, window, stride):
+    """Every window of the official grid one after the other, every pixel averaged on its own."""
+    height, width = image.shape[-2:]
+    canvas = torch.zeros(3, max(height, window), max(width, window))
+    canvas[:, :height, :width] = image
+    found = [[[] for _ in range(canvas.shape[2])] for _ in range(canvas.shape[1])]
+    rows = math.ceil(max(canvas.shape[1] - window, 0) / stride) + 1
+    columns = math.ceil(max(canvas.shape[2] - window, 0) / stride) + 1
+    for row in range(rows):
+        for column in range(columns):
+            bottom, right = min(row * stride + window, canvas.shape[1]), min(column * stride + window, canvas.shape[2])
+            top, left = bottom - window, right - window
+            scores = model.predict(canvas[None, :, top:bottom, left:right])[0]
+            for y in range(window):
+                for x in range(window):
+                    found[top + y][left + x].append(scores[:, y, x])
+    return torch.stack(
+        [torch.stack([torch.stack(found[y][x]).mean(0) for x in range(width)], 1) for y in range(height)], 1
+    )
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 40), (37, 29), (9, 30), (10, 12)])
+@pytest.mark.parametrize(("window", "stride"), [(16, 11), (16, 16), (12, 5)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_sliding_windows_are_brute_force(size, window, stride, batch_size):
+    model = Patterned(window)
+    image = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
+    found = sliding_logits(model.predict, image, window, stride, batch_size)
+    torch.testing.assert_close(found, brute_force(model, image, window, stride))
+
+
+def test_official_windows():
+    assert window_starts(512, 512, 341) == [0]
+    assert window_starts(683, 512, 341) == [0, 171]
+    assert window_starts(1365, 640, 426) == [0, 426, 725]
+    with pytest.raises(ValueError, match="1 <= stride <= window"):
+        sliding_logits(lambda x: x, torch.zeros(3, 8, 8), 8, 9)
+
+
+def test_inference_is_its_parts():
+    """Scale, normalise, slide, resize, and over scales and mirror images the mean of the class shares."""
+    model = Patterned(16)
+    pixels = torch.randint(0, 256, (22, 35, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    levels = pixels.permute(2, 0, 1)[None].float()
+
+    def logits(size, mirrored=False):
+        x = F.interpolate(levels, size=size, mode="bilinear", antialias=True)[0] / 127.5 - 1
+        y = sliding_logits(model.predict, x.flip(-1) if mirrored else x, 16, 10)
+        return F.interpolate((y.flip(-1) if mirrored else y)[None], size=(22, 35), mode="bilinear")[0]
+
+    single = Inference(*HALF, 16, 10, (60, 24))
+    assert single.sizes(22, 35) == [(24, 38)]
+    assert torch.equal(single.classes(model, pixels), logits((24, 38)).argmax(0))
+    assert single.sizes(22, 200) == [scaled_size(22, 200, (60, 24))] == [(7, 60)]
+    many = Inference(*HALF, 16, 10, (60, 24), (0.5, 1.0, 1.5), flip=True)
+    assert many.sizes(22, 35) == [(16, 25), (24, 38), (36, 57)]  # the short side is at least a window
+    shares = sum(logits(size, mirrored).softmax(0) for size in many.sizes(22, 35) for mirrored in (False, True))
+    assert (many.classes(model, pixels) == shares.argmax(0)).float().mean() > 0.999
+    with pytest.raises(ValueError, match="positive ratios"):
+        Inference(*HALF, 16, 10, (60, 24), ())
+
+
+class Rank(World):
+    """Adds up what each rank hands over, in place of an all-reduce: the last of them sees the totals."""
+
+    def __init__(self, rank, size, totals):
+        super().__init__(rank, size, torch.device("cpu"))
+        object.__setattr__(self, "totals", totals)
+        object.__setattr__(self, "calls", iter(range(100)))
+
+    def sum(self, value):
+        place = next(self.calls)
+        if len(self.totals) <= place:
+            self.totals.append(torch.zeros_like(value))
+        self.totals[place] += value
+        return value.copy_(self.totals[place])
+
+
+def test_ranks_count_every_image_once(cache):
+    data = builtin_segmentation(cache, 5, 48, train=False)
+    torch.manual_seed(0)
+    model = BeitForSemanticSegmentation(MODEL.segmentor(len(data.classes))).eval()
+    with torch.no_grad():
+        model.decode_head.conv_seg.weight.normal_()
+    inference = Inference(*HALF, 32, 21, (48, 48))
+
+    def evaluate(world):
+        whole = WholeImages(data, threads=1)
+        try:
+            return evaluate_segmentation(model, whole, inference, data.classes, world, pictures=2)
+        finally:
+            whole.close()
+
+    alone = evaluate(CPU)
+    totals = []
+    results = [evaluate(Rank(rank, 3, totals)) for rank in range(3)]
+    assert alone.images == results[-1].images == 5
+    assert alone.confusion.sum() == 5 * 48 * 48
+    assert (alone.confusion.sum(0) > 0).sum() > 2
+    np.testing.assert_array_equal(results[-1].confusion, alone.confusion)
+    assert len(alone.examples) == 2
+
+
+# Runs.
+
+
+@pytest.mark.parametrize("head", ["upernet", "setr_pup"])
+def test_a_resumed_run_ends_with_the_same_weights(config, tmp_path, head):
+    """Weights, running statistics and scores, bit for bit; dropout, drop path and distortion are on."""
+    config = change(config, model__head=head)
+    whole, metrics = train(config)
+    part = dataclasses.replace(config, output_dir=tmp_path / "part", max_steps=2)
+    assert engine.run(Segment(part), part).step == 2
+    resumed, again = train(config, output_dir=tmp_path / "part")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert again["mean_iou_percent"] == metrics["mean_iou_percent"]
+    assert metrics["validation_images"] == 5
+    assert 0 <= metrics["train_pixel_accuracy_percent"] <= 100
+
+
+def test_a_run_folder_holds_what_it_is_read_for(config, capsys):
+    train(config)
+    folder = config.output_dir
+    described = json.loads((folder / "model" / "preprocessing.json").read_text())
+    assert described["classes"][0] == "ground"
+    assert described["stride"] == 21
+    assert "not comparable" in described["data"]
+    table = [line.split("\t") for line in (folder / "per_class.tsv").read_text().splitlines()]
+    assert table[0][:3] == ["class", "pixels", "iou_percent"]
+    assert sum(int(row[1]) for row in table[1:]) == 5 * 48 * 48
+    picture = Image.open(folder / "segmentations.png")
+    assert picture.size[0] >= 3 * 240
+    assert picture.size[1] >= 2 * 240
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"train_pixel_accuracy_percent", "images_per_s", "bad_images"} <= set(lines[0])
+    assert "mean_iou_percent" in lines[-1]
+    assert "segmentations.png" in capsys.readouterr().out
+
+
+def test_it_learns(config, cache):
+    """Its loss falls below that of the best answer that is the same for every pixel: the entropy of the labels."""
+    config = change(config, steps=120, data__builtin_size=32, crops__base=(32, 32), crops__ratio=(1.0, 1.0),
+                    crops__photometric=False, model__drop_path_rate=0.0, layer_decay=1.0,
+                    model__dropout=0.0, optim__lr=1e-2, optim__eps=1e-8, log__every_steps=10)  # fmt: skip
+    train(config)
+    data = builtin_segmentation(cache, 16, 32, train=True)
+    labels = np.concatenate([np.asarray(Image.open(path)).ravel() for path in data.labels])
+    shares = np.bincount(labels) / len(labels)
+    entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+    lines = [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses[0] > 1.4 * entropy  # two heads, of which one counts 0.4
+    assert losses[-1] < 0.85 * 1.4 * entropy
+
+
+def test_layers_learn_at_their_rates(config):
+    task = Segment(config)
+    model = task.build(config, CPU)
+    groups = task.parameter_groups(model, 0.05)
+    task.close()
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert scale.keys() == {name for name, _ in model.named_parameters()}
+    assert scale["backbone.patch_embed.proj.weight"] == pytest.approx(0.9**4)
+    assert scale["backbone.blocks.2.mlp.fc1.weight"] == pytest.approx(0.9)
+    assert {scale[name] for name in scale if "fpn" in name or not name.startswith("backbone.")} == {1.0}
+    assert decay["backbone.cls_token"] == decay["decode_head.bottleneck.bn.weight"] == 0.0
+    assert decay["decode_head.bottleneck.conv.weight"] == decay["backbone.blocks.0.attn.qkv.weight"] == 0.05
+
+
+def test_auxiliary_heads_count_by_their_weight(config):
+    """The loss is that of the main head plus the weight times that of the other, over all pixels."""
+    task = Segment(config)
+    model = task.build(config, CPU).eval()
+    task.close()
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 11, (2, 32, 32), generator=generator)
+    batch = SegmentationBatch(
+        torch.randn(2, 3, 32, 32, generator=generator), labels, torch.tensor([1, 2]), torch.tensor([0, 1])
+    )
+    model.train()
+    state = torch.get_rng_state()
+    found = task.loss(model, batch, torch.tensor(2048.0))
+    torch.set_rng_state(state)
+    logits = model(batch.images, batch.sample_keys)
+    losses = [
+        F.cross_entropy(F.interpolate(s, size=(32, 32), mode="bilinear"), labels, ignore_index=-1, reduction="none")
+        for s in (logits.main, *logits.auxiliary)
+    ]
+    assert found.loss.item() == pytest.approx((losses[0].mean() + 0.4 * losses[1].mean()).item(), rel=1e-5)
+    assert int(found.sums["num_counted"]) == int((labels >= 0).sum())
+    assert task.num_targets(batch) == 2048
+
+
+def pretrained():
+    torch.manual_seed(7)
+    config = BeitConfig.from_preset("tiny", "plus", width=24, depth=3, num_heads=2, image_size=32, patch_size=8,
+                                    vocab_size=50)  # fmt: skip
+    return BeitForMaskedImageModeling(config)
+
+
+def test_segmentation_starts_where_it_is_told(config, tmp_path):
+    source = pretrained()
+    save_checkpoint(tmp_path / "checkpoints", 1, {"model": source.state_dict()}, {}, keep=2)
+    started = dataclasses.replace(config, scratch=False, weights=str(tmp_path))
+    task = Segment(started)
+    model = task.build(started, CPU)
+    task.close()
+    assert torch.equal(model.backbone.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    assert torch.equal(model.backbone.blocks[2].mlp.fc2.weight, source.blocks[2].mlp.fc2.weight)
+
+
+# What goes wrong.
+
+
+def folder_of(root, training=6, validation=3, number=lambda index: index % 3):
+    for split, count in (("training", training), ("validation", validation)):
+        for index in range(count):
+            image = root / "images" / split / f"{index}.jpg"
+            label = root / "annotations" / split / f"{index}.png"
+            for path in (image, label):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(image)
+            Image.fromarray(np.full((40, 50), number(index), np.uint8)).save(label)
+    return str(root)
+
+
+def test_folders_train_and_validate(config, tmp_path):
+    data = folder_of(tmp_path / "data")
+    _, metrics = train(change(config, data__path=data, data__num_classes=3))
+    assert metrics["validation_images"] == 3
+
+
+def test_nothing_but_ignored_pixels_is_a_loss_of_zero(config, tmp_path):
+    data = folder_of(tmp_path / "data", number=lambda index: 255)
+    ignored = change(config, data__path=data, data__num_classes=3, data__validate=False)
+    _, metrics = train(ignored)
+    assert metrics["loss"] == 0.0
+    assert metrics["skipped_steps"] == 0
+    assert metrics["train_pixel_accuracy_percent"] == 0.0
+    validated = change(ignored, data__validate=True, output_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match="not one labelled pixel"):
+        engine.run(Segment(validated), validated)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scratch": False, "data__path": "DATA"}, "--weights is missing"),
+        ({"weights": "x"}, "--weights and --scratch contradict"),
+        ({"auxiliary_weight": -1.0}, "--auxiliary-weight must be at least 0"),
+        ({"data__path": "DATA"}, "the number of classes is unknown; give --data.num-classes"),
+        ({"data__path": "DATA", "data__num_classes": 2}, r"label 2 at row 0, column 0 is none of the 2 classes"),
+        ({"data__path": "DATA/nowhere"}, "no such folder"),
+        ({"data__path": "DATA/images"}, "no training images with labels"),
+        ({"batch_per_device": 1}, "UPerNet's batch norms need two images at once, .* raise --batch-per-device"),
+        ({"layer_decay": 0.0}, "--layer-decay must be in"),
+        ({"scratch": False, "weights": "nothing.pth"}, "nothing.pth: no such file or folder"),
+        ({"batch_size": 64}, "lower --batch-size"),
+        ({"crops__cat_max_ratio": 0.0}, "cat_max_ratio must be in"),
+        ({"evaluation__stride": 40}, r"a stride in \[1, window\]"),
+        ({"model__channels": 0}, "channels must be positive"),
+    ],
+)
+def test_what_cannot_work_is_one_line(config, tmp_path, changes, message):
+    data = folder_of(tmp_path / "data")
+    changed = change(config, **{k: v.replace("DATA", data) if isinstance(v, str) else v for k, v in changes.items()})
+    with pytest.raises(ValueError, match=message) as error:
+        engine.run(Segment(changed), changed)
+    assert "\n" not in str(error.value)
+
+
+def test_data_that_is_not_split_has_no_validation(config, tmp_path):
+    root = tmp_path / "data"
+    folder_of(root)
+    for kind in ("images", "annotations"):
+        (root / kind / "training").rename(root / f"{kind}.new")
+        for path in sorted((root / kind).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (root / kind).rmdir()
+        (root / f"{kind}.new").rename(root / kind)
+    changed = change(config, data__path=str(root), data__num_classes=3)
+    with pytest.raises(ValueError, match=r"is not split into train and val, .* give --data.no-validate"):
+        engine.run(Segment(changed), changed)
+
+
+def test_setr_may_train_one_image_at_a_time(config):
+    train(change(config, model__head="setr_pup", batch_per_device=1, steps=1, data__validate=False))
+
+
+def test_flops_of_the_heads():
+    """By hand for SETR-PUP: convolutions of 3 x 3 at 4, 8, 16, 32 and at 4, 16 pixels a side, then classifiers."""
+    config = dataclasses.replace(MODEL, head="setr_pup").segmentor(13)
+    main = 9 * (24 * 8 * 16 + 8 * 8 * (64 + 256 + 1024)) + 8 * 13 * 64**2
+    auxiliary = 9 * (24 * 8 * 16 + 8 * 8 * 256) + 8 * 13 * 64**2
+    assert head_flops(config) == 2 * (main + 3 * auxiliary)
+
+
+# Opening and colouring.
+
+
+def test_a_run_is_opened_and_colours_images(config, tmp_path, capsys):
+    train(config)
+    opened = open_segmentor(config.output_dir)
+    assert opened.classes[0] == "ground"
+    assert opened.inference == dataclasses.replace(config.inference(), windows_per_batch=8)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    (tmp_path / "two.png").write_bytes(b"nothing")
+    words = ["segment", str(config.output_dir), str(tmp_path / "one.png"), "--output-dir", str(tmp_path / "out"),
+             "--device", "cpu", "--opacity", "0.5"]  # fmt: skip
+    assert commands(words) == 0
+    output = capsys.readouterr().out
+    found = opened.inference.classes(opened.model, torch.from_numpy(pixels)).numpy()
+    expected = np.rint(0.5 * pixels + 0.5 * coloured(found, 11)).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "one_segments.png")), expected)
+    top = int(np.bincount(found.ravel(), minlength=11).argmax())
+    assert f"% {opened.classes[top]}" in output
+    assert commands([*words[:3], str(tmp_path / "two.png"), *words[3:]]) == 1
+    assert "two.png: unknown format" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        commands(["segment", str(config.output_dir)])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        commands(["segment", str(tmp_path / "nothing"), "x.png"])
+    assert stop.value.code == 1
+
+
+@pytest.mark.parametrize("head", ["upernet", "setr_pup"])
+def test_files_of_mmsegmentation_are_opened(tmp_path, head):
+    torch.manual_seed(0)
+    source = BeitForSemanticSegmentation(dataclasses.replace(MODEL, head=head).segmentor(5)).eval()
+    torch.save({"state_dict": source.state_dict(), "meta": {}}, tmp_path / "released.pth")
+    opened = open_segmentor(tmp_path / "released.pth")
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(opened.model.predict(x), source.predict(x))
+    assert opened.classes == ("0", "1", "2", "3", "4")
+    assert (opened.inference.window, opened.inference.stride, opened.inference.base) == (32, 21, (128, 32))
+    torch.save(pretrained().state_dict(), tmp_path / "pretrained.pth")
+    with pytest.raises(ValueError, match="holds no segmentation head"):
+        open_segmentor(tmp_path / "pretrained.pth")
+
+
+def test_colours_are_distinct():
+    colours = palette(150)
+    assert len({tuple(c) for c in colours.tolist()}) == 150
+    pixels = np.full((2, 2, 3), 100, np.uint8)
+    shown = overlay(pixels, np.array([[0, 1], [2, -1]]), 3, 1.0)
+    assert shown[0, 0].tolist() == colours[0].tolist()
+    assert shown[1, 1].tolist() == [90, 90, 90]
+    assert overlay(pixels, np.array([[0, 1], [2, -1]]), 3, 0.0).tolist() == pixels.tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(cache, tmp_path):
+    """The recipe under torchrun: batch norms over both processes, every validation image counted once."""
+    recipe = Path(__file__).parents[3] / "recipes" / "segment_ade20k_base.py"
+    options = (
+        "--model.width 16 --model.depth 2 --model.num-heads 2 --model.image-size 32 --model.patch-size 8 "
+        "--model.channels 8 --crops.base 48 48 --crops.ratio 1 1 "
+        f"--data.builtin-size 48 --data.builtin-images 16 --data.builtin-validation-images 5 --data.cache-dir {cache} "
+        "--batch-size 8 --batch-per-device 8 --steps 3 --device cpu --log.progress none --optim.eps 1e-3 "
+        "--model.dropout 0 --optim.lr 1e-2"
+    ).split()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["OMP_NUM_THREADS"] = "1"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, str(recipe), *options, "--output-dir", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+    models = [BeitForSemanticSegmentation.from_pretrained(tmp_path / name / "model") for name in ("one", "two")]
+    one, two = (model.state_dict() for model in models)
+    start = BeitForSemanticSegmentation(models[0].config).state_dict()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=5e-5, msg=lambda text, n=name: f"{n}: {text}")
+    assert not torch.allclose(start["decode_head.bottleneck.bn.running_mean"],
+                              one["decode_head.bottleneck.bn.running_mean"])  # fmt: skip
+    measured = [json.loads((tmp_path / name / "model" / "preprocessing.json").read_text())["measured"]
+                for name in ("one", "two")]  # fmt: skip
+    assert measured[0]["validation_images"] == measured[1]["validation_images"] == 5
+    assert measured[0]["pixel_accuracy_percent"] == pytest.approx(measured[1]["pixel_accuracy_percent"], abs=0.5)
