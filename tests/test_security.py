@@ -50,7 +50,7 @@ def test_no_unrestricted_pickle_in_the_sources():
 
 def test_tar_entries_are_never_unpacked(tmp_path):
     """No source calls extract or extractall; entries that would climb out are images like any other, in place."""
-    from beit_fast.data.sources.sources import open_source
+    from beit_fast.data.sources import open_source
 
     for path in sources():
         assert not any(name.endswith((".extract", ".extractall", ".unpack_archive")) for name, _ in calls(path)), path

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from beit_fast.cli.predict import read_view, split_words
 from beit_fast.cli.train import fail, parse
+from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import TooManyBadImages
 from beit_fast.models import Beit, BeitForMaskedImageModeling
 from beit_fast.models.backbone import BeitBackbone
@@ -22,8 +23,7 @@ from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train.config import from_plain
 from beit_fast.train.distributed.world import World, resolve_device
 from beit_fast.train.evaluation.classifiers import architecture_of, open_classifier
-from beit_fast.train.task import Request
-from beit_fast.train.tasks.pretrain import NORMALIZATION, MaskedImageModeling, PretrainConfig
+from beit_fast.train.tasks.pretrain import MaskedImageModeling, PretrainConfig
 from beit_fast.train.tasks.tokenizer import held_out_images, measure
 from beit_fast.train.tasks.weights import load_weights, resolve_weights
 from beit_fast.visualize import pictures

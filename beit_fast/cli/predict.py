@@ -16,6 +16,7 @@ from beit_fast.cli.train import fail, parse
 from beit_fast.data.classification import EvaluationLoader, centre_view
 from beit_fast.data.decoding import Crop, PilDecoder
 from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evaluation
+from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import BadImages, Rejection, TooManyBadImages, screen
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import end_world, resolve_device, start_world
@@ -23,7 +24,6 @@ from beit_fast.train.evaluation.classification import evaluate_classifier
 from beit_fast.train.evaluation.classifiers import Classifier, open_classifier
 from beit_fast.train.evaluation.segmentors import open_segmentor
 from beit_fast.train.precision import DTYPES, precision_of
-from beit_fast.train.tasks.pretrain import NORMALIZATION
 from beit_fast.visualize.segmentations import overlay
 
 

@@ -33,7 +33,7 @@ from beit_fast.data.scenes import (
     render_labelled,
     render_scene,
 )
-from beit_fast.data.sources.sources import FolderSource
+from beit_fast.data.sources import FolderSource
 
 __all__ = ["NOTICE", "NUM_CLASSES", "builtin_source", "default_cache_dir", "render", "render_labelled"]
 

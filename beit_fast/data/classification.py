@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from beit_fast.data.augmentation.color_jitter import transform_views
 from beit_fast.data.augmentation.erasing import RandomErasing
 from beit_fast.data.augmentation.rand_augment import Augmenter, RandAugment
 from beit_fast.data.decoding import Crop, DaliDecoder, Decoder, PilDecoder, has_dali
+from beit_fast.data.loader import Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.reading import Sample, ScreenedReader
 from beit_fast.data.sampling import CropSampler, compiled_module, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
-from beit_fast.data.sources.sources import ImageSource
+from beit_fast.data.sources import ImageSource
 
 Triple = Sequence[float]
 
@@ -53,13 +54,6 @@ class LabelledBatch:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-class _Request(Protocol):
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def positions(self) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +170,7 @@ class ClassificationLoader(_Views):
         self._augmenter = Augmenter(self.threads) if augmentation.rand_augment is not None else None
         self._running: Prefetcher[tuple[Tensor, NDArray[np.bool_], LabelledBatch]] | None = None
 
-    def batches(self, requests: Iterable[_Request]) -> Iterator[LabelledBatch]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[LabelledBatch]:
         """One batch per request (`epoch`, `positions`), in order. One iteration at a time."""
         prefetcher = Prefetcher(self._make_all(requests), self.prefetch)
         self._running = prefetcher
@@ -199,7 +193,7 @@ class ClassificationLoader(_Views):
             self._running.close()
         super().close()
 
-    def _make_all(self, requests: Iterable[_Request]) -> Iterator[tuple[Tensor, NDArray[np.bool_], LabelledBatch]]:
+    def _make_all(self, requests: Iterable[Request]) -> Iterator[tuple[Tensor, NDArray[np.bool_], LabelledBatch]]:
         """Reads the files of one batch while the batch before it is decoded."""
         reading: deque[tuple[int, NDArray[np.int64], list[Future[Sample]]]] = deque()
         for request in requests:

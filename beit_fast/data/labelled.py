@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit_fast.data import builtin, scenes
+from beit_fast.data.sources import ArraySource, FolderSource, ImageSource, open_source
 from beit_fast.data.sources.cifar import is_cifar100, read_cifar100
-from beit_fast.data.sources.sources import ArraySource, FolderSource, ImageSource, open_source
 
 VALIDATION_FOLDERS = ("val", "validation", "test")
 VALIDATION_SEED = 2_000_003

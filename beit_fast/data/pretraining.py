@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,31 +32,15 @@ from torch import Tensor
 
 from beit_fast.data.augmentation.color_jitter import gray_means, transform_views
 from beit_fast.data.decoding import DaliDecoder, Decoder, PilDecoder, has_dali
+from beit_fast.data.loader import Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.resizing import CpuResizer, GpuResizer, ResizedViews, Resizer
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler, compiled_module, epoch_order, sample_keys
 from beit_fast.data.screening import BadImages, Header, Rejection, read_screened
-from beit_fast.data.sources.sources import ImageSource
+from beit_fast.data.sources import ImageSource
 from beit_fast.data.token_store import TokenStore
 
 _NOTHING_USABLE = "source: not one of its images can be used"
-
-
-class Request(NamedTuple):
-    """One batch to make."""
-
-    epoch: int
-    positions: NDArray[np.int64]
-    """(b,) places in the order of the epoch, in [0, len(source))."""
-
-
-class _Request(Protocol):
-    """`Request`, or whatever has its fields."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def positions(self) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -183,7 +167,7 @@ class PretrainLoader:
         self._running: list[Prefetcher[_Made]] = []
         self._one_at_a_time = threading.Lock()  # a decoder has one set of buffers
 
-    def batches(self, requests: Iterable[_Request]) -> Iterator[PretrainBatch]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[PretrainBatch]:
         """One batch per request, in order. `requests` is read ahead, by another thread."""
         prefetcher = Prefetcher(self._make_all(requests), self.prefetch)
         self._running.append(prefetcher)
@@ -228,7 +212,7 @@ class PretrainLoader:
         whole = self.jitter_center == "image"
         return CpuResizer(on_cpu, self._workers, self.image_size, self.token_image_size, whole)
 
-    def _make_all(self, requests: Iterable[_Request]) -> Iterator[_Made]:
+    def _make_all(self, requests: Iterable[Request]) -> Iterator[_Made]:
         """Reads the files of one batch while the batch before it is decoded."""
         reading: deque[tuple[int, list[Future[list[_Sample]]]]] = deque()
         for request in requests:
@@ -238,7 +222,7 @@ class PretrainLoader:
         while reading:
             yield self._make_ready(*reading.popleft())
 
-    def _start_reading(self, request: _Request) -> list[Future[list[_Sample]]]:
+    def _start_reading(self, request: Request) -> list[Future[list[_Sample]]]:
         positions = np.asarray(request.positions, np.int64)
         # A task per image would cost as much as reading it from the page cache.
         if positions.ndim != 1 or len(positions) == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from beit_fast.data.sampling import epoch_order
 from beit_fast.data.screening import BadImages, Header, Rejection, read_screened
-from beit_fast.data.sources.sources import ImageSource
+from beit_fast.data.sources import ImageSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,37 @@ world size or thread count, and nothing to store in a checkpoint but (epoch, ste
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+"""Step of the counters that `splitmix64` mixes."""
+Integers = TypeVar("Integers", NDArray[np.int64], torch.Tensor)
+
+
+def splitmix64(x: Integers) -> Integers:
+    """Mix the bits of int64 numbers, an array or a tensor: the finaliser of splitmix64 (Steele et al., 2014)."""
+    x = (x ^ shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ shift_right(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ shift_right(x, 31)
+
+
+def shift_right(x: Integers, bits: int) -> Integers:
+    """Shift int64 numbers and fill with zeros; `>>` fills with the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def uniforms(keys: ArrayLike, count: int, stream: int) -> NDArray[np.float64]:
+    """Draw `count` numbers in [0, 1) for each of the `keys` int64 (B,) of `sample_keys`; (B, count).
+
+    Row b depends on `keys[b]` and `stream` alone; streams (small numbers, one per use) are independent.
+    """
+    own = splitmix64(np.asarray(keys, np.int64) ^ splitmix64(np.array([stream + 1], np.int64)))
+    counters = np.arange(1, count + 1, dtype=np.int64) * GOLDEN
+    return shift_right(splitmix64(own[:, None] + counters), 11).astype(np.float64) * 2.0**-53
 
 
 def compiled_module() -> ModuleType:

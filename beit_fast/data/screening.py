@@ -13,7 +13,7 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from beit_fast.data.sources.sources import ImageSource
+from beit_fast.data.sources import ImageSource
 
 logger = logging.getLogger("beit_fast.data")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from beit_fast.data import builtin, scenes
 from beit_fast.data.screening import Header, Rejection
-from beit_fast.data.sources.sources import FolderSource, ImageSource, open_source
+from beit_fast.data.sources import FolderSource, ImageSource, open_source
 
 IGNORE = -1
 """Of a pixel that counts neither in the loss nor in a score."""

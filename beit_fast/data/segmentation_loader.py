@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from beit_fast.data.augmentation.photometric import PhotometricDistortion, distort
 from beit_fast.data.decoding import Crop, DaliDecoder, Decoder, PilDecoder, has_dali
-from beit_fast.data.draws import uniforms
+from beit_fast.data.loader import Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.reading import Sample, ScreenedReader
-from beit_fast.data.sampling import compiled_module, sample_keys
+from beit_fast.data.sampling import compiled_module, sample_keys, uniforms
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.segmentation import IGNORE, SegmentationImages
 
@@ -134,13 +134,6 @@ class SegmentationBatch:
         return len(self.images)
 
 
-class _Request(Protocol):
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def positions(self) -> NDArray[np.int64]: ...
-
-
 class _Raw(NamedTuple):
     """A batch in memory before colour."""
 
@@ -208,7 +201,7 @@ class SegmentationLoader(_Reading):
         self.mean, self.std = tuple(mean), tuple(std)
         self._running: Prefetcher[SegmentationBatch | _Raw] | None = None
 
-    def batches(self, requests: Iterable[_Request]) -> Iterator[SegmentationBatch]:
+    def batches(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch]:
         """One batch per request (`epoch`, `positions`), in order. One iteration at a time."""
         prefetcher = Prefetcher(self._make_all(requests), self.prefetch)
         self._running = prefetcher
@@ -223,7 +216,7 @@ class SegmentationLoader(_Reading):
             self._running.close()
         super().close()
 
-    def _make_all(self, requests: Iterable[_Request]) -> Iterator[SegmentationBatch | _Raw]:
+    def _make_all(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch | _Raw]:
         """Reads the files of one batch while the batch before it is decoded; colours on a CPU belong to it, too."""
         reading: deque[tuple[int, list[Future[Sample]]]] = deque()
         for request in requests:

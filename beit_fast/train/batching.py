@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from beit_fast.data.loader import Request
+from beit_fast.data.sampling import GOLDEN, shift_right, splitmix64
 from beit_fast.train.config import RunConfig
-from beit_fast.train.task import Request
 
 
 def requests_of(
@@ -31,10 +32,7 @@ def accumulation(config: RunConfig, size: int) -> int:
 
 def seed_of(*numbers: int) -> int:
     """A 63-bit seed that depends on every number (splitmix64's finaliser, chained)."""
-    mask, value = (1 << 64) - 1, 0
+    value = np.zeros(1, np.int64)
     for number in numbers:
-        value = (value + number + 0x9E3779B97F4A7C15) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        value ^= value >> 31
-    return value >> 1
+        value = splitmix64(value + number + GOLDEN)
+    return int(shift_right(value, 1)[0])

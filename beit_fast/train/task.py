@@ -17,22 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from beit_fast.data.loader import Request
 from beit_fast.train.optim import decay_groups
 
 if TYPE_CHECKING:
     from beit_fast.train.config import RunConfig
     from beit_fast.train.distributed.world import World
-
-
-class Request(NamedTuple):
-    """One micro-batch that the engine asks for: `positions` int64 (b,) within the shuffled order of `epoch`."""
-
-    epoch: int
-    positions: NDArray[np.int64]
 
 
 class StepOutput(NamedTuple):

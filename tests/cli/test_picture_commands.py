@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from beit_fast.__main__ import main
 from beit_fast.cli.pictures import open_backbone, open_pretraining
 from beit_fast.data.builtin import render_labelled
+from beit_fast.data.loader import Request
 from beit_fast.models import Beit, BeitConfig, convert_state_dict
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, from_plain, to_plain
-from beit_fast.train.task import Request
 from beit_fast.train.tasks.pretrain import (
     DataConfig,
     EvaluationConfig,

@@ -1,7 +1,6 @@
 """Labelled views against Pillow, torchvision and timm; independence of the split; bad files."""
 
 import io
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -18,8 +17,9 @@ from beit_fast.data.classification import (
     default_crop_share,
     evaluation_geometry,
 )
+from beit_fast.data.loader import Request
 from beit_fast.data.sampling import CropSampler, epoch_order
-from beit_fast.data.sources.sources import ArraySource
+from beit_fast.data.sources import ArraySource
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
@@ -28,12 +28,6 @@ auto_augment = pytest.importorskip("timm.data.auto_augment")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(60, 90), (90, 60), (77, 77), (50, 123), (64, 64), (131, 52), (70, 71), (96, 80)]
-
-
-@dataclass
-class Request:
-    epoch: int
-    positions: np.ndarray
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 
 from beit_fast.data.augmentation.erasing import RandomErasing, erase
 from beit_fast.data.augmentation.mix import Mix, Mixing, cutmix, mix_images, mixed_cross_entropy, paired_order
-from beit_fast.data.draws import uniforms
+from beit_fast.data.sampling import uniforms
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()

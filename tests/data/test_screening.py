@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from beit_fast.data.screening import BadImages, Header, Rejection, TooManyBadImages, read_screened, screen
-from beit_fast.data.sources.sources import FolderSource
+from beit_fast.data.sources import FolderSource
 
 
 def test_good_files_pass_with_the_size_that_pillow_sees(good_files):

@@ -1,7 +1,6 @@
 """Label files, paired crops, distortion: against Pillow, colorsys and each other."""
 
 import colorsys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from PIL import Image
 from beit_fast.data import scenes
 from beit_fast.data.augmentation.photometric import PhotometricDistortion, distort
 from beit_fast.data.builtin import render_labelled
+from beit_fast.data.loader import Request
 from beit_fast.data.screening import BadImages, Header, Rejection
 from beit_fast.data.segmentation import (
     IGNORE,
@@ -28,16 +28,10 @@ from beit_fast.data.segmentation_loader import (
     nearest,
     scaled_size,
 )
-from beit_fast.data.sources.sources import ArraySource, open_source
+from beit_fast.data.sources import ArraySource, open_source
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SIZES = [(60, 90), (90, 60), (77, 77), (50, 123), (64, 64), (131, 52)]
-
-
-@dataclass
-class Request:
-    epoch: int
-    positions: np.ndarray
 
 
 def number_picture(height, width, seed=0):

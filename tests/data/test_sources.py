@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from beit_fast.data.screening import Header, screen
-from beit_fast.data.sources.sources import ArraySource, fingerprint, open_source
+from beit_fast.data.sources import ArraySource, fingerprint, open_source
 
 
 def write(root, names):

@@ -10,12 +10,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from beit_fast.data.draws import uniforms
+from beit_fast.data.sampling import GOLDEN, shift_right, splitmix64, uniforms
 
 _ATTEMPTS = 10
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
-_MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 @dataclass(frozen=True)
@@ -86,19 +83,13 @@ def erase(images: Tensor, rectangles: NDArray[np.int64], keys: Tensor) -> Tensor
     y, x = top + within // across, left + within % across
     channel = torch.arange(channels, device=images.device)
     counter = (channel * height + y[:, None]) * width + x[:, None] + 1
-    noise = _normal(keys[sample][:, None] + counter * _GOLDEN)
+    noise = _normal(keys[sample][:, None] + counter * GOLDEN)
     images[sample[:, None], channel, y[:, None], x[:, None]] = noise.to(images.dtype)
     return images
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def _normal(x: Tensor) -> Tensor:
-    """Standard normal float32 from 64-bit numbers: splitmix64's finaliser, then Box and Muller's transform."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    x = x ^ _shift_right(x, 31)
-    radius = torch.sqrt(-2.0 * torch.log((_shift_right(x, 40) + 1).to(torch.float32) * 2.0**-24))
+    """Standard normal float32 from 64-bit counters (Box and Muller's transform)."""
+    x = splitmix64(x)
+    radius = torch.sqrt(-2.0 * torch.log((shift_right(x, 40) + 1).to(torch.float32) * 2.0**-24))
     return radius * torch.cos((x & 0xFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-24))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from beit_fast.data.draws import uniforms
+from beit_fast.data.sampling import uniforms
 
 _STREAM = 4
 

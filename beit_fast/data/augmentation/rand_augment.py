@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from beit_fast.data.decoding import require_dali
-from beit_fast.data.draws import uniforms
+from beit_fast.data.sampling import uniforms
 
 OPERATIONS = (
     "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast",

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from beit_fast.data.classification import default_crop_share
+from beit_fast.data.loader import NORMALIZATION
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.models.checkpoints import load_checkpoint
 from beit_fast.models.key_names import to_official
 from beit_fast.models.reading import CheckpointError, read_state_dict
-from beit_fast.train.tasks.pretrain import NORMALIZATION
 
 _TABLE = "relative_position_bias_table"
 

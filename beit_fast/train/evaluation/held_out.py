@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from beit_fast.data.loader import Request
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer
-from beit_fast.train.task import Request
 
 if TYPE_CHECKING:
     from beit_fast.data.pretraining import PretrainBatch, PretrainLoader

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from beit_fast.data.loader import NORMALIZATION
 from beit_fast.models import BeitForSemanticSegmentation, CheckpointError, SegmentationConfig, load_checkpoint
 from beit_fast.models.key_names import to_official
 from beit_fast.models.reading import read_state_dict
 from beit_fast.train.evaluation.classifiers import architecture_of, read_description
 from beit_fast.train.evaluation.segmentation import Inference
-from beit_fast.train.tasks.pretrain import NORMALIZATION
 
 
 @dataclass(frozen=True)

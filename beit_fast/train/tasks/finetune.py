@@ -31,16 +31,17 @@ from beit_fast.data.classification import (
     default_crop_share,
 )
 from beit_fast.data.labelled import BuiltinSet, LabelledImages, builtin_labelled, open_training, open_validation
+from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
-from beit_fast.data.sources.sources import fingerprint
+from beit_fast.data.sources import fingerprint
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.train.batching import accumulation
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.classification import Evaluation, evaluate_classifier
 from beit_fast.train.layer_decay import layer_decay_groups
-from beit_fast.train.task import Request, StepOutput, Task
-from beit_fast.train.tasks.pretrain import NORMALIZATION, ModelConfig
+from beit_fast.train.task import StepOutput, Task
+from beit_fast.train.tasks.pretrain import ModelConfig
 from beit_fast.train.tasks.weights import load_weights
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin
+from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.screening import BadImages
-from beit_fast.data.sources import sources
+from beit_fast.data.sources import ImageSource, fingerprint, open_source
 from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.configs import Preset, Size
@@ -23,14 +24,9 @@ from beit_fast.tokenizers import Tokenizer, load_tokenizer
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation import held_out
-from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.task import StepOutput, Task
 from beit_fast.train.tasks import run_pictures, token_cache
 from beit_fast.train.tasks.token_cache import TokenSource
-
-NORMALIZATION = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +206,7 @@ class MaskedImageModeling(Task):
         c, data = self.config, self.config.data
         masking = self.open_tokenizer(world)
         source = (
-            sources.open_source(data.path)
+            open_source(data.path)
             if data.path is not None
             else builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
         )
@@ -253,7 +249,7 @@ class MaskedImageModeling(Task):
         """Views of the held-out images."""
         c, data = self.config, self.config.data
         held_out = (
-            sources.open_source(c.evaluation.path)
+            open_source(c.evaluation.path)
             if c.evaluation.path is not None
             else builtin.builtin_source(
                 data.cache_dir, c.evaluation.images, c.seed + 1, data.builtin_size, photograph_share=0.0
@@ -268,7 +264,7 @@ class MaskedImageModeling(Task):
 
     def _views(
         self,
-        source: sources.ImageSource,
+        source: ImageSource,
         masking: BlockwiseMasking,
         bad: BadImages,
         view_cycle: int | None = None,
@@ -291,7 +287,7 @@ class MaskedImageModeling(Task):
 
     def identity(self) -> dict[str, Any]:
         tokenizer = {} if self.tokenizer is None else {"tokenizer_sha256": self.tokenizer.sha256}
-        return {"data": sources.fingerprint(self.source), **tokenizer}
+        return {"data": fingerprint(self.source), **tokenizer}
 
     def batches(self, requests: Iterator[Request]) -> Iterator[PretrainBatch]:
         assert self.views is not None

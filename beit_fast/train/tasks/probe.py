@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from beit_fast.data.classification import Augmentation, ClassificationLoader, EvaluationLoader, LabelledBatch
 from beit_fast.data.labelled import LabelledImages
+from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.sampling import epoch_order
 from beit_fast.data.screening import BadImages
-from beit_fast.data.sources.sources import fingerprint
+from beit_fast.data.sources import fingerprint
 from beit_fast.models import Beit
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed.world import World
 from beit_fast.train.precision import DTYPES, precision_of
-from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.task import StepOutput, Task
 from beit_fast.train.tasks.feature_cache import FeatureCache
 from beit_fast.train.tasks.finetune import (
     ClassifierModelConfig,
@@ -35,7 +36,6 @@ from beit_fast.train.tasks.finetune import (
     multiply_adds,
     open_data,
 )
-from beit_fast.train.tasks.pretrain import NORMALIZATION
 from beit_fast.train.tasks.weights import load_weights
 
 Features = Literal["cls+mean", "mean", "cls"]

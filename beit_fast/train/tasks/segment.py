@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin
 from beit_fast.data.augmentation.photometric import PhotometricDistortion
+from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
 from beit_fast.data.segmentation import IGNORE, SegmentationImages, builtin_segmentation, open_segmentation
 from beit_fast.data.segmentation_loader import (
@@ -30,7 +31,7 @@ from beit_fast.data.segmentation_loader import (
     SegmentationLoader,
     WholeImages,
 )
-from beit_fast.data.sources.sources import FolderSource, fingerprint
+from beit_fast.data.sources import FolderSource, fingerprint
 from beit_fast.models import BeitForSemanticSegmentation, SegmentationConfig
 from beit_fast.models.heads import resize
 from beit_fast.models.segmentation import SegmentationHead, segmentation_config, segmentation_loss
@@ -40,9 +41,9 @@ from beit_fast.train.distributed.batch_norm import synchronised
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.segmentation import Inference, SegmentationScores, evaluate_segmentation
 from beit_fast.train.layer_decay import layer_decay_groups
-from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.task import StepOutput, Task
 from beit_fast.train.tasks.finetune import multiply_adds
-from beit_fast.train.tasks.pretrain import NORMALIZATION, ModelConfig
+from beit_fast.train.tasks.pretrain import ModelConfig
 from beit_fast.train.tasks.weights import load_weights
 
 

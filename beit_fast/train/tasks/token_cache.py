@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beit_fast.data.pretraining import PretrainBatch, resolve_decoder
 from beit_fast.data.sampling import BlockwiseMasking
-from beit_fast.data.sources import sources
+from beit_fast.data.sources import ImageSource, fingerprint
 from beit_fast.data.token_store import TokenStore, check_store
 from beit_fast.tokenizers import Tokenizer
 
@@ -38,7 +38,7 @@ def cache_path(config: PretrainConfig) -> Path | None:
 def open_store(
     config: PretrainConfig,
     tokenizer: Tokenizer,
-    source: sources.ImageSource,
+    source: ImageSource,
     masking: BlockwiseMasking,
     device: torch.device,
 ) -> TokenStore | None:
@@ -67,12 +67,12 @@ def open_store(
 
 
 def settings_of(
-    config: PretrainConfig, tokenizer: Tokenizer, source: sources.ImageSource, masking: BlockwiseMasking
+    config: PretrainConfig, tokenizer: Tokenizer, source: ImageSource, masking: BlockwiseMasking
 ) -> dict[str, Any]:
     """All that the tokens of sample i in epoch e of the cycle depend on, but for what depends on the device."""
     data = config.data
     return {
-        "data": sources.fingerprint(source),
+        "data": fingerprint(source),
         "builtin_size": data.builtin_size if data.path is None else None,
         "seed": config.seed,
         "scale": data.scale,

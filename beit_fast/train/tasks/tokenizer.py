@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit_fast.data.loader import Request
 from beit_fast.tokenizers import Tokenizer
 from beit_fast.train.config import RunConfig
 from beit_fast.train.schedules import run_length
-from beit_fast.train.task import Request, StepOutput, Task
+from beit_fast.train.task import StepOutput, Task
 from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class TrainTokenizer(Task):
         from beit_fast.data.pretraining import PretrainLoader
         from beit_fast.data.sampling import BlockwiseMasking, CropSampler
         from beit_fast.data.screening import BadImages
-        from beit_fast.data.sources.sources import open_source
+        from beit_fast.data.sources import open_source
 
         own, data = self.config, self.config.data
         if not data.view_sizes or any(size < 8 or size % 8 for size in data.view_sizes):
@@ -193,7 +194,7 @@ class TrainTokenizer(Task):
         return len(self.source)
 
     def identity(self) -> dict[str, Any]:
-        from beit_fast.data.sources.sources import fingerprint
+        from beit_fast.data.sources import fingerprint
 
         return {"data": fingerprint(self.source)}
 

@@ -15,13 +15,13 @@ from PIL import Image
 from beit_fast.data.builtin import render_labelled
 from beit_fast.data.classification import EvaluationLoader
 from beit_fast.data.labelled import builtin_labelled
+from beit_fast.data.loader import Request
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
 from beit_fast.train import engine
 from beit_fast.train.checkpoint.format import save_checkpoint
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.classification import Evaluation, evaluate_classifier
-from beit_fast.train.task import Request
 from beit_fast.train.tasks.finetune import (
     AugmentConfig,
     ClassifierModelConfig,

@@ -1,0 +1,66 @@
+"""What a source of images is, which files are images, and what tells one set of images from another.
+
+A source is a fixed, ordered list of encoded images: `read(i)` gives the bytes of image i, whatever thread or process
+asks, and nothing about it is random. The order of an epoch, crops and masks belong to `sampling`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """A fixed sequence of encoded images. Implementations may be used from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded image; OSError where it cannot be read."""
+
+    def name(self, index: int) -> str:
+        """How a person finds the image: a path, or `shard.tar:member`."""
+
+    def label(self, index: int) -> int | None:
+        """The class, or None where the source has none."""
+
+
+class Names:
+    """Many strings in one block of memory: 14 million paths are 0.6 GB here and 1.6 GB as a list of `str`."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._text = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._text[start : int(self._ends[index])])
+
+
+def readable_suffixes() -> str:
+    return f"looking for {', '.join(IMAGE_SUFFIXES)}"
+
+
+def is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def fingerprint(source: ImageSource) -> str:
+    """Sixteen hexadecimal digits of the names in their order: two runs see the same data only where these agree."""
+    digest = hashlib.sha256(str(len(source)).encode())
+    for index in range(len(source)):
+        name = os.path.split(source.name(index))
+        digest.update(os.fsencode(os.path.join(os.path.basename(name[0]), name[1])) + b"\0")
+    return digest.hexdigest()[:16]
