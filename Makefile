@@ -35,11 +35,11 @@ aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 and sm
 bench: $(VENV)/.dev  ## beit_fast beside every peer that is installed; ARGS="--full" for all sizes
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
 
-report: $(VENV)/.dev  ## the tables of the README from benchmarks/records
+report: $(VENV)/.dev  ## the tables of the documentation from benchmarks/records
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 SHOWN := runs/ablations/blockwise_tokens/pretrain
-gallery: $(VENV)/.train  ## the pictures of the README, from a small BEiT that is pre-trained first (ten minutes of a core)
+gallery: $(VENV)/.train  ## the pictures of the documentation, from a small BEiT that is pre-trained first (ten minutes of a core)
 	$(BIN)/python -m benchmarks.evidence.ablation --rows blockwise_tokens --seeds 0
 	$(BIN)/python -m beit_fast visualize reconstructions $(SHOWN) --output benchmarks/pictures/reconstructions.png
 	$(BIN)/python -m beit_fast visualize attention $(SHOWN) beit_fast/data/photographs/chelsea.jpg --image-size 240 \

@@ -1,10 +1,11 @@
-"""Records to the tables of the README, and to pictures.
+"""Records to the tables of the documentation, and to pictures.
 
     python -m benchmarks.report            # writes tables and pictures
     python -m benchmarks.report --check    # fails where the tables do not match the records, a slower row has no
                                            # reason, or a newer record is slower beyond the noise that was measured
 
-The README holds the comparisons of `HEADLINES`, `benchmarks/README.md` all of them; both between markers.
+`docs/performance.md` holds the comparisons of `HEADLINES` and all rows of GPUs, `benchmarks/README.md` all of them,
+`docs/reliability.md` the faults; each between markers.
 """
 
 from __future__ import annotations
@@ -104,10 +105,10 @@ def conditions(record: Record, page: Path) -> str:
 
 
 def headline_tables(records: list[Record], page: Path) -> str:
-    """What stands in the README."""
+    """What stands in docs/performance.md: GPUs first and whole, then the comparisons of `HEADLINES` on CPUs."""
     lines = list(preface(records))
-    for record in newest(records):
-        lines += table(record, page, "|".join(HEADLINES))
+    for record in sorted(newest(records), key=lambda record: "cuda" not in record.environment):
+        lines += table(record, page, None if "cuda" in record.environment else "|".join(HEADLINES))
     return "\n".join(lines).rstrip()
 
 
@@ -125,13 +126,13 @@ def preface(records: list[Record]) -> Iterable[str]:
         yield ""
 
 
-def replaced(path: Path, text: str, begin: str = BEGIN, end: str = END, content: str | None = None) -> str:
-    """The content of a file (or `content` in its place) with `text` between the markers.
+def replaced(path: Path, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The content of a file with `text` between the markers.
 
     Raises:
         ValueError: it has not exactly one pair of them.
     """
-    content = path.read_text() if content is None else content
+    content = path.read_text()
     if content.count(begin) != 1 or content.count(end) != 1:
         raise ValueError(f"{path.name} needs one pair of markers {begin} and {end}")
     before, rest = content.split(begin)
@@ -173,9 +174,16 @@ def unexplained(records: list[Record]) -> list[str]:
     ]
 
 
-def targets(records: list[Record]) -> dict[Path, str]:
-    front, full = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
-    return {front: headline_tables(records, front), full: all_tables(records, full)}
+def targets(records: list[Record], folder: Path) -> list[tuple[Path, str, str, str]]:
+    """Page, text, and the markers that it stands between; the faults come from a record in `folder`."""
+    front, full, faulty = (
+        ROOT / name for name in ("docs/performance.md", "benchmarks/README.md", "docs/reliability.md")
+    )
+    return [
+        (front, headline_tables(records, front), BEGIN, END),
+        (full, all_tables(records, full), BEGIN, END),
+        (faulty, faults.section(folder, faulty), faults.BEGIN, faults.END),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -185,11 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     records = read_all(given.records)
     problems = regressions(records) + unexplained(records)
-    for path, text in targets(records).items():
+    for path, text, begin, end in targets(records, given.records):
         try:
-            wanted = replaced(path, text)
-            if faults.BEGIN in wanted:
-                wanted = replaced(path, faults.section(given.records, path), faults.BEGIN, faults.END, wanted)
+            wanted = replaced(path, text, begin, end)
         except (OSError, ValueError) as error:
             problems.append(str(error))
             continue

@@ -6,7 +6,7 @@
 Drawn scenes of 64 x 64 pixels, 24 classes, a BEiT of width 128 and depth 4; a functional check, not ImageNet: the paper
 pre-trains a BEiT-B for 300 epochs on ImageNet-1k and fine-tunes it for 100; it probes its best models only. One
 pre-training per row, three labelled sets of 6000 scenes. A stopped study continues where it was; the record grows by a
-line per run. Hardware: about 70 minutes of one CPU core. Result: the table in the README.
+line per run. Hardware: about 70 minutes of one CPU core. Result: docs/evidence.md.
 """
 
 from benchmarks.evidence.study import Row, Study, main

@@ -109,10 +109,12 @@ def test_an_accepted_regression_is_silent(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
-    """Two pages with markers in place of the real ones."""
+    """Pages with markers in place of the real ones."""
     (tmp_path / "benchmarks").mkdir()
-    for name in ("README.md", "benchmarks/README.md"):
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/performance.md", "benchmarks/README.md"):
         (tmp_path / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "docs/reliability.md").write_text(f"{report.faults.BEGIN}\nold\n{report.faults.END}\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
     records = tmp_path / "records"
@@ -124,15 +126,17 @@ def pages(tmp_path, monkeypatch):
 def test_check_fails_until_the_tables_are_written(pages, capsys):
     folder = ["--records", str(pages / "records")]
     assert report.main(["--check", *folder]) == 1
-    assert "README.md does not match the records" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    for name in ("docs/performance.md", "benchmarks/README.md", "docs/reliability.md"):
+        assert f"{name} does not match the records" in printed
     assert report.main(folder) == 0
-    assert (pages / "README.md").read_text().startswith("before\n")
-    assert (pages / "README.md").read_text().endswith("after\n")
+    assert (pages / "docs/performance.md").read_text().startswith("before\n")
+    assert (pages / "docs/performance.md").read_text().endswith("after\n")
     assert report.main(["--check", *folder]) == 0
     assert {path.name for path in (pages / "pictures").iterdir()} == {"box_ratios.png", "box_trend.png"}
-    (pages / "README.md").write_text("no markers")
+    (pages / "docs/performance.md").write_text("no markers")
     assert report.main(["--check", *folder]) == 1
-    assert "README.md needs one pair of markers" in capsys.readouterr().err
+    assert "performance.md needs one pair of markers" in capsys.readouterr().err
 
 
 def test_the_real_tables_match_the_real_records(capsys):

@@ -1,4 +1,4 @@
-"""Runs the before and after snippets of the README's migration page, and compares what they give."""
+"""Runs the before and after snippets of docs/drop-in.md, and compares what they give."""
 
 import argparse
 import re
@@ -15,22 +15,19 @@ make_torchvision_importable()
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
 
-README = Path(__file__).parents[2] / "README.md"
-TITLE = "## Coming from timm, transformers or the official code"
+PAGE = Path(__file__).parents[2] / "docs/drop-in.md"
 
 
 def snippets():
     """The code blocks of the page: before and after, in pairs."""
-    _, found, page = README.read_text().partition(TITLE)
-    assert found, f"README.md has no section {TITLE!r}"
-    blocks = re.findall(r"```python\n# (before|after)\n(.*?)```", page.split("\n## ")[0], flags=re.DOTALL)
+    blocks = re.findall(r"```python\n# (before|after)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
     assert [kind for kind, _ in blocks] == ["before", "after"] * 3
     codes = [code for _, code in blocks]
     return list(zip(codes[::2], codes[1::2], strict=True))
 
 
 def run(code, names):
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(code, str(PAGE), "exec"), names)
     return names
 
 
