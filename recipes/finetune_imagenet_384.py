@@ -15,31 +15,22 @@ from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import OptimConfig
-    from beit_fast.train.tasks.finetune import (
-        AugmentConfig,
-        ClassifierModelConfig,
-        Finetune,
-        FinetuneConfig,
-        LabelledDataConfig,
-        demo_banner,
-        demonstrate,
-    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.tasks import finetune
 
-config = FinetuneConfig(
+config = finetune.FinetuneConfig(
     output_dir=Path("runs/finetune_imagenet_384"),
     epochs=10,
     batch_size=512,
     batch_per_device=32,
     layer_decay=0.85,
-    data=LabelledDataConfig(num_classes=1000),
-    model=ClassifierModelConfig(size="base", image_size=384, drop_path_rate=0.1),
-    augment=AugmentConfig(mixup=0.0, cutmix=0.0),
+    data=finetune.LabelledDataConfig(num_classes=1000),
+    model=finetune.ClassifierModelConfig(size="base", image_size=384, drop_path_rate=0.1),
+    augment=finetune.AugmentConfig(mixup=0.0, cutmix=0.0),
     optim=OptimConfig(lr=2e-5, min_lr=1e-6, warmup_epochs=1, weight_decay=1e-8, clip_grad=None),
 )
-demo = demonstrate(config)
 
 if __name__ == "__main__":
-    main(config, Finetune, demo=demo, banner=demo_banner)
+    main(config, finetune.Finetune, __doc__)

@@ -15,31 +15,22 @@ from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import OptimConfig
-    from beit_fast.train.tasks.finetune import (
-        AugmentConfig,
-        ClassifierModelConfig,
-        Finetune,
-        FinetuneConfig,
-        LabelledDataConfig,
-        demo_banner,
-        demonstrate,
-    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.tasks import finetune
 
-config = FinetuneConfig(
+config = finetune.FinetuneConfig(
     output_dir=Path("runs/intermediate_imagenet22k_large"),
     epochs=90,
     batch_size=2048,
     batch_per_device=64,
     layer_decay=0.75,
-    data=LabelledDataConfig(num_classes=21841, normalization="half"),
-    model=ClassifierModelConfig(size="large", drop_path_rate=0.2),
-    augment=AugmentConfig(mixup=0.0, cutmix=0.0),
+    data=finetune.LabelledDataConfig(num_classes=21841, normalization="half"),
+    model=finetune.ClassifierModelConfig(size="large", drop_path_rate=0.2),
+    augment=finetune.AugmentConfig(mixup=0.0, cutmix=0.0),
     optim=OptimConfig(lr=2e-3, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05, clip_grad=None),
 )
-demo = demonstrate(config)
 
 if __name__ == "__main__":
-    main(config, Finetune, demo=demo, banner=demo_banner)
+    main(config, finetune.Finetune, __doc__)

@@ -11,38 +11,24 @@ Hardware: 8 GPUs in the official command line; time not published.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import LogConfig, OptimConfig
-    from beit_fast.train.tasks.finetune import ClassifierModelConfig, LabelledDataConfig, demo_banner
-    from beit_fast.train.tasks.probe import LinearProbe, ProbeConfig
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.tasks import finetune, probe
 
-config = ProbeConfig(
+config = probe.ProbeConfig(
     output_dir=Path("runs/linear_probe"),
     epochs=50,
     batch_size=1024,
     batch_per_device=128,
-    data=LabelledDataConfig(num_classes=1000),
-    model=ClassifierModelConfig(size="base", drop_path_rate=0.0),
+    data=finetune.LabelledDataConfig(num_classes=1000),
+    model=finetune.ClassifierModelConfig(size="base", drop_path_rate=0.0),
     optim=OptimConfig(lr=4e-3, min_lr=0.0, warmup_epochs=0, weight_decay=1e-4, clip_grad=None),
-)
-demo = replace(
-    config,
-    output_dir=Path("runs/linear_probe_demo"),
-    epochs=20,
-    batch_size=16,
-    batch_per_device=16,
-    augment=False,
-    standardise=True,
-    feature_batch=8,
-    data=LabelledDataConfig(builtin_images=64, builtin_validation_images=32, threads=1),
-    log=LogConfig(every_steps=20),
 )
 
 if __name__ == "__main__":
-    main(config, LinearProbe, demo=demo, banner=demo_banner)
+    main(config, probe.LinearProbe, __doc__)

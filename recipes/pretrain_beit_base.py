@@ -15,45 +15,24 @@ compute capability 8.0, so attention is torch's SDPA there.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
-    from beit_fast.train.tasks.pretrain import (
-        MaskedImageModeling,
-        ModelConfig,
-        PretrainConfig,
-        TokenizerConfig,
-        demo_banner,
-    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.tasks import pretrain
 
-config = PretrainConfig(
+config = pretrain.PretrainConfig(
     output_dir=Path("runs/pretrain_beit_base"),
     epochs=800,
     batch_size=2048,
     batch_per_device=64,
-    model=ModelConfig(size="base", preset="plus", drop_path_rate=0.1),
+    model=pretrain.ModelConfig(size="base", preset="plus", drop_path_rate=0.1),
     optim=OptimConfig(lr=1.5e-3, min_lr=1e-5, warmup_epochs=10, weight_decay=0.05, betas=(0.9, 0.999), clip_grad=3.0),
-    tokenizer=TokenizerConfig(name="dalle"),
-)
-
-# In place of the values above when no --data.path is given: about three minutes on two CPU cores.
-demo = replace(
-    config,
-    output_dir=Path("runs/pretrain_beit_base_demo"),
-    steps=1000,
-    max_steps=30,
-    batch_size=4,
-    batch_per_device=4,
-    optim=replace(config.optim, warmup_steps=5),
-    tokenizer=TokenizerConfig(name="demo"),
-    checkpoint=CheckpointConfig(every_steps=10),
-    log=LogConfig(every_steps=1),
+    tokenizer=pretrain.TokenizerConfig(name="dalle"),
 )
 
 if __name__ == "__main__":
-    main(config, MaskedImageModeling, demo=demo, banner=demo_banner)
+    main(config, pretrain.MaskedImageModeling, __doc__)

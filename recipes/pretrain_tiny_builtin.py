@@ -15,10 +15,10 @@ from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import CheckpointConfig, OptimConfig
-    from beit_fast.train.tasks import pretrain
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import CheckpointConfig, OptimConfig
+from beit_fast.train.tasks import pretrain
 
 config = pretrain.PretrainConfig(
     output_dir=Path("runs/pretrain_tiny_builtin"),
@@ -50,4 +50,4 @@ config = pretrain.PretrainConfig(
 )
 
 if __name__ == "__main__":
-    main(config, pretrain.MaskedImageModeling)
+    main(config, pretrain.MaskedImageModeling, __doc__, demo=False)

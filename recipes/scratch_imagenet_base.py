@@ -12,32 +12,23 @@ from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import OptimConfig
-    from beit_fast.train.tasks.finetune import (
-        AugmentConfig,
-        ClassifierModelConfig,
-        Finetune,
-        FinetuneConfig,
-        LabelledDataConfig,
-        demo_banner,
-        demonstrate,
-    )
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.tasks import finetune
 
-config = FinetuneConfig(
+config = finetune.FinetuneConfig(
     output_dir=Path("runs/scratch_imagenet_base"),
     scratch=True,
     epochs=300,
     batch_size=1024,
     batch_per_device=128,
     layer_decay=1.0,
-    data=LabelledDataConfig(num_classes=1000),
-    model=ClassifierModelConfig(size="base", drop_path_rate=0.1),
-    augment=AugmentConfig(repeats=3),
+    data=finetune.LabelledDataConfig(num_classes=1000),
+    model=finetune.ClassifierModelConfig(size="base", drop_path_rate=0.1),
+    augment=finetune.AugmentConfig(repeats=3),
     optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5, weight_decay=0.05, clip_grad=None),
 )
-demo = demonstrate(config)
 
 if __name__ == "__main__":
-    main(config, Finetune, demo=demo, banner=demo_banner)
+    main(config, finetune.Finetune, __doc__)

@@ -13,26 +13,24 @@ from pathlib import Path
 
 try:
     from beit_fast.cli.train import main
-    from beit_fast.train.config import OptimConfig
-    from beit_fast.train.tasks.segment import Segment, SegmentationDataConfig, SegmentationModelConfig, SegmentConfig
-    from beit_fast.train.tasks.segment_demo import demonstrate_segmentation, segmentation_banner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing.name} is not installed. `make pretrain`, or: pip install --editable '.[train]'")
+from beit_fast.train.config import OptimConfig
+from beit_fast.train.tasks import segment
 
-config = SegmentConfig(
+config = segment.SegmentConfig(
     output_dir=Path("runs/segment_ade20k_large"),
     steps=160_000,
     batch_size=16,
     batch_per_device=2,
     layer_decay=0.95,
-    data=SegmentationDataConfig(num_classes=150, reduce_zero_label=True),
-    model=SegmentationModelConfig(size="large", drop_path_rate=0.2),
+    data=segment.SegmentationDataConfig(num_classes=150, reduce_zero_label=True),
+    model=segment.SegmentationModelConfig(size="large", drop_path_rate=0.2),
     optim=OptimConfig(
         lr=2e-5, min_lr=0.0, warmup_lr=2e-11, warmup_steps=1500, schedule="poly", weight_decay=0.05, clip_grad=None
     ),
     eval_every=16_000,
 )
-demo = demonstrate_segmentation(config)
 
 if __name__ == "__main__":
-    main(config, Segment, demo=demo, banner=segmentation_banner)
+    main(config, segment.Segment, __doc__)

@@ -1,10 +1,10 @@
-"""What is installed, what is missing, and what to do about it: `python -m beit_fast doctor`."""
+"""`beit-fast doctor`: what is installed, what is missing, and what to do about it."""
 
 import importlib
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 import torch
@@ -69,6 +69,13 @@ def parallel_lines() -> list[str]:
     ]
 
 
+def doctor_command(arguments: Sequence[str]) -> int:
+    """Print the report; returns 0 where training can start."""
+    lines, ready = report()
+    print("\n".join(lines))
+    return 0 if ready else 1
+
+
 def report() -> tuple[list[str], bool]:
     """Lines to print, and whether training can start here."""
     lines = [
@@ -100,5 +107,5 @@ def report() -> tuple[list[str], bool]:
             text = f"largest error {found:.0e}" if isinstance(found, float) else found
             lines.append(f"  {'ok      ' if sound else 'WRONG   '} {name} on {device}: {text}")
     lines.append(f"free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB")
-    lines.append("training can start: python recipes/pretrain_beit_large.py" if ready else "training cannot start yet")
+    lines.append("training can start: beit-fast train pretrain_beit_large" if ready else "training cannot start yet")
     return lines, ready

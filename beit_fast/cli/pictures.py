@@ -1,4 +1,4 @@
-"""`python -m beit_fast` report, compare, visualize and tokens."""
+"""`beit-fast report`, `compare`, `visualize` and `tokens`: runs, models and tokenizers as pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tyro.conf import Positional
 
-from beit_fast.cli.predict import read_view, split_words
-from beit_fast.cli.train import fail, parse
+from beit_fast.cli.options import errors_in_one_line, fail, parse
+from beit_fast.cli.predict import read_view
 from beit_fast.data.loader import NORMALIZATION, Request
-from beit_fast.data.screening import TooManyBadImages
 from beit_fast.models import Beit, BeitForMaskedImageModeling
 from beit_fast.models.backbone import BeitBackbone
 from beit_fast.models.checkpoints import load_checkpoint
@@ -31,21 +31,31 @@ from beit_fast.visualize.attention_maps import MASS, attention_maps, attention_s
 from beit_fast.visualize.reconstructions import Reconstructions, guesses, reconstruct, reconstruction_sheet
 from beit_fast.visualize.run_report import write_comparison, write_report
 
-USER_ERRORS = (ValueError, OSError, ModuleNotFoundError, TooManyBadImages)
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Write the report.html of a run folder, finished or not."""
+
+    run: Positional[Path | None] = None
+    """The run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Curves of several runs over each other."""
+    """The curves of several runs on one page."""
 
+    runs: Positional[tuple[Path, ...]] = ()
+    """Run folders."""
     output: Path = Path("comparison.html")
     """The page to write."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionOptions:
-    """What a pre-trained model makes of masked, held-out images: visualize reconstructions RUN."""
+    """What a pre-trained model makes of masked, held-out images."""
 
+    run: Positional[Path | None] = None
+    """A run of pre-training."""
     images: int = 200
     """Held-out images to measure on: those of the run's evaluation, or of --path, or built-in ones."""
     pictures: int = 8
@@ -64,8 +74,12 @@ class ReconstructionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """What a patch attends to: visualize attention CHECKPOINT IMAGE..., a run, or any file or folder with a BEiT."""
+    """What a patch attends to."""
 
+    checkpoint: Positional[str] = ""
+    """A run, or any file or folder with a BEiT."""
+    images: Positional[tuple[Path, ...]] = ()
+    """Image files."""
     query: tuple[int, int] | None = None
     """Row and column of the patch that looks; None takes the middle one."""
     block: int = -1
@@ -82,8 +96,10 @@ class AttentionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CodesOptions:
-    """What the codes of a tokenizer look like: visualize codes TOKENIZER."""
+    """What the codes of a tokenizer look like."""
 
+    tokenizer: Positional[str] = ""
+    """demo, dalle, or the path of a tokenizer."""
     count: int = 256
     """The most frequent codes on built-in images to draw."""
     images: int = 100
@@ -96,8 +112,10 @@ class CodesOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TokensOptions:
-    """Visual tokens of images: tokens IMAGE..."""
+    """The visual tokens of images: printed as a grid, drawn as colours, decoded."""
 
+    images: Positional[tuple[Path, ...]] = ()
+    """Image files."""
     tokenizer: str = "demo"
     """demo, dalle, or the path of a tokenizer."""
     size: int = 112
@@ -107,72 +125,63 @@ class TokensOptions:
 
 
 def report_command(arguments: Sequence[str]) -> int:
-    """`report RUN`: writes its report.html."""
-    if len(arguments) != 1:
-        fail("report takes one run folder: python -m beit_fast report RUN", code=2)
-    try:
-        print(write_report(Path(arguments[0])))
-    except USER_ERRORS as error:
-        fail(str(error), code=1)
+    """Write the report.html of a run."""
+    chosen = parse(ReportOptions(), arguments, "beit-fast report")
+    if chosen.run is None:
+        fail("report takes one run folder: beit-fast report RUN", code=2)
+    with errors_in_one_line():
+        print(write_report(chosen.run))
     return 0
 
 
 def compare_command(arguments: Sequence[str]) -> int:
-    """`compare RUN... [--output FILE]`: one page for several runs."""
-    places, options = split_words(arguments)
-    chosen: CompareOptions = parse(CompareOptions(), options)  # type: ignore[type-var]
-    if len(places) < 2:
-        fail("compare takes two run folders or more: python -m beit_fast compare RUN RUN", code=2)
-    try:
-        print(write_comparison([Path(place) for place in places], chosen.output))
-    except USER_ERRORS as error:
-        fail(str(error), code=1)
+    """Write one page for several runs."""
+    chosen = parse(CompareOptions(), arguments, "beit-fast compare")
+    if len(chosen.runs) < 2:
+        fail("compare takes two run folders or more: beit-fast compare RUN RUN", code=2)
+    with errors_in_one_line():
+        print(write_comparison(chosen.runs, chosen.output))
     return 0
 
 
 def visualize_command(arguments: Sequence[str]) -> int:
-    """`visualize reconstructions RUN`, `visualize attention CHECKPOINT IMAGE...`, `visualize codes TOKENIZER`."""
-    places, options = split_words(arguments)
-    kind, places = (places[0], places[1:]) if places else ("", [])
-    try:
+    """Draw reconstructions, attention or codes."""
+    kind, options = (arguments[0], arguments[1:]) if arguments else ("", ())
+    program = f"beit-fast visualize {kind}"
+    with errors_in_one_line():
         if kind == "reconstructions":
-            chosen: ReconstructionOptions = parse(ReconstructionOptions(), options)  # type: ignore[type-var]
-            if len(places) == 1:
-                return _reconstructions(Path(places[0]), chosen)
+            reconstruction = parse(ReconstructionOptions(), options, program)
+            if reconstruction.run is not None:
+                return _reconstructions(reconstruction.run, reconstruction)
         elif kind == "attention":
-            looking: AttentionOptions = parse(AttentionOptions(), options)  # type: ignore[type-var]
-            if len(places) >= 2:
-                return _attention(places[0], places[1:], looking)
+            attention = parse(AttentionOptions(), options, program)
+            if attention.images:
+                return _attention(attention)
         elif kind == "codes":
-            coding: CodesOptions = parse(CodesOptions(), options)  # type: ignore[type-var]
-            if len(places) == 1:
-                return _codes(places[0], coding)
-    except USER_ERRORS as error:
-        fail(str(error), code=1)
-    fail(f"{(visualize_command.__doc__ or '').replace('`', '')}", code=2)
+            codes = parse(CodesOptions(), options, program)
+            if codes.tokenizer:
+                return _codes(codes.tokenizer, codes)
+    fail("visualize reconstructions RUN, visualize attention CHECKPOINT IMAGE..., visualize codes TOKENIZER", code=2)
 
 
 def tokens_command(arguments: Sequence[str]) -> int:
-    """`tokens IMAGE...`: prints the grid of tokens, draws it beside the image and its decoding."""
-    places, options = split_words(arguments)
-    chosen: TokensOptions = parse(TokensOptions(), options)  # type: ignore[type-var]
-    if not places:
-        fail("tokens takes images: python -m beit_fast tokens IMAGE...", code=2)
-    try:
+    """Print the grid of tokens of each image, and draw it between the image and its decoding."""
+    chosen = parse(TokensOptions(), arguments, "beit-fast tokens")
+    if not chosen.images:
+        fail("tokens takes images: beit-fast tokens IMAGE...", code=2)
+    with errors_in_one_line():
         tokenizer = load_tokenizer(chosen.tokenizer, decoder=True)
-        for place in places:
-            image = _image(place, chosen.size)
+        for source in chosen.images:
+            image = _image(source, chosen.size)
             ids = tokenizer.encode(image[None])
-            print(f"{place}: {ids.shape[1]} x {ids.shape[2]} tokens of {tokenizer.vocab_size} ({chosen.tokenizer})")
+            print(f"{source}: {ids.shape[1]} x {ids.shape[2]} tokens of {tokenizer.vocab_size} ({chosen.tokenizer})")
             print("\n".join(" ".join(f"{token:5d}" for token in row) for row in ids[0].tolist()))
             row = [image, pictures.labels(ids[0], tokenizer.stride), tokenizer.decode(ids)[0]]
             page = pictures.sheet([row], columns=["image", "tokens", "decoded"])
             chosen.output_dir.mkdir(parents=True, exist_ok=True)
-            path = chosen.output_dir / f"{Path(place).stem}_tokens.png"
+            path = chosen.output_dir / f"{source.stem}_tokens.png"
             page.save(path)
             print(f"wrote {path}")
-    except USER_ERRORS as error:
-        fail(str(error), code=1)
     return 0
 
 
@@ -220,22 +229,19 @@ def _reconstructions(run: Path, options: ReconstructionOptions) -> int:
     return 0
 
 
-def _attention(checkpoint: str, images: Sequence[str], options: AttentionOptions) -> int:
-    model, mean, std = open_backbone(checkpoint, options.device)
+def _attention(options: AttentionOptions) -> int:
+    model, mean, std = open_backbone(options.checkpoint, options.device)
     device = next(model.parameters()).device
     size = options.image_size or model.config.image_hw[0]
     if size % model.config.patch_size:
         raise ValueError(f"--image-size must be a multiple of {model.config.patch_size}, got {size}")
-    for name in images:
-        image = _image(name, size).to(device)
-        normalised = (image - mean) / std
-        found = attention_maps(model, normalised, options.query, options.block, options.mass)
-        folder = options.output_dir / Path(name).stem
-        save_attention(folder, image, found)
-        attention_sheet(image, found).save(folder / "sheet.png")
-        print(
-            f"wrote {folder}, patch {found.query} of {'x'.join(map(str, found.maps.shape[1:]))}, block {options.block}"
-        )
+    for path in options.images:
+        image = _image(path, size).to(device)
+        maps = attention_maps(model, (image - mean) / std, options.query, options.block, options.mass)
+        folder = options.output_dir / path.stem
+        save_attention(folder, image, maps)
+        attention_sheet(image, maps).save(folder / "sheet.png")
+        print(f"wrote {folder}, patch {maps.query} of {'x'.join(map(str, maps.maps.shape[1:]))}, block {options.block}")
     return 0
 
 
@@ -296,9 +302,9 @@ def _saved_pretraining(run: Path) -> PretrainConfig | None:
     return from_plain(PretrainConfig, saved["config"])
 
 
-def _image(place: str, size: int) -> Tensor:
+def _image(path: Path, size: int) -> Tensor:
     """The central square (3, S, S) in [0, 1]; ValueError with the reason where it cannot be read."""
-    view = read_view(Path(place), size, 1.0)
+    view = read_view(path, size, 1.0)
     if isinstance(view, str):
-        raise ValueError(f"{place}: {view}")
+        raise ValueError(f"{path}: {view}")
     return view

@@ -1,50 +1,30 @@
-"""`python -m beit_fast evaluate`, `predict` and `segment`."""
+"""`beit-fast predict` and `segment`: what a fine-tuned model sees in images."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from tyro.conf import Positional
 
-from beit_fast.cli.train import fail, parse
-from beit_fast.data.classification import EvaluationLoader, centre_view
+from beit_fast.cli.options import errors_in_one_line, fail, parse
+from beit_fast.data.classification import centre_view
 from beit_fast.data.decoding import Crop, PilDecoder
-from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evaluation
 from beit_fast.data.loader import NORMALIZATION
-from beit_fast.data.screening import BadImages, Rejection, TooManyBadImages, screen
+from beit_fast.data.screening import Rejection, screen
 from beit_fast.train.config import RunConfig
-from beit_fast.train.distributed.world import end_world, resolve_device, start_world
-from beit_fast.train.evaluation.classification import evaluate_classifier
+from beit_fast.train.distributed.world import resolve_device
 from beit_fast.train.evaluation.classifiers import Classifier, open_classifier
 from beit_fast.train.evaluation.segmentors import open_segmentor
 from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.visualize.segmentations import overlay
 
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationDataConfig:
-    """What to evaluate on."""
-
-    path: str | None = None
-    """Folder with `val` in it, class folders, tar shards with .cls entries, or CIFAR-100. None: built-in scenes."""
-    builtin_images: int = 1500
-    """Scenes where no path is given."""
-    builtin_size: int = 64
-    """Side of a scene in pixels."""
-    cache_dir: str | None = None
-    """Where scenes are kept."""
-    decoder: Literal["auto", "dali", "pil"] = "auto"
-    """Who decodes JPEGs."""
-    threads: int | None = None
-    """Threads that make views; None: the cores of this process, at most 8."""
-    max_bad_share: float = 0.01
-    """Stop when more than this share of the images is unreadable."""
+Image = TypeVar("Image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +50,29 @@ class ClassifierOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ClassifierOptions):
-    """Accuracy of a classifier."""
-
-    data: EvaluationDataConfig = dataclass_field(default_factory=EvaluationDataConfig)
-    batch_size: int = 64
-    """Images per forward pass."""
-    output_dir: Path | None = None
-    """Where to write per_class.tsv and confusion.png."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PredictOptions(ClassifierOptions):
-    """The five likeliest classes of images."""
+    """The five likeliest classes of images.
+
+    beit-fast predict runs/finetune_imagenet_base dog.jpg cat.jpg
+    """
+
+    checkpoint: Positional[str] = ""
+    """A fine-tuning run, or a file or folder of weights (this library, the official code, timm, transformers)."""
+    images: Positional[tuple[Path, ...]] = ()
+    """Image files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOptions(DeviceOptions):
-    """Classes of every pixel, as colours over images."""
+    """The class of every pixel, as colours over images.
 
+    beit-fast segment runs/segment_ade20k_base street.jpg --output-dir pictures
+    """
+
+    checkpoint: Positional[str] = ""
+    """A segmentation run, or a file of weights (this library, the official code, transformers)."""
+    images: Positional[tuple[Path, ...]] = ()
+    """Image files."""
     output_dir: Path = Path()
     """Where to write <image>_segments.png."""
     opacity: float = 0.5
@@ -101,141 +85,84 @@ class SegmentOptions(DeviceOptions):
     """Windows that go through the model at once."""
 
 
-def evaluate_command(arguments: Sequence[str]) -> int:
-    """`evaluate CHECKPOINT [--data.path ...]`: prints top-1, top-5 and loss; under torchrun on several devices."""
-    places, options = split_words(arguments)
-    chosen: EvaluateOptions = parse(EvaluateOptions(), options)  # type: ignore[type-var]
-    if len(places) != 1:
-        fail("evaluate takes one checkpoint: python -m beit_fast evaluate CHECKPOINT --data.path DIR", code=2)
-    try:
-        world = start_world(chosen.device)
-        try:
-            classifier = _prepared(places[0], chosen)
-            images = _images(chosen.data, classifier)
-            views = EvaluationLoader(
-                images.source, images.labels, image_size=classifier.image_size, crop_share=classifier.crop_share,
-                mean=classifier.mean, std=classifier.std, device=world.device, decoder=chosen.data.decoder,
-                bad_images=BadImages(len(images), None, chosen.data.max_bad_share), threads=chosen.data.threads,
-            )  # fmt: skip
-            try:
-                model = classifier.model.to(world.device)
-                with _autocast(chosen, world.device):
-                    found = evaluate_classifier(model, views, classifier.classes, chosen.batch_size, world)
-            finally:
-                views.close()
-        finally:
-            end_world(world)
-    except (ValueError, OSError, ModuleNotFoundError, TooManyBadImages) as error:
-        fail(str(error), code=1)
-    if world.is_main:
-        metrics = found.metrics()
-        print(
-            f"{places[0]}: top-1 {metrics['top1_percent']:.3f} %, top-5 {metrics['top5_percent']:.3f} %, loss "
-            f"{metrics['validation_loss']:.4f} nats on {metrics['validation_images']} images of "
-            f"{chosen.data.path or 'built-in scenes'} at {classifier.image_size} pixels, crop {classifier.crop_share:g}"
-        )
-        if chosen.output_dir is not None:
-            chosen.output_dir.mkdir(parents=True, exist_ok=True)
-            print("\n".join(f"wrote {path}" for path in found.write(chosen.output_dir)))
-    return 0
-
-
 def predict_command(arguments: Sequence[str]) -> int:
-    """`predict CHECKPOINT IMAGE...`: five likeliest classes of each image; 1 where an image cannot be read."""
-    places, options = split_words(arguments)
-    chosen: PredictOptions = parse(PredictOptions(), options)  # type: ignore[type-var]
-    if len(places) < 2:
-        fail("predict takes a checkpoint and images: python -m beit_fast predict CHECKPOINT IMAGE...", code=2)
-    try:
-        classifier, device = _prepared(places[0], chosen), resolve_device(chosen.device)
-    except (ValueError, OSError) as error:
-        fail(str(error), code=1)
-    model, unread = classifier.model.to(device), 0
-    for name in places[1:]:
-        view = _view(Path(name), classifier)
-        if isinstance(view, str):
-            print(f"error: {name}: {view}", file=sys.stderr, flush=True)
-            unread += 1
-            continue
-        with torch.no_grad(), _autocast(chosen, device):
-            shares = model(view.to(device)).float().softmax(-1)[0].cpu()
-        print(name)
+    """Print the five likeliest classes of each image; returns 1 where an image cannot be read."""
+    chosen = parse(PredictOptions(), arguments, "beit-fast predict")
+    if not chosen.images:
+        fail("predict takes a checkpoint and images: beit-fast predict CHECKPOINT IMAGE...", code=2)
+    with errors_in_one_line():
+        classifier, device = open_prepared(chosen.checkpoint, chosen), resolve_device(chosen.device)
+    model = classifier.model.to(device)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (classifier.mean, classifier.std))
+    unread: list[Path] = []
+
+    def view_of(path: Path) -> torch.Tensor | str:
+        return read_view(path, classifier.image_size, classifier.crop_share)
+
+    for path, view in readable(chosen.images, view_of, unread):
+        with torch.no_grad(), autocast(chosen, device):
+            shares = model(((view.to(device) - mean) / std)[None]).float().softmax(-1)[0].cpu()
+        print(path)
         for share, number in zip(*shares.topk(min(5, len(shares))), strict=True):
             print(f"  {100 * float(share):6.2f} %  {classifier.classes[int(number)]}")
-    return 1 if unread else 0
+    return int(bool(unread))
 
 
 def segment_command(arguments: Sequence[str]) -> int:
-    """`segment CHECKPOINT IMAGE...`: a coloured overlay of each image; 1 where an image cannot be read."""
-    from PIL import Image
+    """Write a coloured overlay of each image; returns 1 where an image cannot be read."""
+    from PIL import Image as Pillow
 
-    places, options = split_words(arguments)
-    chosen: SegmentOptions = parse(SegmentOptions(), options)  # type: ignore[type-var]
-    if len(places) < 2:
-        fail("segment takes a checkpoint and images: python -m beit_fast segment CHECKPOINT IMAGE...", code=2)
-    try:
+    chosen = parse(SegmentOptions(), arguments, "beit-fast segment")
+    if not chosen.images:
+        fail("segment takes a checkpoint and images: beit-fast segment CHECKPOINT IMAGE...", code=2)
+    with errors_in_one_line():
         if not 0 <= chosen.opacity <= 1:
             raise ValueError(f"--opacity must be in [0, 1], got {chosen.opacity}")
-        segmentor, device = open_segmentor(places[0]), resolve_device(chosen.device)
+        segmentor, device = open_segmentor(chosen.checkpoint), resolve_device(chosen.device)
         inference = replace(
             segmentor.inference, ratios=chosen.ratios, flip=chosen.flip, windows_per_batch=chosen.windows_per_batch
         )
         chosen.output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        fail(str(error), code=1)
-    model, unread, count = segmentor.model.to(device), 0, len(segmentor.classes)
-    for name in places[1:]:
-        picture = read_picture(Path(name))
-        if isinstance(picture, str):
-            print(f"error: {name}: {picture}", file=sys.stderr, flush=True)
-            unread += 1
-            continue
-        with _autocast(chosen, device):
-            found = inference.classes(model, torch.from_numpy(picture).to(device)).cpu().numpy()
-        shares = np.bincount(found.ravel(), minlength=count) / found.size
+    model, count = segmentor.model.to(device), len(segmentor.classes)
+    unread: list[Path] = []
+    for path, picture in readable(chosen.images, read_picture, unread):
+        with autocast(chosen, device):
+            classes = inference.classes(model, torch.from_numpy(picture).to(device)).cpu().numpy()
+        shares = np.bincount(classes.ravel(), minlength=count) / classes.size
         largest = [number for number in np.argsort(-shares, kind="stable")[:5].tolist() if shares[number]]
-        target = chosen.output_dir / f"{Path(name).stem}_segments.png"
-        Image.fromarray(overlay(picture, found, count, chosen.opacity)).save(target)
+        target = chosen.output_dir / f"{path.stem}_segments.png"
+        Pillow.fromarray(overlay(picture, classes, count, chosen.opacity)).save(target)
         print(f"{target}: " + ", ".join(f"{100 * shares[n]:.1f} % {segmentor.classes[n]}" for n in largest))
-    return 1 if unread else 0
+    return int(bool(unread))
 
 
-def split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words in front of the first option, and the options."""
-    first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    return list(arguments[:first]), list(arguments[first:])
-
-
-def _autocast(options: DeviceOptions, device: torch.device) -> torch.autocast:
+def autocast(options: DeviceOptions, device: torch.device) -> torch.autocast:
+    """Autocast of the precision asked for; none where it is fp32."""
     dtype = DTYPES[precision_of(RunConfig(precision=options.precision), device)]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _prepared(path: str, options: ClassifierOptions) -> Classifier:
-    """The classifier with what the command line says otherwise."""
-    found = open_classifier(path, options.image_size)
-    mean, std = (found.mean, found.std) if options.normalization == "own" else NORMALIZATION[options.normalization]
-    share = found.crop_share if options.crop_share is None else options.crop_share
+def open_prepared(path: str, options: ClassifierOptions) -> Classifier:
+    """The classifier, with what the command line says in place of its own size, crop and normalisation."""
+    own = open_classifier(path, options.image_size)
+    mean, std = (own.mean, own.std) if options.normalization == "own" else NORMALIZATION[options.normalization]
+    share = own.crop_share if options.crop_share is None else options.crop_share
     if not 0 < share <= 1:
         raise ValueError(f"--crop-share must be in (0, 1], got {share}")
-    return Classifier(found.model, found.classes, found.image_size, share, mean, std)
+    return Classifier(own.model, own.classes, own.image_size, share, mean, std)
 
 
-def _images(data: EvaluationDataConfig, classifier: Classifier) -> LabelledImages:
-    """Images whose labels are numbered as the classifier's outputs are: by name, or by their order."""
-    if data.path is None:
-        images = builtin_labelled("scenes", data.cache_dir, data.builtin_images, data.builtin_size, train=False)
-    else:
-        images = open_evaluation(data.path)
-    if set(images.classes) <= set(classifier.classes):
-        numbers = np.array([classifier.classes.index(name) for name in images.classes], np.int64)
-        return LabelledImages(images.source, numbers[images.labels], classifier.classes)
-    if len(images.classes) != len(classifier.classes):
-        raise ValueError(
-            f"{data.path or 'built-in scenes'} has {len(images.classes)} classes, the classifier has "
-            f"{len(classifier.classes)}"
-        )
-    return LabelledImages(images.source, images.labels, classifier.classes)
+def readable(
+    paths: Sequence[Path], read: Callable[[Path], Image | str], unread: list[Path]
+) -> Iterator[tuple[Path, Image]]:
+    """Each path with what `read` makes of it; where that is a reason (str), says so and adds the path to `unread`."""
+    for path in paths:
+        image = read(path)
+        if isinstance(image, str):
+            print(f"error: {path}: {image}", file=sys.stderr, flush=True)
+            unread.append(path)
+        else:
+            yield path, image
 
 
 def read_picture(path: Path) -> Crop | str:
@@ -257,12 +184,3 @@ def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | 
     if isinstance(picture, str):
         return picture
     return centre_view(picture, image_size, crop_share).permute(2, 0, 1).float() / 255
-
-
-def _view(path: Path, classifier: Classifier) -> torch.Tensor | str:
-    """One normalised view (1, 3, S, S), or why there is none."""
-    view = read_view(path, classifier.image_size, classifier.crop_share)
-    if isinstance(view, str):
-        return view
-    mean, std = (torch.tensor(values)[:, None, None] for values in (classifier.mean, classifier.std))
-    return ((view - mean) / std)[None]

@@ -1,23 +1,21 @@
-"""From a recipe's values to a run: command line, one-line errors, exit code.
-
-    main(paper, MaskedImageModeling, demo=demo)
+"""From a recipe's values to a run, and `beit-fast train NAME`, which finds a recipe by its name.
 
 Exit codes: 0 complete, 75 saved on a signal (run the same command again), 2 wrong option, 1 any other error.
 """
 
+import ast
 import contextlib
 import difflib
-import io
 import os
-import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import tyro
-
-from beit_fast.data.screening import TooManyBadImages
+from beit_fast.cli.demo import banner, demo_of
+from beit_fast.cli.options import did_you_mean, errors_in_one_line, fail, parse
 from beit_fast.train import engine
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed import launch
@@ -27,92 +25,38 @@ from beit_fast.train.task import Task
 
 Config = TypeVar("Config", bound=RunConfig)
 
-EXPECTED_ERRORS = (
-    ValueError,
-    OSError,
-    ModuleNotFoundError,
-    TooManyBadImages,
-    engine.PersistentNonFiniteGradients,
-    LostRank,
-    OutOfMemory,
-)
-"""Errors whose message is written for the user; any other is a bug and shows its traceback."""
-
-
-def parse(default: Config, arguments: Sequence[str]) -> Config:
-    """`default` with the fields given on the command line replaced; exits with 2 and one line on a wrong option."""
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            config, unknown = tyro.cli(type(default), default=default, args=list(arguments), return_unknown_args=True)
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        fail(_one_line(captured.getvalue()), code=2)
-    if unknown:
-        options = option_names(default)
-        wrong = unknown[0].split("=")[0].replace("_", "-")
-        if not wrong.startswith("--"):
-            fail(f"unexpected argument {unknown[0]!r}; options look like --optim.lr 1e-3, --help lists them", code=2)
-        leaves = {name.rsplit(".", 1)[-1].lstrip("-"): name for name in options}
-        leaf = wrong.rsplit(".", 1)[-1].lstrip("-")
-        near = [leaves[leaf]] if leaf in leaves else difflib.get_close_matches(wrong, options, n=1)
-        near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
-        fail(f"unknown option {wrong}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"), code=2)
-    return config
-
-
-def option_names(config: object, prefix: str = "--") -> list[str]:
-    """Every option of a configuration, dotted."""
-    import dataclasses
-
-    names: list[str] = []
-    for f in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, f.name)
-        name = prefix + f.name.replace("_", "-")
-        names += option_names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
-    return names
-
-
-def _one_line(box: str) -> str:
-    """tyro's error box as one line: the text up to its first rule."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    text = []
-    for line in lines:
-        if re.fullmatch("─+", line):
-            break
-        text.append(line)
-    return " ".join(text) or " ".join(box.split()) or "wrong command line; --help lists the options"
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, and out."""
-    rank = os.environ.get("RANK", "0")
-    start = "error: " if rank == "0" else f"error (rank {rank}): "
-    print(start + " ".join(message.split()), file=sys.stderr, flush=True)
-    raise SystemExit(code)
+RECIPES = Path(__file__).parents[1] / "recipes"
+BY_NAME = "beit-fast train "
+RUN_ERRORS = (engine.PersistentNonFiniteGradients, LostRank, OutOfMemory)
+"""Errors of a run whose message is written for the user, beside those of every command."""
 
 
 def main(
     config: Config,
     task: Callable[[Config], Task],
+    description: str | None = "",
     *,
-    demo: Config | None = None,
-    banner: Callable[[Config, Config], str] | None = None,
+    demo: bool = True,
     arguments: Sequence[str] | None = None,
 ) -> NoReturn:
     """Run a recipe: its values `config`, overridden by the command line.
 
-    Where `demo` is given and the parsed configuration names no data (`data.path` is None), the values of `demo` take
-    the place of `config`'s, the command line overrides those, and `banner(config, demo)` is printed first.
+    Args:
+        config: values of the recipe.
+        task: makes the task of a configuration.
+        description: what `--help` says first; a recipe's docstring.
+        demo: where the command line names no data (`data.path` is None), take the short values of `demo_of(config)`.
+        arguments: of the command line; None takes those of this program.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    chosen = parse(config, arguments)
-    if demo is not None and getattr(getattr(chosen, "data", None), "path", None) is None:
-        chosen = parse(demo, arguments)
-        if banner is not None and os.environ.get("RANK", "0") == "0":
-            print(banner(config, chosen), flush=True)
-    try:
+    program = _program()
+    chosen = parse(config, arguments, program, description or "")
+    short = demo_of(config) if demo and getattr(getattr(chosen, "data", None), "path", None) is None else None
+    if short is not None:
+        chosen = parse(short, arguments, program)  # type: ignore[assignment]
+        if os.environ.get("RANK", "0") == "0":
+            print(banner(config, chosen, f"torchrun --nproc-per-node 8 {_for_torchrun(program)}"), flush=True)
+    with errors_in_one_line(lambda: _keep_traceback(chosen), RUN_ERRORS):
         if chosen.dry_run:
             from beit_fast.cli.plan import plan
 
@@ -124,17 +68,21 @@ def main(
             from beit_fast.cli.replay import replay
 
             raise SystemExit(replay(task(chosen), chosen))
-        result = engine.run(task(chosen), chosen)
-    except EXPECTED_ERRORS as error:
-        _keep_traceback(chosen)
-        fail(_message(error), code=1)
-    raise SystemExit(result.exit_code)
+        raise SystemExit(engine.run(task(chosen), chosen).exit_code)
 
 
-def _message(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and not error.filename:
-        return error.strerror
-    return str(error) or type(error).__name__
+def _program() -> str:
+    """This program as it was typed: `beit-fast train NAME`, or the path of a recipe."""
+    if sys.argv[0].startswith(BY_NAME):
+        return sys.argv[0]
+    path = Path(sys.argv[0])
+    with contextlib.suppress(ValueError):
+        path = path.resolve().relative_to(Path.cwd())
+    return str(path)
+
+
+def _for_torchrun(program: str) -> str:
+    return program.replace("beit-fast", "-m beit_fast", 1) if program.startswith(BY_NAME) else program
 
 
 def _keep_traceback(config: RunConfig) -> None:
@@ -142,3 +90,21 @@ def _keep_traceback(config: RunConfig) -> None:
     with contextlib.suppress(OSError):
         if (config.output_dir / "config.json").exists():
             (config.output_dir / "traceback.txt").write_text(traceback.format_exc())
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    """Run the recipe named first with the options that follow; without a name, list the recipes."""
+    recipes = {path.stem: path for path in sorted(RECIPES.glob("*.py"))}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: beit-fast train RECIPE [options]; beit-fast train RECIPE --help lists the options\n")
+        for name, path in recipes.items():
+            about = ast.get_docstring(ast.parse(path.read_text())) or ""
+            print(f"  {name:<30} {about.splitlines()[0]}")
+        return 0
+    name = Path(arguments[0]).stem if arguments[0].endswith(".py") else arguments[0]
+    if name not in recipes:
+        near = did_you_mean(difflib.get_close_matches(name, recipes, n=3, cutoff=0.4))
+        fail(f"there is no recipe {name!r}; {near or 'beit-fast train lists them'}", code=2)
+    sys.argv = [f"{BY_NAME}{name}", *arguments[1:]]
+    runpy.run_module(f"beit_fast.recipes.{name}", run_name="__main__")
+    return 0

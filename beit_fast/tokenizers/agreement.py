@@ -1,4 +1,4 @@
-"""Agreement of the visual tokens of a lower precision with those of float32."""
+"""How many visual tokens stay the same in a lower precision."""
 
 from __future__ import annotations
 
@@ -16,19 +16,15 @@ __all__ = ["precision_agreement"]
 def precision_agreement(
     name_or_path: str | Path, dtype: torch.dtype, batches: Iterable[Tensor], device: str | torch.device = "cpu"
 ) -> tuple[float, int]:
-    """Measure the share of tokens that a tokenizer gives in `dtype` as in float32.
+    """Share of tokens that a tokenizer gives in `dtype` as in float32, and their number.
 
-    Args:
-        name_or_path: as of `load_tokenizer`.
-        batches: images (B, 3, H, W) in [0, 1].
-
-    Returns:
-        that share, and the number of tokens compared.
+    batches: images (B, 3, H, W) in [0, 1].
     """
-    exact, rounded = (load_tokenizer(name_or_path, device=device, dtype=each) for each in (torch.float32, dtype))
+    exact = load_tokenizer(name_or_path, device=device, dtype=torch.float32)
+    rounded = load_tokenizer(name_or_path, device=device, dtype=dtype)
     same = total = 0
     for images in batches:
-        expected = exact.encode(images.to(device))
-        same += int((rounded.encode(images.to(device)) == expected).sum())
-        total += expected.numel()
+        wanted = exact.encode(images.to(device))
+        same += int((rounded.encode(images.to(device)) == wanted).sum())
+        total += wanted.numel()
     return same / max(total, 1), total

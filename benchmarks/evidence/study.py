@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from beit_fast.cli.train import EXPECTED_ERRORS, fail, parse
+from beit_fast.cli.options import errors_in_one_line, parse
+from beit_fast.cli.train import RUN_ERRORS
 from beit_fast.data.builtin import NOTICE
 from beit_fast.train import engine
 from beit_fast.train.config import to_plain
@@ -290,11 +291,9 @@ def table(measured: list[Measured], first: str) -> str:
 
 def main(default: Study) -> None:
     """Run a recipe's study: its values, overridden by the command line; prints the table, keeps it as table.md."""
-    study: Study = parse(default, sys.argv[1:])  # type: ignore[type-var]
-    try:
+    study = parse(default, sys.argv[1:])
+    with errors_in_one_line(more=RUN_ERRORS):
         record = run(study)
-    except EXPECTED_ERRORS as error:
-        fail(str(error), code=1)
     tables = [
         f"{measure}:\n\n{table(measured, study.choices[0][0])}"
         for measure in study.measures

@@ -6,7 +6,9 @@ import resource
 
 import pytest
 
-from beit_fast.cli.train import main, option_names
+from beit_fast.cli import train
+from beit_fast.cli.options import option_names
+from beit_fast.cli.train import main
 from beit_fast.train.checkpoint.format import list_checkpoints
 
 
@@ -177,8 +179,8 @@ def test_bugs_show_their_traceback(tiny, tmp_path, monkeypatch):
         main(tiny.RECIPE, tiny.TinyTask, arguments=["--output-dir", str(tmp_path)])
 
 
-def test_demo_values_step_in_without_data(tmp_path, tiny, capsys):
-    """`demo` replaces the recipe's values where no data is named, and the command line overrides either."""
+def test_demo_values_step_in_without_data(tmp_path, tiny, capsys, monkeypatch):
+    """A demo replaces the recipe's values where no data is named, and the command line overrides either."""
     import dataclasses
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ def test_demo_values_step_in_without_data(tmp_path, tiny, capsys):
 
     values = {f.name: getattr(tiny.RECIPE, f.name) for f in dataclasses.fields(tiny.RECIPE)}
     paper = WithData(**values | {"steps": 6})
-    demo = dataclasses.replace(paper, steps=4, samples=16)
+    monkeypatch.setattr(train, "demo_of", lambda config: dataclasses.replace(config, steps=4, samples=16))
     seen = []
 
     def task(config):
@@ -201,10 +203,11 @@ def test_demo_values_step_in_without_data(tmp_path, tiny, capsys):
 
     for number, arguments in enumerate([[], ["--data.path", "/x"], ["--samples", "24", "--seed", "3"]]):
         with pytest.raises(SystemExit) as stop:
-            main(
-                paper, task, demo=demo, banner=lambda p, d: f"DEMO of {p.steps} as {d.steps}",
-                arguments=["--output-dir", str(tmp_path / str(number)), *arguments],
-            )  # fmt: skip
+            main(paper, task, arguments=["--output-dir", str(tmp_path / str(number)), *arguments])
         assert not stop.value.code
     assert seen == [(4, 16, 0), (6, 40, 0), (4, 24, 3)]
-    assert capsys.readouterr().out.count("DEMO of 6 as 4") == 2
+    assert capsys.readouterr().out.count("Built-in demo") == 2
+    with pytest.raises(SystemExit):
+        main(paper, task, demo=False, arguments=["--output-dir", str(tmp_path / "no_demo")])
+    assert seen[-1] == (6, 40, 0)
+    assert "Built-in demo" not in capsys.readouterr().out

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from beit_fast.cli.predict import evaluate_command, predict_command
+from beit_fast.cli.evaluate import evaluate_command
+from beit_fast.cli.predict import predict_command
 from beit_fast.data.builtin import render_labelled
 from beit_fast.models import Beit, BeitConfig, convert_state_dict
 from beit_fast.train.evaluation.classifiers import architecture_of, open_classifier

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from beit_fast.__main__ import main
+from beit_fast.cli.main import main
 from beit_fast.cli.pictures import open_backbone, open_pretraining
 from beit_fast.data.builtin import render_labelled
 from beit_fast.data.loader import Request

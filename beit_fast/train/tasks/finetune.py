@@ -6,10 +6,7 @@ task serves intermediate fine-tuning, higher resolutions and smaller data sets; 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -340,44 +337,3 @@ def multiply_adds(config: BeitConfig) -> float:
     block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d
     patches = config.num_patches * d * config.in_chans * config.patch_size**2
     return patches + config.depth * block + d * config.num_classes
-
-
-def demo_banner(paper: RunConfig, demo: RunConfig) -> str:
-    """What the built-in demo of a recipe for labelled images is and is not, and the command of the real run."""
-    program = Path(sys.argv[0])
-    with contextlib.suppress(ValueError):
-        program = program.resolve().relative_to(Path.cwd())
-    length = f"{demo.steps} steps" if demo.steps is not None else f"{demo.epochs:g} epochs"
-    weights = getattr(demo, "weights", None)
-    start = "random weights, as no --weights are given" if weights is None else str(weights)
-    line = "-" * 100
-    return f"""{line}
-Built-in demo: the real model, {length} of {demo.batch_size} labelled images that are drawn on this machine, from
-{start}. It shows that everything works; its numbers do not compare with ImageNet's.
-The real run, {paper.epochs:g} epochs at batch {paper.batch_size}:
-
-    torchrun --nproc-per-node 8 {program} --data.path /path/to/imagenet{weights_hint(paper)}
-
-What that takes: the same with --dry-run.
-{line}"""
-
-
-def weights_hint(config: RunConfig) -> str:
-    """How the real run is told where to start, unless it starts from random weights."""
-    return "" if getattr(config, "scratch", False) else " --weights runs/pretrain_beit_base"
-
-
-def demonstrate(paper: FinetuneConfig, **values: Any) -> FinetuneConfig:
-    """The same recipe in a few steps on built-in scenes; `values` are further fields.
-
-    It keeps model, augmentation and learning rates, and starts from random weights unless --weights is given.
-    """
-    folder = paper.output_dir.with_name(paper.output_dir.name + "_demo")
-    data = dataclasses.replace(
-        paper.data, num_classes=None, builtin_images=64, builtin_validation_images=16, threads=1, prefetch=1
-    )
-    short: dict[str, Any] = {
-        "output_dir": folder, "steps": 4, "batch_size": 4, "batch_per_device": 2, "data": data,
-        "optim": dataclasses.replace(paper.optim, warmup_steps=1), "log": dataclasses.replace(paper.log, every_steps=1),
-    }  # fmt: skip
-    return dataclasses.replace(paper, **(short | values))

@@ -1,7 +1,5 @@
 """Masked image modelling as a task: views -> visual tokens -> BEiT -> loss (paper, section 2)."""
 
-import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -376,21 +374,3 @@ def multiply_adds(config: BeitConfig, num_masked: int) -> float:
     block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d
     patches = config.num_patches * d * config.in_chans * config.patch_size**2
     return patches + config.depth * block + num_masked * d * outputs
-
-
-def demo_banner(paper: PretrainConfig, demo: PretrainConfig) -> str:
-    """What the built-in demo is and is not, and the command of the real run."""
-    program = Path(sys.argv[0])
-    with contextlib.suppress(ValueError):
-        program = program.resolve().relative_to(Path.cwd())
-    steps = demo.max_steps or demo.steps
-    line = "-" * 100
-    return f"""{line}
-Built-in demo: the real BEiT ({demo.model.size}), {steps} steps of {demo.batch_size} images that are rendered on this
-machine, with the small tokenizer that comes along. It shows that everything works; its numbers do not compare with
-ImageNet's. The real run, {paper.epochs:g} epochs at batch {paper.batch_size}, DALL-E's tokenizer fetched at first use:
-
-    torchrun --nproc-per-node 8 {program} --data.path /path/to/imagenet/train
-
-What that takes: the same with --dry-run. To go on with this demo: --max-steps {10 * (steps or 1)}
-{line}"""

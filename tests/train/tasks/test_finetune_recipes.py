@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_fast.cli.demo import demo_of
 from beit_fast.cli.train import main
 from beit_fast.data.builtin import render_labelled
-from beit_fast.train.tasks.finetune import Finetune, demo_banner
+from beit_fast.train.tasks.finetune import Finetune
 from beit_fast.train.tasks.probe import LinearProbe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -37,7 +38,7 @@ def cache(tmp_path_factory):
 def run(module, task, cache, folder, *arguments):
     words = [*TINY.split(), "--data.cache-dir", cache, "--output-dir", str(folder), *arguments]
     with pytest.raises(SystemExit) as done:
-        main(module.config, task, demo=module.demo, banner=demo_banner, arguments=words)
+        main(module.config, task, arguments=words)
     return done.value.code
 
 
@@ -107,14 +108,14 @@ def test_values_of_the_paper(name):
 
 @pytest.mark.parametrize("name", [*FINETUNE, "linear_probe"])
 def test_a_demo_differs_in_its_length_and_its_data_only(name):
-    module = load(name)
-    assert module.demo.output_dir != module.config.output_dir
-    assert module.demo.model == module.config.model
+    config = load(name).config
+    demo = demo_of(config)
+    assert demo.output_dir != config.output_dir
+    assert demo.model == config.model
     if name != "linear_probe":
-        changed = {f.name for f in dataclasses.fields(module.config)
-                   if getattr(module.config, f.name) != getattr(module.demo, f.name)}  # fmt: skip
+        changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(demo, f.name)}
         assert changed == {"output_dir", "steps", "batch_size", "batch_per_device", "data", "optim", "log"}
-        assert dataclasses.replace(module.demo.optim, warmup_steps=None) == module.config.optim
+        assert dataclasses.replace(demo.optim, warmup_steps=None) == config.optim
 
 
 def test_the_table_of_recipes_is_up_to_date():

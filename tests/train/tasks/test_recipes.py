@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from beit_fast.cli.demo import demo_of
+
 RECIPES = Path(__file__).parents[3] / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
 
@@ -54,7 +56,7 @@ def test_values_of_the_paper(name, size, epochs, warmup, clip, normalization):
     assert (config.data.normalization, config.data.scale, config.data.jitter) == (normalization, (0.08, 1.0), 0.4)
     assert config.tokenizer.name == "dalle"
     # the demo is the real model, and differs in nothing that it does not set
-    demo = module.demo
+    demo = demo_of(config)
     assert (demo.model, demo.masking, demo.data) == (config.model, config.masking, config.data)
     assert demo.output_dir != config.output_dir
     assert demo.tokenizer.name == "demo"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from beit_fast.__main__ import main as commands
+from beit_fast.cli.main import main as commands
 from beit_fast.data.segmentation import builtin_segmentation
 from beit_fast.data.segmentation_loader import SegmentationBatch, WholeImages, scaled_size
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling, BeitForSemanticSegmentation

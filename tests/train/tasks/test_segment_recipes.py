@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from beit_fast.cli.demo import demo_of
 from beit_fast.cli.train import main
 from beit_fast.train.tasks.segment import Segment
-from beit_fast.train.tasks.segment_demo import segmentation_banner
 from benchmarks.evidence.segmentation import Protocol, segmenting
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -41,7 +41,7 @@ def cache(tmp_path_factory):
 def run(module, cache, folder, *arguments):
     words = [*TINY.split(), "--data.cache-dir", cache, "--output-dir", str(folder), *arguments]
     with pytest.raises(SystemExit) as done:
-        main(module.config, Segment, demo=module.demo, banner=segmentation_banner, arguments=words)
+        main(module.config, Segment, arguments=words)
     return done.value.code
 
 
@@ -75,12 +75,13 @@ def test_a_demo_runs_to_its_end(name, cache, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_demo_keeps_model_and_rates(name):
-    module = load(name)
-    assert module.demo.output_dir != module.config.output_dir
-    assert dataclasses.replace(module.demo.model, image_size=module.config.model.image_size) == module.config.model
-    assert dataclasses.replace(module.demo.optim, warmup_steps=1500) == module.config.optim
-    assert module.demo.layer_decay == module.config.layer_decay
-    assert dataclasses.replace(module.demo.crops, base=module.config.crops.base) == module.config.crops
+    config = load(name).config
+    demo = demo_of(config)
+    assert demo.output_dir != config.output_dir
+    assert dataclasses.replace(demo.model, image_size=config.model.image_size) == config.model
+    assert dataclasses.replace(demo.optim, warmup_steps=1500) == config.optim
+    assert demo.layer_decay == config.layer_decay
+    assert dataclasses.replace(demo.crops, base=config.crops.base) == config.crops
 
 
 def test_a_recipe_can_be_planned(cache, tmp_path, capsys):

@@ -1,0 +1,103 @@
+"""From a command line to a dataclass of options, and from an error to one line and an exit code."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from beit_fast.data.screening import TooManyBadImages
+
+Options = TypeVar("Options")
+
+USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, ModuleNotFoundError, TooManyBadImages)
+"""Errors whose message is written for the user; any other is a bug and shows its traceback."""
+
+
+def parse(default: Options, arguments: Sequence[str], program: str | None = None, description: str = "") -> Options:
+    """Return `default` with the fields given on the command line replaced.
+
+    A wrong option ends the program with code 2 and one line; `--help` prints `description` and every option.
+    """
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            parsed: Any = tyro.cli(
+                type(default), prog=program, description=description or None, default=default, args=list(arguments),
+                return_unknown_args=True,
+            )  # fmt: skip
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        fail(_one_line(captured.getvalue()), code=2)
+    options, unknown = parsed
+    if unknown:
+        wrong = unknown[0].split("=")[0].replace("_", "-")
+        if not wrong.startswith("--"):
+            fail(f"unexpected argument {unknown[0]!r}; options look like --optim.lr 1e-3, --help lists them", code=2)
+        near = nearest_options(wrong, option_names(default))
+        fail(f"unknown option {wrong}; {did_you_mean(near) or '--help lists them'}", code=2)
+    result: Options = options
+    return result
+
+
+def option_names(config: object, prefix: str = "--") -> list[str]:
+    """Every option of a configuration, dotted."""
+    names: list[str] = []
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        name = prefix + field.name.replace("_", "-")
+        names += option_names(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
+def nearest_options(wrong: str, options: Sequence[str]) -> list[str]:
+    """Up to three options that `wrong` may stand for: that of the same last name, else the nearest ones."""
+    last = wrong.rsplit(".", 1)[-1].lstrip("-")
+    by_last_name = {name.rsplit(".", 1)[-1].lstrip("-"): name for name in options}
+    if last in by_last_name:
+        return [by_last_name[last]]
+    near = difflib.get_close_matches(wrong, options, n=3)
+    return near or [by_last_name[name] for name in difflib.get_close_matches(last, by_last_name, n=3)]
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """`did you mean a? Or b? Or c?`; empty where `names` is."""
+    return f"did you mean {'? Or '.join(names)}?" if names else ""
+
+
+def _one_line(box: str) -> str:
+    """tyro's error box as one line: the text up to its first rule."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    text = []
+    for line in lines:
+        if re.fullmatch("─+", line):
+            break
+        text.append(line)
+    return " ".join(text) or " ".join(box.split()) or "wrong command line; --help lists the options"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one line on stderr and end the program with `code`: 2 for a wrong command line, 1 for the rest."""
+    rank = os.environ.get("RANK", "0")
+    start = "error: " if rank == "0" else f"error (rank {rank}): "
+    print(start + " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(on_error: Callable[[], None] | None = None, more: tuple[type[Exception], ...] = ()) -> Any:
+    """End the program with one line and code 1 on an error written for the user, after `on_error()`."""
+    try:
+        yield
+    except (*USER_ERRORS, *more) as error:
+        if on_error is not None:
+            on_error()
+        text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+        fail(text or type(error).__name__, code=1)
