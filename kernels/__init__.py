@@ -6,7 +6,7 @@ Installed as `beit_fast.kernels`; every operation runs on CPU (plain torch) and 
 if __name__ == "beit_fast.kernels":
     from beit_fast.kernels.attention.op import Bias, biased_attention, packed_attention, prepare_bias
     from beit_fast.kernels.backend import use_backend
-    from beit_fast.kernels.color_jitter.op import view_transform
+    from beit_fast.kernels.color_jitter.op import color_jitter
     from beit_fast.kernels.gelu.op import bias_gelu
     from beit_fast.kernels.matmul import linear
     from beit_fast.kernels.mim_loss.op import masked_cross_entropy
@@ -27,6 +27,7 @@ __all__ = [
     "Bias",
     "bias_gelu",
     "biased_attention",
+    "color_jitter",
     "linear",
     "masked_cross_entropy",
     "packed_attention",
@@ -36,5 +37,4 @@ __all__ = [
     "residual_add",
     "residual_layer_norm",
     "use_backend",
-    "view_transform",
 ]

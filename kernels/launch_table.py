@@ -48,7 +48,7 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "cross_entropy": {"BLOCK": 8192, "num_warps": 16, "num_stages": 1},
         "gather_norm_forward": {"num_warps": 4, "num_stages": 1},
         "gather_norm_backward": {"PROGRAMS": 256, "num_warps": 8, "num_stages": 1},
-        "view_transform": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        "color_jitter": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
     },
     "sm_80": {},
     "sm_90": {

@@ -112,7 +112,7 @@ def subjects(
             {"PROGRAMS": (128, 256, 512), **warps},
         ),
         Subject(
-            "view_transform", None, lambda: views.transform(crops, flips, colours, factors, norm, norm, dtype),
+            "color_jitter", None, lambda: views.color_jitter(crops, flips, colours, factors, norm, norm, dtype),
             {"BLOCK": (256, 512, 1024, 2048), "num_warps": (2, 4, 8)},
         ),
     ]  # fmt: skip

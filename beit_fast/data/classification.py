@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit_fast.data.augmentation.color_jitter import transform_views
 from beit_fast.data.augmentation.erasing import RandomErasing
 from beit_fast.data.augmentation.rand_augment import Augmenter, RandAugment
 from beit_fast.data.decoding import Crop, DaliDecoder, Decoder, PilDecoder, has_dali
@@ -33,6 +32,7 @@ from beit_fast.data.reading import Sample, ScreenedReader
 from beit_fast.data.sampling import CropSampler, compiled_module, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
+from beit_fast.kernels import color_jitter
 
 Triple = Sequence[float]
 
@@ -128,7 +128,7 @@ class _Views:
             )
             return out
         flip, factor, center = (self._send(torch.from_numpy(values)) for values in (flips, factors, centers))
-        return transform_views(self._send(views), flip, factor, center, self.mean, self.std)
+        return color_jitter(self._send(views), flip, factor, center, self.mean, self.std)
 
     def _send(self, tensor: Tensor) -> Tensor:
         if self.device.type == "cpu":

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit_fast.data.augmentation.color_jitter import gray_means, transform_views
+from beit_fast.data.augmentation.color_jitter import gray_means
 from beit_fast.data.decoding import DaliDecoder, Decoder, PilDecoder, has_dali
 from beit_fast.data.loader import Request
 from beit_fast.data.prefetch import Prefetcher
@@ -39,6 +39,7 @@ from beit_fast.data.sampling import BlockwiseMasking, CropSampler, compiled_modu
 from beit_fast.data.screening import BadImages, Header, Rejection, read_screened
 from beit_fast.data.sources import ImageSource
 from beit_fast.data.token_store import TokenStore
+from beit_fast.kernels import color_jitter
 
 _NOTHING_USABLE = "source: not one of its images can be used"
 
@@ -278,8 +279,9 @@ class PretrainLoader:
             views, token_views = self._send(resized.views), self._send(resized.token_views[wanted])
             flip, factor = self._send(torch.from_numpy(flips)), self._send(torch.from_numpy(factors))
             center = self._send(resized.centers) if resized.centers is not None else gray_means(views)
-            images = transform_views(views, flip, factor, center, self.mean, self.std)
-            token_images = transform_views(token_views, flip[wanted], factor[wanted], center[wanted], *unit)
+            images = color_jitter(views, flip, factor, center, self.mean, self.std)
+            chosen = wanted if isinstance(wanted, slice) else self._send(torch.from_numpy(wanted))
+            token_images = color_jitter(token_views, flip[chosen], factor[chosen], center[chosen], *unit)
             mask, keys, rows = self._send(mask), self._send(keys), self._send(rows)
         batch = PretrainBatch(images, token_images, mask, torch.from_numpy(indices), keys, rows, epoch)
         if tokens is None:

@@ -19,10 +19,13 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(nn.Module):
-    """Base class. A subclass gives `features`, `head` and `decode`; `encode` is the same for all.
+    """Base class: a subclass gives `features`, `head` and `decode`; `encode` is the same for all.
 
-    Attributes: `vocab_size`; `stride`, pixels per token along one side; `width`, channels of the widest activation;
-    `name` and `sha256`, where the weights came from ("" when untrained).
+    Attributes:
+        vocab_size: number of visual tokens V.
+        stride: pixels per token along one side.
+        width: channels of the widest activation.
+        name, sha256: where the weights came from; the hash is "" when untrained.
     """
 
     vocab_size: int
@@ -32,30 +35,35 @@ class Tokenizer(nn.Module):
     sha256: str = ""
 
     def features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> (B, C, h, w), the input of the 1x1 output convolution."""
+        """Give the input (B, C, h, w) of the 1x1 output convolution for images (B, 3, H, W) in [0, 1]."""
         raise NotImplementedError
 
     def head(self) -> tuple[Tensor, Tensor]:
-        """Weight (V, C) and bias (V,) of the 1x1 output convolution."""
+        """Give weight (V, C) and bias (V,) of the 1x1 output convolution."""
         raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Tensor:
-        """ids int64 (B, h, w) -> images (B, 3, H, W) in [0, 1]."""
+        """Give images (B, 3, H, W) in [0, 1] for ids int64 (B, h, w)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def encode(self, images: Tensor, mask: Tensor | None = None, masked_indices: Tensor | None = None) -> Tensor:
-        """Visual tokens: the arg-max over the vocabulary at each position, without a softmax.
+        """Give the visual tokens of images: the arg-max over the vocabulary at each position.
 
-        images: floating (B, 3, H, W) in [0, 1]; H and W are multiples of `stride`.
-        mask: bool (B, h, w) or (B, h*w). Where it is given, the output convolution runs at its True positions only.
-        masked_indices: int64 (M,), `mask.flatten().nonzero()` known beforehand; it saves a host sync on a GPU.
-        Returns int64 (B, h, w), or (M,) in row-major order where a mask is given (view it as (B, M) when all rows have
-        the same count). Raises ValueError for wrong shapes or dtypes.
+        Args:
+            images: floating (B, 3, H, W) in [0, 1]; H and W are multiples of `stride`.
+            mask: bool (B, h, w) or (B, h*w): the output convolution runs at its True positions only.
+            masked_indices: int64 (M,), `mask.flatten().nonzero()` known beforehand; saves a host sync on a GPU.
+
+        Returns:
+            int64 (B, h, w), or (M,) in row-major order where a mask is given: view it as (B, M) when all rows have the
+            same count.
+
+        Raises:
+            ValueError: wrong shapes or dtypes.
         """
         h, w = self._check_images(images)
         batch = images.shape[0]
-        weight, _ = self.head()
         if mask is not None:
             if mask.dtype != torch.bool or mask.shape not in ((batch, h, w), (batch, h * w)):
                 raise ValueError(
@@ -64,44 +72,40 @@ class Tokenizer(nn.Module):
                 )
             if masked_indices is None:
                 masked_indices = mask.reshape(-1).nonzero().squeeze(1)
-        kind = images.device.type
-        bytes_per_image = self.width * images.shape[2] * images.shape[3] * weight.element_size()
-        step = max(1, _ACTIVATION_BYTES.get(kind, 1 << 30) // bytes_per_image)
+        if not batch:
+            return images.new_empty((0, h, w) if masked_indices is None else 0, dtype=torch.int64)
+        bytes_per_image = self.width * images.shape[2] * images.shape[3] * self.head()[0].element_size()
+        step = max(1, _ACTIVATION_BYTES.get(images.device.type, 1 << 30) // bytes_per_image)
         parts = []
-        for start in range(0, batch, step):
-            rows = self.features(images[start : start + step]).permute(0, 2, 3, 1)  # (b, h, w, C)
-            rows = rows.reshape(-1, rows.shape[-1])
-            parts.append(rows if masked_indices is not None else self._ids(rows))
-        if not parts:
-            return images.new_empty(0 if masked_indices is not None else (0, h, w), dtype=torch.int64)
+        for part in images.split(step):
+            rows = self.features(part).permute(0, 2, 3, 1).flatten(0, 2)  # (b, h, w, C) -> (b*h*w, C)
+            parts.append(self._ids(rows) if masked_indices is None else rows)
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         if masked_indices is None:
             return flat.view(batch, h, w)
-        # How many rows a part holds only a host sync would tell: they are taken from all parts together.
+        # only a host sync could tell how many masked rows a part holds: they are taken from all parts together
         return self._ids(flat.index_select(0, masked_indices.to(flat.device, non_blocking=True)))
 
     def _ids(self, rows: Tensor) -> Tensor:
-        """Rows (P, C) of `features` -> int64 (P,)."""
+        """Give the tokens, int64 (P,), of rows (P, C) of `features`."""
         return _argmax_rows(rows, *self.head(), _LOGIT_BYTES.get(rows.device.type, 128 << 20))
 
     def multiply_adds(self, height: int, width: int, positions: int | None = None) -> int:
-        """Multiply-adds of encoding one image with the output convolution at `positions` (all where None)."""
+        """Count the multiply-adds of encoding one image, the output convolution at `positions` (all where None)."""
         meta = copy.deepcopy(self).to("meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             features = meta.features(torch.empty(1, 3, height, width, device="meta"))
-        weight, _ = meta.head()
-        positions_of_grid = features.shape[2] * features.shape[3]
-        return counter.get_total_flops() // 2 + weight.numel() * (positions_of_grid if positions is None else positions)
+        positions = features[0, 0].numel() if positions is None else positions
+        return counter.get_total_flops() // 2 + positions * meta.head()[0].numel()
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
-        s = self.stride
         shaped = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
-        if not shaped or images.shape[2] % s or images.shape[3] % s or not images.shape[2] or not images.shape[3]:
+        if not shaped or any(side == 0 or side % self.stride for side in images.shape[2:]):
             raise ValueError(
-                f"images must be floating point (B, 3, H, W) in [0, 1] with H and W multiples of {s}, "
+                f"images must be floating point (B, 3, H, W) in [0, 1] with H and W multiples of {self.stride}, "
                 f"not {images.dtype} {tuple(images.shape)}"
             )
-        return images.shape[2] // s, images.shape[3] // s
+        return images.shape[2] // self.stride, images.shape[3] // self.stride
 
     def _check_ids(self, ids: Tensor) -> None:
         if ids.ndim != 3 or ids.dtype != torch.int64:

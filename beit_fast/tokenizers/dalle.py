@@ -27,7 +27,7 @@ def unmap_pixels(images: Tensor) -> Tensor:
     return ((images - _EPS) / (1 - 2 * _EPS)).clamp(0, 1)
 
 
-class _Conv2d(nn.Module):
+class Conv2d(nn.Module):
     """A stride-1 "same" convolution whose parameters are called w and b; they give the precision it runs in."""
 
     def __init__(self, n_in: int, n_out: int, kernel: int) -> None:
@@ -39,28 +39,31 @@ class _Conv2d(nn.Module):
         return F.conv2d(x.to(self.w.dtype), self.w, self.b, padding=self.w.shape[-1] // 2)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """id(x) + gain * res(x): four convolutions, each after a ReLU; the identity path sees the raw input."""
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
         super().__init__()
         hidden = n_out // 4
         self.gain = gain
-        self.id_path = _Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         sizes = (n_in, hidden, hidden, hidden, n_out)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, kernel in enumerate(kernels, start=1):
             layers[f"relu_{i}"] = nn.ReLU(inplace=i > 1)  # the first reads what the identity path reads too
-            layers[f"conv_{i}"] = _Conv2d(sizes[i - 1], sizes[i], kernel)
+            layers[f"conv_{i}"] = Conv2d(sizes[i - 1], sizes[i], kernel)
         self.res_path = nn.Sequential(layers)
 
+    @property
+    def convs(self) -> list[Conv2d]:
+        """The four convolutions of the residual path."""
+        return [layer for layer in self.res_path if isinstance(layer, Conv2d)]
+
+    @torch.no_grad()
     def fold_gain(self) -> None:
         """Multiply the last convolution by the gain, which then is 1; a second call does nothing."""
-        conv = self.res_path.get_submodule(f"conv_{len(self.res_path) // 2}")
-        assert isinstance(conv, _Conv2d)
-        with torch.no_grad():
-            conv.w.mul_(self.gain)
-            conv.b.mul_(self.gain)
+        self.convs[-1].w.mul_(self.gain)
+        self.convs[-1].b.mul_(self.gain)
         self.gain = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,20 +72,22 @@ class _Block(nn.Module):
         return torch.add(self.id_path(x), self.res_path(x), alpha=self.gain)
 
 
-def _groups(
-    widths: list[int], blocks: int, kernels: tuple[int, int, int, int], name: str, between: nn.Module
-) -> OrderedDict[str, nn.Module]:
-    """Groups of residual blocks; widths[0] enters the first group and `between` follows all but the last."""
+def _network(
+    n_in: int, widths: list[int], n_out: int, blocks: int, kernels: tuple[int, int, int, int], between: nn.Module
+) -> nn.Sequential:
+    """A convolution to widths[0] channels, groups of residual blocks with `between` in between, a 1x1 convolution."""
     gain = 1 / (_GROUPS * blocks) ** 2
-    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    encoder = isinstance(between, nn.MaxPool2d)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(n_in, widths[0], 7 if encoder else 1))
     for g in range(1, _GROUPS + 1):
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        group: OrderedDict[str, nn.Module] = OrderedDict()
         for i in range(1, blocks + 1):
-            layers[f"block_{i}"] = _Block(widths[g - 1] if i == 1 else widths[g], widths[g], kernels, gain)
+            group[f"block_{i}"] = Block(widths[g - 1] if i == 1 else widths[g], widths[g], kernels, gain)
         if g < _GROUPS:
-            layers[name] = between
-        groups[f"group_{g}"] = nn.Sequential(layers)
-    return groups
+            group["pool" if encoder else "upsample"] = between
+        layers[f"group_{g}"] = nn.Sequential(group)
+    layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], n_out, 1)))
+    return nn.Sequential(layers)
 
 
 class DalleEncoder(nn.Module):
@@ -92,17 +97,11 @@ class DalleEncoder(nn.Module):
         super().__init__()
         self.width = n_hid
         widths = [n_hid, n_hid, 2 * n_hid, 4 * n_hid, 8 * n_hid]
-        layers: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv2d(3, n_hid, 7))
-        layers.update(_groups(widths, blocks, (3, 3, 3, 1), "pool", nn.MaxPool2d(2)))
-        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv2d(widths[-1], vocab_size, 1)))
-        self.blocks = nn.Sequential(layers)
+        self.blocks = _network(3, widths, vocab_size, blocks, (3, 3, 3, 1), nn.MaxPool2d(2))
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 8 n_hid, H/8, W/8): everything but the output convolution."""
-        for name, layer in self.blocks.named_children():
-            if name != "output":
-                x = layer(x)
-        return F.relu(x, inplace=True)
+        return F.relu(self.blocks[:-1](x), inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
@@ -118,27 +117,21 @@ class DalleDecoder(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         widths = [n_init, 8 * n_hid, 4 * n_hid, 2 * n_hid, n_hid]
-        layers: OrderedDict[str, nn.Module] = OrderedDict(input=_Conv2d(vocab_size, n_init, 1))
-        layers.update(_groups(widths, blocks, (1, 3, 3, 3), "upsample", nn.Upsample(scale_factor=2, mode="nearest")))
-        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=_Conv2d(n_hid, 6, 1)))
-        self.blocks = nn.Sequential(layers)
+        self.blocks = _network(vocab_size, widths, 6, blocks, (1, 3, 3, 3), nn.Upsample(scale_factor=2, mode="nearest"))
 
     def forward_ids(self, ids: Tensor) -> Tensor:
-        """The same for hard tokens, ids (B, h, w): the first convolution of a one-hot is a row look-up."""
+        """Decode hard tokens (B, h, w): the first convolution of a one-hot is a row look-up."""
         conv = self.blocks.get_submodule("input")
-        assert isinstance(conv, _Conv2d)
-        x = (F.embedding(ids, conv.w[:, :, 0, 0].t()) + conv.b).permute(0, 3, 1, 2)
-        for name, layer in self.blocks.named_children():
-            if name != "input":
-                x = layer(x)
-        return x
+        assert isinstance(conv, Conv2d)
+        x = F.embedding(ids, conv.w[:, :, 0, 0].t()) + conv.b
+        return self.blocks[1:](x.permute(0, 3, 1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
 
 
 class DalleTokenizer(Tokenizer):
-    """Encoder and, where its file is at hand, decoder of DALL-E's dVAE.
+    """Encoder and, where its file is there, decoder of DALL-E's dVAE.
 
     As in the original, on a GPU all convolutions but the output one run in fp16 (`dtype` changes that).
     """
@@ -163,31 +156,31 @@ class DalleTokenizer(Tokenizer):
         """
         if dtype != torch.float16:
             for block in self.modules():
-                if isinstance(block, _Block):
+                if isinstance(block, Block):
                     block.fold_gain()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for module in (self.encoder, self.decoder):
-            for name, conv in module.named_modules() if module is not None else ():
-                fp32 = name == ("blocks.output.conv" if module is self.encoder else "blocks.input")
-                if isinstance(conv, _Conv2d):
-                    conv.to(torch.float32 if fp32 else dtype)
+        fp32 = ("encoder.blocks.output.conv", "decoder.blocks.input")
+        for name, module in self.named_modules():
+            if isinstance(module, Conv2d):
+                module.to(torch.float32 if name in fp32 else dtype)
         return self
 
     def features(self, images: Tensor) -> Tensor:
-        if self.encoder is None:
-            raise TokenizerError("this DALL-E tokenizer has no encoder: put encoder.pkl beside decoder.pkl")
-        return self.encoder.features(map_pixels(images).contiguous(memory_format=torch.channels_last))
+        return self._encoder().features(map_pixels(images).contiguous(memory_format=torch.channels_last))
 
     def head(self) -> tuple[Tensor, Tensor]:
+        conv = self._encoder().blocks.get_submodule("output.conv")
+        assert isinstance(conv, Conv2d)
+        return conv.w[:, :, 0, 0], conv.b
+
+    def _encoder(self) -> DalleEncoder:
         if self.encoder is None:
             raise TokenizerError("this DALL-E tokenizer has no encoder: put encoder.pkl beside decoder.pkl")
-        conv = self.encoder.blocks.get_submodule("output.conv")
-        assert isinstance(conv, _Conv2d)
-        return conv.w[:, :, 0, 0], conv.b
+        return self.encoder
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids int64 (B, h, w) -> images float32 (B, 3, 8h, 8w) in [0, 1], the mode of the predicted density."""
+        """Decode ids int64 (B, h, w) to images float32 (B, 3, 8h, 8w) in [0, 1], the mode of the predicted density."""
         if self.decoder is None:
             raise TokenizerError(
                 "this DALL-E tokenizer has no decoder: put decoder.pkl beside encoder.pkl, "

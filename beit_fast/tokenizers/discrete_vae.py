@@ -1,4 +1,4 @@
-"""The small discrete VAE BEiT's authors call the customised tokenizer; the demo tokenizer has the same layout.
+"""The small discrete VAE that BEiT's authors call the customised tokenizer; the demo tokenizer has the same layout.
 
 State-dict keys are those of their `pytorch_model.bin`: `codebook.weight`, `encoder.{0,2,4}.0.*`,
 `encoder.{1,3,5}.net.{0,2,4}.*`, `encoder.6.*`, and the mirror of them under `decoder`.
@@ -15,13 +15,9 @@ __all__ = ["DiscreteVAE"]
 class _ResBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 1),
-        )
+        wide = [nn.Conv2d(width, width, 3, padding=1) for _ in range(2)]
+        relu = nn.ReLU(inplace=True)
+        self.net = nn.Sequential(wide[0], relu, wide[1], relu, nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x).add_(x)
@@ -30,8 +26,13 @@ class _ResBlock(nn.Module):
 class DiscreteVAE(Tokenizer):
     """Strided convolutions and residual blocks; the last convolution gives logits over the vocabulary.
 
-    num_tokens V, codebook_dim, hidden_dim and num_layers (each halves the resolution: stride 2 ** num_layers).
     The default sizes are the official file's: 20,081,411 parameters. Pixels enter as (x - 0.5) / 0.5.
+
+    Args:
+        num_tokens: vocabulary V.
+        codebook_dim: width of the code vectors.
+        hidden_dim: width of the convolutions.
+        num_layers: each halves the resolution: stride 2 ** num_layers.
     """
 
     def __init__(
@@ -72,15 +73,15 @@ class DiscreteVAE(Tokenizer):
         return conv.weight[:, :, 0, 0], conv.bias
 
     def logits(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> logits (B, V, h, w), with gradient: for training with a relaxation."""
+        """Give logits (B, V, h, w) of images (B, 3, H, W) in [0, 1], with gradient: for training with a relaxation."""
         return self.encoder[-1](self.features(images))
 
     def reconstruct(self, embeddings: Tensor) -> Tensor:
-        """Code vectors (B, codebook_dim, h, w), hard or mixed -> pixels around [0, 1], unclamped, with gradient."""
+        """Give pixels, unclamped, with gradient, of code vectors (B, codebook_dim, h, w), hard or mixed."""
         return self.decoder(embeddings.to(self._dtype())).float() * 0.5 + 0.5
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids int64 (B, h, w) -> images (B, 3, H, W) in [0, 1]."""
+        """Give images (B, 3, H, W) in [0, 1] for ids int64 (B, h, w)."""
         self._check_ids(ids)
         return self.reconstruct(self.codebook(ids).permute(0, 3, 1, 2)).clamp(0, 1)

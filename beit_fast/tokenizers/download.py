@@ -19,15 +19,14 @@ _CHUNK = 1 << 20
 
 
 def default_cache_dir() -> Path:
-    """`$BEIT_FAST_CACHE`, else `$XDG_CACHE_HOME/beit_fast`, else `~/.cache/beit_fast`."""
-    if own := os.environ.get("BEIT_FAST_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "beit_fast"
+    """Give `$BEIT_FAST_CACHE`, else `$XDG_CACHE_HOME/beit_fast`, else `~/.cache/beit_fast`."""
+    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "beit_fast"
+    return Path(os.environ.get("BEIT_FAST_CACHE") or shared).expanduser()
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """One process at a time on this machine: the ranks of a run wait here while one of them fetches."""
+    """Let one process in at a time on this machine: the other ranks of a run wait here while one fetches."""
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,13 +36,15 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def fetch(url: str, destination: Path, *, timeout_s: float = 30.0) -> None:
-    """Download `url` to `destination`; the file appears there only when it is complete.
+    """Download `url` to `destination`, where the file appears only when it is complete.
 
-    The partial file lies beside it and is continued by the next attempt, in this process or a later one. An attempt
-    that brought some bytes is followed by another; one that brought none gives up.
-    Raises TokenizerError with the reason; the partial file stays.
+    The partial file lies in the same folder and is continued by the next attempt, in this process or a later one. An
+    attempt that brought some bytes is followed by another; one that brought none gives up.
+
+    Raises:
+        TokenizerError: with the reason; the partial file stays.
     """
-    # The URL is part of the name: bytes of two mirrors are never joined.
+    # the URL is part of the name: bytes of two mirrors are never joined
     part = destination.with_name(f"{destination.name}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.part")
     destination.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -65,12 +66,12 @@ def fetch(url: str, destination: Path, *, timeout_s: float = 30.0) -> None:
 
 
 def _attempt(url: str, part: Path, have: int, timeout_s: float) -> int:
-    """Append to `part` what the server still gives; return the size the whole file has."""
+    """Append to `part` what the server still gives; return the size of the whole file."""
     headers = {"User-Agent": "beit_fast"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # 416: nothing lies beyond what we have
+        if error.code != 416 or not have:  # 416: the server has nothing beyond these bytes
             raise
         with error:
             total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
@@ -87,7 +88,7 @@ def _attempt(url: str, part: Path, have: int, timeout_s: float) -> int:
         print(f"fetching {url}" + (f" from byte {have}" if have else ""), file=sys.stderr)
         with part.open("ab" if resumed else "wb") as file:
             done, shown = have, have * 10 // max(length, 1)
-            # read1 hands over what has arrived, so that a broken connection loses nothing already received
+            # read1 returns what has arrived, so that a broken connection loses nothing already received
             while chunk := response.read1(_CHUNK):
                 file.write(chunk)
                 done += len(chunk)

@@ -1,17 +1,14 @@
-"""Read the tensors, and nothing else, out of a file written by `torch.save`.
+"""Read the tensors, and nothing else, from a file written by `torch.save`.
 
-The published dVAE files are pickles of whole modules. Unpickled the ordinary way, they run whatever code they name and
-need the packages their classes came from. Here classes of modules become inert records, tensors are built by our own
-code, and every other name is refused before anything happens. Both containers of `torch.save` are read: the zip file
-(torch >= 1.6) and the older stream.
+The published dVAE files are pickles of whole modules, which an ordinary unpickler would run code to rebuild. Here a
+class of a module becomes an inert record, tensors are built by this file, and every other name is refused. Both
+containers of `torch.save` are read: the zip file (torch >= 1.6) and the older stream.
 """
 
 import io
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -23,8 +20,7 @@ from beit_fast.tokenizers.base import TokenizerError
 
 __all__ = ["read_tensors"]
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
+_STREAM_MAGIC, _STREAM_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -37,7 +33,7 @@ _DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-# Names whose instances are kept as inert records. None of these is imported.
+# Names whose instances become inert records. None of these is imported.
 _INERT_PACKAGES = ("torch.nn.", "dall_e.")
 _INERT_NAMES = {("torch", "device"), ("torch", "Size"), ("argparse", "Namespace")}
 
@@ -86,121 +82,116 @@ _ALLOWED |= {("torch", name): _StorageType(dtype) for name, dtype in _DTYPES.ite
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """`storage(key, dtype, numel)` supplies the flat tensor behind a storage key."""
+    """Allocates `storages` of at most `room` bytes together; their contents come from elsewhere in the file."""
 
-    def __init__(self, file: Any, storage: Callable[[str, torch.dtype, int], Tensor]) -> None:
+    def __init__(self, file: Any, room: int = 0) -> None:
         super().__init__(file)
-        self._storage = storage
+        self.storages: dict[str, Tensor] = {}
+        self._room = room
 
     def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module, name))
-        if isinstance(found, FunctionType):
-            return lambda *args: found(*args)  # a new function each time, so that attributes set on it reach nobody
-        if found is not None:
-            return found
+        allowed = _ALLOWED.get((module, name))
+        if isinstance(allowed, FunctionType):
+            return lambda *args: allowed(*args)  # a new function each time: attributes set on it affect nothing else
+        if allowed is not None:
+            return allowed
         if (module, name) in _INERT_NAMES or (f"{module}.".startswith(_INERT_PACKAGES) and "." not in name):
             return type(name, (_Record,), {"__module__": module})
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is neither a tensor nor a layer")
 
     def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, tuple) and pid and pid[0] == "module":  # old streams carry the class's source: not looked at
+        if isinstance(pid, tuple) and pid and pid[0] == "module":  # streams carry the source of a class: not looked at
             return pid[1]
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
             raise pickle.UnpicklingError("an unknown kind of reference")
-        key, numel = pid[2], pid[4]
+        dtype, key, numel = pid[1].dtype, pid[2], pid[4]
         if not isinstance(key, str) or type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError("a malformed storage reference")
-        flat = self._storage(key, pid[1].dtype, numel)
-        if len(pid) > 5 and pid[5] is not None:  # old streams: (key of the view, offset, length)
+        if key not in self.storages:
+            self._room -= numel * dtype.itemsize
+            if self._room < 0:  # do not allocate what the file cannot hold
+                raise pickle.UnpicklingError(f"storage {key} is larger than the file")
+            self.storages[key] = torch.empty(numel, dtype=dtype)
+        flat = self.storages[key]
+        if flat.dtype != dtype or flat.numel() != numel:
+            raise pickle.UnpicklingError(f"storage {key} has two types or sizes")
+        if len(pid) > 5 and pid[5] is not None:  # in streams: (key of the view, offset, length)
             flat = flat.narrow(0, pid[5][1], pid[5][2])
         return flat
 
 
+def _fill(storage: Tensor, data: bytes) -> None:
+    if len(data) != storage.numel() * storage.dtype.itemsize:
+        raise pickle.UnpicklingError("truncated storages")
+    if data:
+        storage.copy_(torch.frombuffer(bytearray(data), dtype=storage.dtype))
+
+
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
+        names = archive.namelist()
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):  # torch.save never compresses
             raise pickle.UnpicklingError("a compressed zip file")
-        pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
+        pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
         if len(pickles) != 1:
             raise pickle.UnpicklingError("a zip file without a data.pkl")
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("a file written on a big-endian machine")
-        storages: dict[str, Tensor] = {}
-
-        def storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-            if key not in storages:
-                data = bytearray(archive.read(f"{root}data/{key}"))
-                if len(data) != numel * dtype.itemsize:
-                    raise pickle.UnpicklingError(f"storage {key} has {len(data)} bytes, not {numel * dtype.itemsize}")
-                storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            if storages[key].dtype != dtype:
-                raise pickle.UnpicklingError(f"storage {key} has two types")
-            return storages[key]
-
-        return _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
-
-
-def _read_stream(path: Path) -> Any:
-    size = path.stat().st_size
-    storages: dict[str, Tensor] = {}
-
-    def storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-        if key not in storages:
-            if numel * dtype.itemsize > size:  # do not let a header allocate what the file cannot hold
-                raise pickle.UnpicklingError(f"storage {key} is larger than the file")
-            storages[key] = torch.empty(numel, dtype=dtype)
-        if storages[key].dtype != dtype or storages[key].numel() != numel:
-            raise pickle.UnpicklingError(f"storage {key} has two types or sizes")
-        return storages[key]
-
-    def no_storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-        raise pickle.UnpicklingError("a storage where none belongs")
-
-    with path.open("rb") as file:
-        if _TensorUnpickler(file, no_storage).load() != _LEGACY_MAGIC:
-            raise pickle.UnpicklingError("not a file written by torch.save")
-        if _TensorUnpickler(file, no_storage).load() != _LEGACY_PROTOCOL:
-            raise pickle.UnpicklingError("an unknown version of torch.save")
-        info = _TensorUnpickler(file, no_storage).load()
-        if isinstance(info, dict) and info.get("little_endian") is False:
-            raise pickle.UnpicklingError("a file written on a big-endian machine")
-        loaded = _TensorUnpickler(file, storage).load()
-        for key in _TensorUnpickler(file, no_storage).load():
-            header = file.read(8)
-            flat = storages.get(key)
-            if flat is None or len(header) != 8 or struct.unpack("<q", header)[0] != flat.numel():
-                raise pickle.UnpicklingError("truncated or inconsistent storages")
-            data = bytearray(file.read(flat.numel() * flat.dtype.itemsize))
-            if len(data) != flat.numel() * flat.dtype.itemsize:
-                raise pickle.UnpicklingError("truncated storages")
-            if data:
-                flat.copy_(torch.frombuffer(data, dtype=flat.dtype))
-            storages[key] = flat
+        unpickler = _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), path.stat().st_size)
+        loaded = unpickler.load()
+        for key, storage in unpickler.storages.items():
+            _fill(storage, archive.read(f"{root}data/{key}"))
         return loaded
 
 
-def _collect(value: Any, prefix: str, out: dict[str, Tensor]) -> None:
-    """Parameters and buffers of an inert module, under the names `state_dict` gives them; or a dict of tensors."""
+def _read_stream(path: Path) -> Any:
+    with path.open("rb") as file:
+        if _TensorUnpickler(file).load() != _STREAM_MAGIC:
+            raise pickle.UnpicklingError("not a file written by torch.save")
+        if _TensorUnpickler(file).load() != _STREAM_PROTOCOL:
+            raise pickle.UnpicklingError("an unknown version of torch.save")
+        info = _TensorUnpickler(file).load()
+        if isinstance(info, dict) and info.get("little_endian") is False:
+            raise pickle.UnpicklingError("a file written on a big-endian machine")
+        unpickler = _TensorUnpickler(file, path.stat().st_size)
+        loaded = unpickler.load()
+        keys = _TensorUnpickler(file).load()
+        if set(keys) != set(unpickler.storages):
+            raise pickle.UnpicklingError("inconsistent storages")
+        for key in keys:
+            storage = unpickler.storages[key]
+            if int.from_bytes(file.read(8), "little") != storage.numel():
+                raise pickle.UnpicklingError("truncated or inconsistent storages")
+            _fill(storage, file.read(storage.numel() * storage.dtype.itemsize))
+        return loaded
+
+
+def _collect(value: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
+    """Add parameters and buffers of an inert module, named as in its state dict, or the tensors of a dict."""
+    groups: list[Any] = [value]
+    children: dict[str, Any] = {}
     if isinstance(value, _Record):
-        for kind in ("_parameters", "_buffers"):
-            for name, tensor in (value.__dict__.get(kind) or {}).items():
-                if isinstance(tensor, Tensor):
-                    out[f"{prefix}{name}"] = tensor
-        for name, child in (value.__dict__.get("_modules") or {}).items():
-            _collect(child, f"{prefix}{name}.", out)
-    elif isinstance(value, dict):
-        for name, child in value.items():
-            if isinstance(child, Tensor):
-                out[f"{prefix}{name}"] = child
+        groups = [value.__dict__.get("_parameters"), value.__dict__.get("_buffers")]
+        children = value.__dict__.get("_modules") or {}
+    for group in groups:
+        if isinstance(group, dict):
+            tensors.update({f"{prefix}{name}": t for name, t in group.items() if isinstance(t, Tensor)})
+    for name, child in children.items():
+        _collect(child, f"{prefix}{name}.", tensors)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor (on the CPU, contiguous) from a `torch.save` file that holds a module or a state dict.
+    """Read the tensors of a `torch.save` file that holds a module or a state dict; nothing in it is executed.
 
-    A state dict may lie under `weights`, `state_dict`, `model` or `module`. Nothing in the file is executed.
-    Raises TokenizerError for anything else: text, truncated files, a pickle that names foreign code.
+    Args:
+        path: the file. A state dict may lie under `weights`, `state_dict`, `model` or `module`.
+
+    Returns:
+        name -> tensor, on the CPU, contiguous.
+
+    Raises:
+        TokenizerError: the file is anything else: text, truncated, a pickle that names other code.
     """
     with path.open("rb") as file:
         start = file.read(4096)
@@ -211,10 +202,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         reason = str(error).replace("\n", " ") or "it is truncated"
         raise TokenizerError(f"{path} is refused: {reason}. Fetch the published file again.") from error
     if isinstance(loaded, dict):
-        for key in ("weights", "state_dict", "model", "module"):
-            if isinstance(loaded.get(key), (dict, _Record)):
-                loaded = loaded[key]
-                break
+        nested = [loaded.get(key) for key in ("weights", "state_dict", "model", "module")]
+        loaded = next((value for value in nested if isinstance(value, (dict, _Record))), loaded)
     tensors: dict[str, Tensor] = {}
     _collect(loaded, "", tensors)
     if not tensors:

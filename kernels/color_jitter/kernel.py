@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Triton kernel of `view_transform`: every byte is read once, every output written once."""
+"""Triton kernel of `color_jitter`: every byte is read once, every output written once."""
 
 import torch
 import triton
@@ -16,7 +16,7 @@ def clip(x):
 
 
 @triton.jit
-def transform_pixels(
+def color_jitter_kernel(
     crops_ptr, flips_ptr, factors_ptr, centers_ptr, out_ptr, H, W,
     scale_red, scale_green, scale_blue, shift_red, shift_green, shift_blue, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def transform_pixels(
     tl.store(here + 2 * H * W, narrow(blue, out_ptr.dtype.element_ty), mask=inside)
 
 
-def transform(
+def color_jitter(
     crops: Tensor,
     flips: Tensor,
     factors: Tensor,
@@ -62,10 +62,10 @@ def transform(
     out = crops.new_empty((B, 3, H, W), dtype=dtype)
     if out.numel() == 0:
         return out
-    config = launch_config("view_transform", crops.device)
+    config = launch_config("color_jitter", crops.device)
     scales = [1 / (255 * s) for s in std]
     shifts = [-m / s for m, s in zip(mean, std, strict=True)]
-    transform_pixels[(triton.cdiv(H * W, config["BLOCK"]), B)](
+    color_jitter_kernel[(triton.cdiv(H * W, config["BLOCK"]), B)](
         crops.contiguous(), flips.contiguous().view(torch.uint8), factors.contiguous().float(),
         centers.contiguous().float(), out, H, W, *scales, *shifts, **config,
     )  # fmt: skip
@@ -74,12 +74,12 @@ def transform(
 
 def aot_specs() -> list[AotSpec]:
     """The configurations whose static costs are checked."""
-    config = dict(launch_config("view_transform", "default"))
+    config = dict(launch_config("color_jitter", "default"))
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
     specs = []
     for dtype in ("bf16", "fp32"):
         signature = {"crops_ptr": "*u8", "flips_ptr": "*u8", "factors_ptr": "*fp32", "centers_ptr": "*fp32"}
         signature |= {"out_ptr": f"*{dtype}", "H": "i32", "W": "i32"}
-        signature |= {name: "fp32" for name in transform_pixels.arg_names if name.startswith(("scale_", "shift_"))}
-        specs.append(AotSpec(f"view_transform {dtype}", transform_pixels, signature, config, warps, stages))
+        signature |= {name: "fp32" for name in color_jitter_kernel.arg_names if name.startswith(("scale_", "shift_"))}
+        specs.append(AotSpec(f"color_jitter {dtype}", color_jitter_kernel, signature, config, warps, stages))
     return specs

@@ -1,4 +1,4 @@
-"""`view_transform`: schema and dispatch. It has no gradient: its input is bytes.
+"""`color_jitter`: schema and dispatch. It has no gradient: its input is bytes.
 
 On the CPU it is the plain formula: the data pipeline has `beit_fast._C.transform_views` there, one pass with threads.
 """
@@ -13,7 +13,7 @@ from beit_fast.kernels.color_jitter import reference
 from beit_fast.kernels.registration import plain_op
 
 
-def view_transform(
+def color_jitter(
     crops: Tensor,
     flips: Tensor,
     factors: Tensor,
@@ -47,8 +47,8 @@ def view_transform(
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean and std must have three values each, got {len(mean)} and {len(std)}")
     if chosen_backend() == "reference":
-        return reference.view_transform(crops, flips, factors, centers, mean, std, dtype)
-    return _view_transform(crops, flips, factors, centers, list(mean), list(std), dtype)
+        return reference.color_jitter(crops, flips, factors, centers, mean, std, dtype)
+    return _color_jitter(crops, flips, factors, centers, list(mean), list(std), dtype)
 
 
 def _impl(
@@ -63,8 +63,8 @@ def _impl(
     if triton_runs(crops):
         from beit_fast.kernels.color_jitter import kernel
 
-        return kernel.transform(crops, flips, factors, centers, mean, std, dtype)
-    return reference.view_transform(crops, flips, factors, centers, mean, std, dtype).contiguous()
+        return kernel.color_jitter(crops, flips, factors, centers, mean, std, dtype)
+    return reference.color_jitter(crops, flips, factors, centers, mean, std, dtype).contiguous()
 
 
 def _fake(
@@ -80,4 +80,4 @@ def _fake(
     return crops.new_empty((B, 3, H, W), dtype=dtype)
 
 
-_view_transform = plain_op("view_transform", _impl, _fake)
+_color_jitter = plain_op("color_jitter", _impl, _fake)

@@ -1,4 +1,4 @@
-"""The definition of `view_transform`."""
+"""The definition of `color_jitter`."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def view_transform(
+def color_jitter(
     crops: Tensor,
     flips: Tensor,
     factors: Tensor,
@@ -25,4 +25,6 @@ def view_transform(
     gray = (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
     x = (saturation * x + (1 - saturation) * gray).clamp(0, 255)
     x = torch.where(flips[:, None, None, None], x.flip(3), x)
-    return ((x / 255 - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]).to(dtype)
+    # one channel at a time with Python's numbers: a tensor made of them would have a GPU wait for the host
+    channels = [(c / 255 - m) / s for c, m, s in zip(x.unbind(1), mean, std, strict=True)]
+    return torch.stack(channels, 1).to(dtype)

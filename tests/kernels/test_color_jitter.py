@@ -1,4 +1,4 @@
-"""view_transform against a pixel-by-pixel formula, the compiled CPU pass, and as a Triton kernel."""
+"""color_jitter against a pixel-by-pixel formula, the compiled CPU pass, and as a Triton kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.kernels import use_backend
-from beit_fast.kernels.color_jitter.op import view_transform
+from beit_fast.kernels import color_jitter, use_backend
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
@@ -51,7 +50,7 @@ def by_hand(crops: Tensor, flips: Tensor, factors: Tensor, centers: Tensor) -> T
 
 def test_equals_the_formula_by_hand() -> None:
     views = make(3, 5, 4)
-    ours = view_transform(**views, mean=MEAN, std=STD)
+    ours = color_jitter(**views, mean=MEAN, std=STD)
     torch.testing.assert_close(ours.double(), by_hand(**views), rtol=1e-5, atol=1e-5)
 
 
@@ -60,14 +59,14 @@ def test_equals_the_compiled_pass() -> None:
     views = make(4, 24, 17)
     arrays = [views[name].numpy() for name in ("crops", "flips", "factors", "centers")]
     compiled = torch.from_numpy(_C.transform_views(*arrays, MEAN, STD))
-    torch.testing.assert_close(view_transform(**views, mean=MEAN, std=STD), compiled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(color_jitter(**views, mean=MEAN, std=STD), compiled, rtol=1e-5, atol=1e-5)
 
 
 def test_maps_pixels_for_a_tokenizer() -> None:
     """mean = -b / a and std = 1 / a give a x + b, such as the 0.8 x + 0.1 of the DALL-E tokenizer."""
     views = make(2, 4, 4)
     views["factors"].fill_(1.0)
-    mapped = view_transform(**views, mean=(-0.125,) * 3, std=(1.25,) * 3)
+    mapped = color_jitter(**views, mean=(-0.125,) * 3, std=(1.25,) * 3)
     pixels = views["crops"].permute(0, 3, 1, 2).float() / 255
     pixels[1] = pixels[1].flip(2)
     torch.testing.assert_close(mapped, 0.8 * pixels + 0.1)
@@ -76,10 +75,10 @@ def test_maps_pixels_for_a_tokenizer() -> None:
 def test_dispatch() -> None:
     views = make(2, 4, 6)
     arguments = (*views.values(), list(MEAN), list(STD), torch.bfloat16)
-    torch.library.opcheck(torch.ops.beit_fast.view_transform, arguments)
-    compiled = torch.compile(view_transform, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*views.values(), MEAN, STD), view_transform(*views.values(), MEAN, STD))
-    assert view_transform(**make(0, 4, 6), mean=MEAN, std=STD).shape == (0, 3, 4, 6)
+    torch.library.opcheck(torch.ops.beit_fast.color_jitter, arguments)
+    compiled = torch.compile(color_jitter, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*views.values(), MEAN, STD), color_jitter(*views.values(), MEAN, STD))
+    assert color_jitter(**make(0, 4, 6), mean=MEAN, std=STD).shape == (0, 3, 4, 6)
 
 
 @pytest.mark.parametrize("name", ["crops", "flips", "factors", "centers"])
@@ -87,17 +86,17 @@ def test_wrong_arguments_are_named(name: str) -> None:
     views = make(3, 4, 4)
     views[name] = views[name][:2] if name != "crops" else views[name].float()
     with pytest.raises(ValueError, match=name):
-        view_transform(**views, mean=MEAN, std=STD)
+        color_jitter(**views, mean=MEAN, std=STD)
     with pytest.raises(ValueError, match="mean and std"):
-        view_transform(**make(3, 4, 4), mean=(0.5,), std=(0.5,))  # type: ignore[arg-type]
+        color_jitter(**make(3, 4, 4), mean=(0.5,), std=(0.5,))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton(triton_device: str, dtype: torch.dtype, assert_accurate: Check) -> None:
     views = make(3, 40, 31, triton_device)
-    ours = view_transform(**views, mean=MEAN, std=STD, dtype=dtype)
+    ours = color_jitter(**views, mean=MEAN, std=STD, dtype=dtype)
     with use_backend("reference"):
-        eager = view_transform(**views, mean=MEAN, std=STD, dtype=dtype)
+        eager = color_jitter(**views, mean=MEAN, std=STD, dtype=dtype)
         wide = views | {"factors": views["factors"].double()}
-        exact = view_transform(**wide, mean=MEAN, std=STD, dtype=torch.float64)
+        exact = color_jitter(**wide, mean=MEAN, std=STD, dtype=torch.float64)
     assert_accurate("view", ours, eager, exact)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.kernels import bias_gelu, masked_cross_entropy, residual_add, residual_layer_norm, view_transform
+from beit_fast.kernels import bias_gelu, color_jitter, masked_cross_entropy, residual_add, residual_layer_norm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,7 +117,7 @@ def test_views_of_a_full_batch() -> None:
     crops = torch.randint(0, 256, (64, 224, 224, 3), dtype=torch.uint8, device="cuda")
     factors, flips = torch.rand(64, 3, device="cuda") + 0.5, torch.arange(64, device="cuda") % 2 == 0
     centers = torch.full((64,), 120.0, device="cuda")
-    call: Callable[..., Tensor] = view_transform
+    call: Callable[..., Tensor] = color_jitter
     on_gpu = call(crops, flips, factors, centers, (0.5,) * 3, (0.5,) * 3)
     on_cpu = call(*(t.cpu() for t in (crops, flips, factors, centers)), (0.5,) * 3, (0.5,) * 3)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-5)

@@ -95,10 +95,10 @@ def test_tensors_of_a_pickled_module(tmp_path: Path, zipped: bool) -> None:
 
 def test_conversion_to_safetensors(tmp_path: Path) -> None:
     make_parts(tmp_path)
-    (tmp_path / "converted").mkdir()
-    load.convert_pickle(tmp_path / "encoder.pkl", tmp_path / "converted" / "encoder.safetensors")
+    load._convert(tmp_path / "encoder.pkl", "encoder", SMALL["encoder"], None)
     images = torch.rand(2, 3, 16, 16)
-    converted, original = load_tokenizer(tmp_path / "converted"), load_tokenizer(tmp_path / "encoder.pkl")
+    converted, original = load_tokenizer(tmp_path), load_tokenizer(tmp_path / "encoder.pkl")
+    assert (converted.name, original.name) == (str(tmp_path), str(tmp_path / "encoder.pkl"))
     assert torch.equal(converted.encode(images), original.encode(images))
     assert converted.sha256 == original.sha256
 
@@ -296,20 +296,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     log: ClassVar[list[tuple[str, str | None]]] = []
 
     def do_GET(self) -> None:
-        wanted = self.headers.get("Range")
-        self.log.append((self.path, wanted))
+        requested = self.headers.get("Range")
+        self.log.append((self.path, requested))
         data = self.files.get(self.path)
         if data is None:
             self.send_error(404)
             return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
+        start = int(requested.removeprefix("bytes=").rstrip("-")) if requested and self.ranges else 0
         if start >= len(data) > 0:
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
             self.end_headers()
             return
-        self.send_response(206 if wanted and self.ranges else 200)
-        if wanted and self.ranges:
+        self.send_response(206 if requested and self.ranges else 200)
+        if requested and self.ranges:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()

@@ -26,13 +26,13 @@ def test_folded_gains(blocks, pictures):
         parameter.normal_(std=0.2)
     images = pictures[:2, :, :32, :32].contiguous(memory_format=torch.channels_last)
     encoder.to(memory_format=torch.channels_last)
-    wanted = encoder.features(images)
+    expected = encoder.features(images)
     tokenizer = DalleTokenizer(encoder).to_precision(torch.float32)
     once = encoder.features(images)
     tokenizer.to_precision(torch.float32)
     assert torch.equal(encoder.features(images), once)
     tolerance = 0.0 if blocks < 3 else 1e-5
-    torch.testing.assert_close(once, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+    torch.testing.assert_close(once, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 def test_half_precision_keeps_its_gains():
