@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 
 
 class _Later:
-    """A computation put off, to be done under the grad mode and autocast of now, as long as its weights stay."""
+    """A computation to be done later, under the grad mode and autocast of now, as long as its weights stay."""
 
     def __init__(self, compute: Callable[[], Tensor], weights: Iterable[Tensor], device: str) -> None:
         self.compute, self.device = compute, device
@@ -33,22 +33,21 @@ class _Later:
 
 @dataclass
 class LaterLogits(MaskedLMOutput):
-    """A `MaskedLMOutput` in every respect, except that `logits` costs nothing until somebody looks at it."""
+    """A `MaskedLMOutput` in every respect, except that `logits` costs nothing until it is read."""
 
     @classmethod
     def of(cls, compute: Callable[[], Tensor], weights: Iterable[Tensor], loss: Tensor, **fields: Any) -> LaterLogits:
         """An output with this loss, these fields, and logits to come from `compute` while `weights` are unchanged."""
         return cls(loss=loss, logits=_Later(compute, weights, loss.device.type), **fields)
 
-    def _settle(self) -> None:
-        later = self.__dict__.get("logits")
+    def _computed(self) -> Tensor:
+        later = self.__dict__["logits"]
         if isinstance(later, _Later):
             self["logits"] = later()
+        return self.__dict__["logits"]
 
-    def __getattribute__(self, name: str) -> Any:
-        if name == "logits":
-            object.__getattribute__(self, "_settle")()
-        return super().__getattribute__(name)
+    def _store(self, value: Tensor | _Later | None) -> None:
+        self.__dict__["logits"] = value
 
     def __getitem__(self, key: Any) -> Any:
         name = list(self.keys())[key] if isinstance(key, int) else key
@@ -57,11 +56,11 @@ class LaterLogits(MaskedLMOutput):
         return super().__getitem__(key)
 
     def items(self) -> Any:
-        self._settle()
+        self._computed()
         return super().items()
 
     def values(self) -> Any:
-        self._settle()
+        self._computed()
         return super().values()
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -70,3 +69,7 @@ class LaterLogits(MaskedLMOutput):
     def __reduce__(self) -> Any:
         """Copies and pickles are those of transformers' own class."""
         return MaskedLMOutput, (self.loss, self.logits, self.hidden_states, self.attentions)
+
+
+# Set here, because the decorator would take a property in the body for the default of the field.
+LaterLogits.logits = property(LaterLogits._computed, LaterLogits._store)

@@ -10,11 +10,17 @@ from timm.layers import DropPath, LayerNorm, Mlp
 from timm.models import register_model
 from torch import Tensor, nn
 
-import beit_fast
-from beit_fast import kernels
-from beit_fast.integrations.blocks import bias_for_all, drop_factors, inactive, prepared
-from beit_fast.kernels import Bias
-from beit_fast.nn.stock import is_stock, linear_without_bias
+from beit_fast.integrations.blocks import (
+    bias_for_all,
+    drop_factors,
+    exact_gelu,
+    forward_after_attention,
+    inactive,
+    prepared,
+)
+from beit_fast.kernels import Bias, linear, packed_attention, prepare_bias, relative_position_bias
+from beit_fast.models import Beit, create_model, list_models
+from beit_fast.nn.stock import is_stock
 
 
 class Block(theirs.Block):
@@ -24,21 +30,12 @@ class Block(theirs.Block):
         """(B, N, D) -> (B, N, D), with the bias (H, N, N) that all blocks share."""
         if not self._as_made():
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        attn, mlp, norm = self.attn, self.mlp, self.norm2
-        normed = self.norm1(x)
-        qkv = kernels.linear(normed, attn.qkv.weight, self._qkv_bias())
-        mixed = kernels.packed_attention(
-            qkv.view(*x.shape[:2], 3, attn.num_heads, -1), self._bias(shared_rel_pos_bias, qkv.dtype), attn.scale
-        )
-        branch, bias = linear_without_bias(attn.proj, mixed.flatten(2))
-        x, normed = kernels.residual_layer_norm(
-            x, branch, self.gamma_1, drop_factors(self.drop_path1, x), norm.weight, norm.bias, norm.eps, bias
-        )
-        hidden, bias = linear_without_bias(mlp.fc1, normed)
-        branch, last_bias = linear_without_bias(
-            mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None)
-        )
-        return kernels.residual_add(x, branch, self.gamma_2, drop_factors(self.drop_path2, x), last_bias)
+        attn, mlp, gammas = self.attn, self.mlp, (self.gamma_1, self.gamma_2)
+        qkv_bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        qkv = linear(self.norm1(x), attn.qkv.weight, qkv_bias).view(*x.shape[:2], 3, attn.num_heads, -1)
+        heads = packed_attention(qkv, self._bias(shared_rel_pos_bias, qkv.dtype), attn.scale).flatten(2)
+        factors = drop_factors(self.drop_path1, x), drop_factors(self.drop_path2, x)
+        return forward_after_attention(x, heads, (attn.proj, self.norm2, mlp.fc1, mlp.fc2), gammas, factors)
 
     def _as_made(self) -> bool:
         """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
@@ -55,24 +52,20 @@ class Block(theirs.Block):
             and is_stock(self.drop_path2, DropPath, nn.Identity)
         )
 
-    def _qkv_bias(self) -> Tensor | None:
-        attn = self.attn
-        return None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-
     def _bias(self, shared: Tensor | None, dtype: torch.dtype) -> Bias:
         table = self.attn.relative_position_bias_table
         if table is None:
             return None if shared is None else prepared(shared, dtype)
-        own = kernels.relative_position_bias(table, self.attn.window_size)
-        return kernels.prepare_bias(own if shared is None else own + shared, dtype)
+        own = relative_position_bias(table, self.attn.window_size)
+        return prepare_bias(own if shared is None else own + shared, dtype)
 
 
 class RelativePositionBias(theirs.RelativePositionBias):
-    """timm's table for all blocks, spread by our kernel."""
+    """timm's table for all blocks, gathered by our kernel."""
 
     def forward(self) -> Tensor:
         """(H, N, N)."""
-        bias = kernels.relative_position_bias(self.relative_position_bias_table, self.window_size)
+        bias = relative_position_bias(self.relative_position_bias_table, self.window_size)
         return bias_for_all(bias, bias.view(bias.shape))
 
 
@@ -88,29 +81,23 @@ def find(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: a BEiT is of a kind that we do not have.
     """
-    found = []
     for name, module in model.named_modules():
         if type(module) is theirs.Block:
             _check(module, name)
-        if type(module) in FASTER:
-            found.append(module)
-    return found
+    return [module for module in model.modules() if type(module) in FASTER]
 
 
 def _check(block: Any, name: str) -> None:
+    mlp = block.mlp
     problems = {
-        "its MLP is a SwiGLU": not isinstance(block.mlp, Mlp),
-        "its MLP has a norm": not isinstance(getattr(block.mlp, "norm", None), nn.Identity),
-        "its activation is not the exact GELU": not _exact_gelu(getattr(block.mlp, "act", None)),
+        "its MLP is a SwiGLU": not isinstance(mlp, Mlp),
+        "its MLP has a norm": not isinstance(getattr(mlp, "norm", None), nn.Identity),
+        "its activation is not the exact GELU": not exact_gelu(getattr(mlp, "act", None)),
         "its norms are not LayerNorms with weight and bias": not all(_affine(n) for n in (block.norm1, block.norm2)),
     }
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(f"timm's BEiT block {name!r} is not supported: {problem}")
-
-
-def _exact_gelu(activation: nn.Module | None) -> bool:
-    return type(activation) is nn.GELU and activation.approximate == "none"
+    problem = next((problem for problem, applies in problems.items() if applies), None)
+    if problem is not None:
+        raise ValueError(f"timm's BEiT block {name!r} is not supported: {problem}")
 
 
 def _affine(norm: nn.Module) -> bool:
@@ -127,18 +114,16 @@ def register() -> list[str]:
         The names.
     """
     names = []
-    for name in beit_fast.list_models():
-        alias = (
-            name.replace("beitv2", "beit_fastv2") if name.startswith("beitv2") else name.replace("beit", "beit_fast")
-        )
+    for name in list_models():
+        alias = name.replace("beit", "beit_fast", 1)
         register_model(_factory(alias, name))
         names.append(alias)
     return names
 
 
 def _factory(alias: str, name: str) -> Any:
-    def create(pretrained: bool = False, **kwargs: Any) -> beit_fast.Beit:
-        return beit_fast.create_model(name, pretrained, **kwargs)
+    def create(pretrained: bool = False, **kwargs: Any) -> Beit:
+        return create_model(name, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = alias
     create.__module__ = __name__

@@ -18,11 +18,18 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from beit_fast import kernels
-from beit_fast.integrations.blocks import bias_for_all, drop_factors, inactive, prepared
+from beit_fast.integrations.blocks import (
+    apply_linear,
+    bias_for_all,
+    drop_factors,
+    exact_gelu,
+    forward_after_attention,
+    inactive,
+    prepared,
+)
 from beit_fast.integrations.later_logits import LaterLogits
-from beit_fast.kernels import Bias
-from beit_fast.nn.stock import is_stock, linear_without_bias, product_of
+from beit_fast.kernels import Bias, biased_attention, masked_cross_entropy, relative_position_bias
+from beit_fast.nn.stock import all_stock, is_stock
 
 
 @dataclass
@@ -30,10 +37,10 @@ class MaskedRows:
     """Lets the last block compute only what the masked positions need; see `BeitLayer.forward`."""
 
     block: nn.Module
-    at: Tensor
-    """(M,) int64, rows of the flattened (B * N, D)."""
+    rows: Tensor
+    """(M,) int64, of the flattened (B * N, D)."""
     all_rows: Callable[[], Tensor] | None = None
-    """Set by the block where it did so: gives what it would have given else, (B, N, D)."""
+    """Set by the block where it did so: computes its whole output, (B, N, D)."""
 
 
 _SAME_RESULT = (None, "eager", "sdpa", "beit_fast")  # implementations of attention that compute what ours does
@@ -52,39 +59,28 @@ class BeitLayer(theirs.BeitLayer):
     ) -> Tensor:
         """(B, N, D) -> (B, N, D); `attention_mask` is the bias (1, H, N, N) that all blocks share, or a mask.
 
-        With `masked_indices`, if it means this block: (M, 1, D), all of the block after the attention, at these rows.
+        With `masked_rows`, if it is for this block: (M, 1, D), all of the block after the attention, at these rows.
         """
-        masked_indices: MaskedRows | None = kwargs.pop("masked_indices", None)
+        masked_rows: MaskedRows | None = kwargs.pop("masked_rows", None)
         x, attention = hidden_states, self.attention
         if not self._as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
         normed = self.layernorm_before(x)
-        heads = (*x.shape[:2], attention.num_attention_heads, attention.head_dim)
-        q, k, v = (product_of(p, normed).view(heads) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        shape = (*x.shape[:2], attention.num_attention_heads, attention.head_dim)
+        q, k, v = (apply_linear(p, normed).view(shape) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
         bias = self._bias(attention_mask, x, resolution, q.dtype)
-        mixed = kernels.biased_attention(q, k, v, bias, attention.scaling).flatten(2)
-        first, second = drop_factors(self.drop_path, x), drop_factors(self.drop_path, x)
-        if masked_indices is None or masked_indices.block is not self:
-            return self._finish(x, mixed, first, second)
-        masked_indices.all_rows = lambda: self._finish(x, mixed, first, second)
-        at = masked_indices.at
-        sample = torch.div(at, x.shape[1], rounding_mode="floor")
-        x_at, mixed_at = (t.flatten(0, 1).index_select(0, at).unsqueeze(1) for t in (x, mixed))
-        first_at, second_at = (None if f is None else f.index_select(0, sample) for f in (first, second))
-        return self._finish(x_at, mixed_at, first_at, second_at)
-
-    def _finish(self, x: Tensor, mixed: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor:
-        """The block behind the mixing of tokens: any tokens (B, N, D), the drop factors (B,) of both its branches."""
-        norm = self.layernorm_after
-        branch, bias = linear_without_bias(self.attention.o_proj, mixed)
-        x, normed = kernels.residual_layer_norm(
-            x, branch, _gamma(self.lambda_1), first, norm.weight, norm.bias, norm.eps, bias
-        )
-        hidden, bias = linear_without_bias(self.mlp.fc1, normed)
-        branch, bias = linear_without_bias(
-            self.mlp.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None)
-        )
-        return kernels.residual_add(x, branch, _gamma(self.lambda_2), second, bias)
+        heads = biased_attention(q, k, v, bias, attention.scaling).flatten(2)
+        factors = drop_factors(self.drop_path, x), drop_factors(self.drop_path, x)
+        gammas = _gamma(self.lambda_1), _gamma(self.lambda_2)
+        modules = attention.o_proj, self.layernorm_after, self.mlp.fc1, self.mlp.fc2
+        if masked_rows is None or masked_rows.block is not self:
+            return forward_after_attention(x, heads, modules, gammas, factors)
+        masked_rows.all_rows = lambda: forward_after_attention(x, heads, modules, gammas, factors)
+        rows = masked_rows.rows
+        sample = torch.div(rows, x.shape[1], rounding_mode="floor")
+        some_x, some_heads = (t.flatten(0, 1).index_select(0, rows).unsqueeze(1) for t in (x, heads))
+        first, second = (None if f is None else f.index_select(0, sample) for f in factors)
+        return forward_after_attention(some_x, some_heads, modules, gammas, (first, second))
 
     def _as_made(self, kwargs: dict[str, Any]) -> bool:
         """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
@@ -94,10 +90,9 @@ class BeitLayer(theirs.BeitLayer):
         return (
             config._attn_implementation in _SAME_RESULT
             and (attention.attention_dropout == 0.0 or not attention.training)
-            and _unwatched(attention, theirs.BeitAttention)
-            and is_stock(self.mlp, theirs.BeitMLP)
+            and _is_stock_to_transformers(attention, theirs.BeitAttention)
+            and all_stock((self.mlp, theirs.BeitMLP), (self.layernorm_after, nn.LayerNorm))
             and _exact_gelu(self.mlp.activation_fn)
-            and is_stock(self.layernorm_after, nn.LayerNorm)
             and inactive(self.dropout)
             and is_stock(self.drop_path, theirs.BeitDropPath, nn.Identity)
         )
@@ -117,8 +112,8 @@ def _is_bias(mask: Tensor, x: Tensor, attention: Any) -> bool:
     return mask.is_floating_point() and mask.shape == (1, attention.num_attention_heads, num_tokens, num_tokens)
 
 
-def _unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """As `is_stock`; transformers' own hooks, which only wait for their outputs to be asked for, do not count."""
+def _is_stock_to_transformers(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """As `is_stock`; transformers' own hooks, which collect hidden states and attentions on request, do not count."""
     hooks = module._forward_hooks.values()
     return all(getattr(hook, "__name__", "") == "output_capturing_hook" for hook in hooks) and not (
         type(module) is not kind or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -126,9 +121,7 @@ def _unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _exact_gelu(activation: nn.Module) -> bool:
-    if type(activation) is GELUActivation:
-        return activation.act is F.gelu
-    return type(activation) is nn.GELU and activation.approximate == "none"
+    return activation.act is F.gelu if type(activation) is GELUActivation else exact_gelu(activation)
 
 
 def _gamma(scale: Tensor | float) -> Tensor | None:
@@ -136,7 +129,7 @@ def _gamma(scale: Tensor | float) -> Tensor | None:
 
 
 class BeitRelativePositionBias(theirs.BeitRelativePositionBias):
-    """transformers' table, spread by our kernel, and interpolated only for another image size than its own."""
+    """transformers' table, gathered by our kernel, and interpolated only for another image size than its own."""
 
     def forward(
         self, window_size: tuple[int, int], interpolate_pos_encoding: bool = False, dim_size: int | None = None
@@ -147,21 +140,21 @@ class BeitRelativePositionBias(theirs.BeitRelativePositionBias):
         window_size = operator.index(window_size[0]), operator.index(window_size[1])
         num_tokens = window_size[0] * window_size[1] + 1
         if own[0] != own[1] or (interpolate_pos_encoding and dim_size != num_tokens):
-            return super().forward(window_size, interpolate_pos_encoding, dim_size)  # it means another sheet by these
+            return super().forward(window_size, interpolate_pos_encoding, dim_size)  # it reads the table otherwise
         if window_size != tuple(own):
             side = 2 * own[0] - 1
             sheet = table[:-3].reshape(1, side, side, -1).permute(0, 3, 1, 2)
             size = (2 * window_size[0] - 1, 2 * window_size[1] - 1)
             resized = F.interpolate(sheet, size=size, mode="bilinear").permute(0, 2, 3, 1).flatten(0, 2)
             table = torch.cat((resized, table[-3:]))
-        bias = kernels.relative_position_bias(table, window_size)
+        bias = relative_position_bias(table, window_size)
         return bias_for_all(bias, bias.unsqueeze(0))
 
 
 class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
     """transformers' pre-training model; where labels are given, only masked rows go through its head.
 
-    And through the last block behind its attention, where nobody asks for hidden states: nothing else is read.
+    So they do through the last block after its attention, unless hidden states are requested: nothing else is read.
     """
 
     @can_return_tuple
@@ -183,26 +176,26 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         per_image = bool_masked_pos.flatten(1).shape[1]
         rows = patches + torch.div(patches, per_image, rounding_mode="floor") + 1  # past each CLS token
         last, norm, head = self.beit.layers[-1], self.layernorm, self.lm_head
-        masked_indices = MaskedRows(last, rows) if self._reads_masked_rows_only(kwargs) else None
+        masked_rows = MaskedRows(last, rows) if self._reads_masked_rows_only(kwargs) else None
         outputs = self.beit(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             **kwargs,
-            **({} if masked_indices is None else {"masked_indices": masked_indices}),
+            **({} if masked_rows is None else {"masked_rows": masked_rows}),
         )
         hidden = outputs.last_hidden_state
         weights = [norm.weight, norm.bias, head.weight, head.bias]
-        finish, norm_of_trunk = None if masked_indices is None else masked_indices.all_rows, self.beit.layernorm
-        if finish is not None:  # `hidden` is (M, 1, D)
+        all_rows, backbone_norm = None if masked_rows is None else masked_rows.all_rows, self.beit.layernorm
+        if all_rows is not None:  # `hidden` is (M, 1, D)
             rows = torch.arange(len(rows), device=rows.device)
-            weights += [*last.parameters(), *norm_of_trunk.parameters()]
-        loss, _ = kernels.masked_cross_entropy(
+            weights += [*last.parameters(), *backbone_norm.parameters()]
+        loss, _ = masked_cross_entropy(
             hidden.flatten(0, 1), rows, labels, norm.weight, norm.bias, head.weight, head.bias, norm.eps
         )
         return LaterLogits.of(
-            lambda: head(norm(hidden if finish is None else norm_of_trunk(finish()))[:, 1:]),
+            lambda: head(norm(hidden if all_rows is None else backbone_norm(all_rows()))[:, 1:]),
             weights,
             loss=loss,
             hidden_states=outputs.hidden_states,
@@ -210,22 +203,20 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         )
 
     def _reads_masked_rows_only(self, kwargs: dict[str, Any]) -> bool:
-        """Whether nobody but the head will see what the last block gives."""
-        trunk, last, config = self.beit, self.beit.layers[-1], self.config
-        asked = (
-            kwargs.get(name, getattr(config, name, False)) for name in ("output_hidden_states", "output_attentions")
-        )
+        """Whether the output of the last block goes to the head alone."""
+        backbone, last, config = self.beit, self.beit.layers[-1], self.config
+        outputs = "output_hidden_states", "output_attentions"
         return (
-            not any(asked)
+            not any(kwargs.get(name, getattr(config, name, False)) for name in outputs)
             and not last.gradient_checkpointing
-            and is_stock(trunk, theirs.BeitModel)
-            and _unwatched(last, BeitLayer)
-            and is_stock(trunk.layernorm, nn.LayerNorm, nn.Identity)
+            and is_stock(backbone, theirs.BeitModel)
+            and _is_stock_to_transformers(last, BeitLayer)
+            and is_stock(backbone.layernorm, nn.LayerNorm, nn.Identity)
             and all(is_stock(m, nn.Linear) for m in (last.attention.o_proj, last.mlp.fc1, last.mlp.fc2))
         )
 
     def _head_as_made(self) -> bool:
-        return is_stock(self.layernorm, nn.LayerNorm) and is_stock(self.lm_head, nn.Linear)
+        return all_stock((self.layernorm, nn.LayerNorm), (self.lm_head, nn.Linear))
 
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
@@ -241,15 +232,12 @@ def find(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: a BEiT is of a kind that we do not have.
     """
-    found = []
     for name, module in model.named_modules():
         if type(module) is theirs.BeitLayer and not _exact_gelu(module.mlp.activation_fn):
             raise ValueError(
                 f"transformers' BEiT block {name!r} is not supported: its activation is not the exact GELU"
             )
-        if type(module) in FASTER:
-            found.append(module)
-    return found
+    return [module for module in model.modules() if type(module) in FASTER]
 
 
 def attention_forward(
@@ -281,7 +269,7 @@ def attention_forward(
         )
     bias = None if attention_mask is None else prepared(attention_mask, query.dtype)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return kernels.biased_attention(q, k, v, bias, scaling), None
+    return biased_attention(q, k, v, bias, scaling), None
 
 
 def register() -> None:

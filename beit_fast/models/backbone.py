@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit_fast import kernels
-from beit_fast.kernels import Bias
+from beit_fast.kernels import Bias, prepare_bias, relative_position_bias
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
-from beit_fast.nn.stock import is_stock
+from beit_fast.nn.stock import all_stock
 
 
 class BeitBackbone(nn.Module):
@@ -36,27 +35,18 @@ class BeitBackbone(nn.Module):
         shared = config.relative_position_bias == "shared"
         self.rel_pos_bias = RelativePositionBias(config.grid, config.num_heads) if shared else None
         self.drop_path = DropPathRates(config.drop_path_rate, config.depth)
-        own_window = config.grid if config.relative_position_bias == "per_block" else None
+        window = config.grid if config.relative_position_bias == "per_block" else None
+        eps, gamma = config.layer_norm_eps, config.layer_scale_init
         self.blocks = nn.ModuleList(
-            Block(
-                width,
-                config.num_heads,
-                config.mlp_ratio,
-                config.layer_norm_eps,
-                config.layer_scale_init,
-                own_window,
-            )
-            for _ in range(config.depth)
+            Block(width, config.num_heads, config.mlp_ratio, eps, gamma, window) for _ in range(config.depth)
         )
         self.grad_checkpointing = False
-        self.blocks_apart = False
+        self.bias_within_blocks = False
         """Let every block that is called make its own bias: with FSDP2 its weights are whole only while it runs."""
 
-    def layers(self) -> Iterator[Block]:
+    def layers(self) -> list[Block]:
         """The blocks from first to last."""
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            yield block
+        return cast(list[Block], list(self.blocks))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs and compute the rest again in the backward pass: less memory, more time."""
@@ -81,18 +71,19 @@ class BeitBackbone(nn.Module):
         Raises:
             ValueError: there is no such block or token.
         """
-        depth = len(self.blocks)
-        if not -depth <= block < depth:
-            raise ValueError(f"block {block} does not exist; the model has {depth}, numbered from 0")
-        block %= depth
+        layers = self.layers()
+        if not -len(layers) <= block < len(layers):
+            raise ValueError(f"block {block} does not exist; the model has {len(layers)}, numbered from 0")
+        block %= len(layers)
         grid = self._grid_of(images)
         tokens = 1 + grid[0] * grid[1]
         if queries is not None and queries.numel() and not 0 <= int(queries.min()) <= int(queries.max()) < tokens:
             raise ValueError(f"queries must lie in [0, {tokens}), got {int(queries.min())} to {int(queries.max())}")
-        layer = list(self.layers())[block]
-        _, normed = self._run_blocks(self._embed(images), self._attention_biases(images), None, block, layer.norm1)
+        _, normed = self._run_blocks(
+            self._embed(images), self._attention_biases(images), None, block, layers[block].norm1
+        )
         assert normed is not None
-        attn = layer.attn
+        attn = layers[block].attn
         q, k, _ = F.linear(normed, attn.qkv.weight, attn.qkv_bias()).float().chunk(3, dim=-1)
         q, k = (x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for x in (q, k))  # (B, H, N, K)
         table = attn.relative_position_bias_table
@@ -100,9 +91,8 @@ class BeitBackbone(nn.Module):
             table = self.rel_pos_bias.relative_position_bias_table
         bias = torch.zeros((), device=q.device)
         if table is not None:
-            bias = kernels.relative_position_bias(
-                resize_relative_position_bias_table(table, self.config.grid, grid), grid
-            ).float()
+            resized = resize_relative_position_bias_table(table, self.config.grid, grid)
+            bias = relative_position_bias(resized, grid).float()
         if queries is not None:
             q, bias = q.index_select(2, queries), bias if table is None else bias.index_select(1, queries)
         return (q @ k.transpose(-2, -1) * attn.scale + bias).softmax(-1)
@@ -133,17 +123,21 @@ class BeitBackbone(nn.Module):
         if torch.is_autocast_enabled(images.device.type):
             dtype = torch.get_autocast_dtype(images.device.type)
 
-        def prepared(table: Tensor | None) -> Bias:
+        own_grid, layers, shared_table = self.config.grid, self.layers(), self.rel_pos_bias
+
+        def bias_of(index: int) -> Bias:
+            holder = layers[index].attn if shared_table is None else shared_table
+            table: Tensor | None = holder.relative_position_bias_table
             if table is None:
                 return None
-            table = resize_relative_position_bias_table(table, self.config.grid, grid)
-            return kernels.prepare_bias(kernels.relative_position_bias(table, grid), dtype)
+            if grid != own_grid:
+                table = resize_relative_position_bias_table(table, own_grid, grid)
+            return prepare_bias(relative_position_bias(table, grid), dtype)
 
-        if self.rel_pos_bias is not None:
-            shared = prepared(self.rel_pos_bias.relative_position_bias_table)
-            return lambda index: shared
-        blocks = list(self.layers())
-        return lambda index: prepared(blocks[index].attn.relative_position_bias_table)
+        if shared_table is None:
+            return bias_of
+        shared = bias_of(0)
+        return lambda index: shared
 
     def _run_blocks(
         self,
@@ -151,10 +145,10 @@ class BeitBackbone(nn.Module):
         bias_of: Callable[[int], Bias],
         drop_path: Tensor | None,
         count: int,
-        final_norm: nn.LayerNorm | None,
+        final_norm: nn.Module | None,
         outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The first `count` blocks; each hands its successor the LayerNorm that this one reads first.
+        """Runs the first `count` blocks, each passing its successor the LayerNorm that this one reads first.
 
         Args:
             final_norm: what reads the output of the last of them (None: nothing does).
@@ -163,32 +157,28 @@ class BeitBackbone(nn.Module):
         Returns:
             The residual stream after the last block, and its `final_norm`.
         """
-        layers = list(self.layers())[:count]
-        can_fuse = [block.can_fuse() for block in layers]
+        layers = self.layers()[:count]
+        fused = [block.can_fuse() for block in layers]
         # the norm that each block computes for its successor, where that one does not have to call it itself
-        norms = [block.norm1 if can else None for block, can in zip(layers, can_fuse, strict=True)]
-        norms.append(final_norm if final_norm is not None and is_stock(final_norm, nn.LayerNorm) else None)
-        run = _checkpointed if self.grad_checkpointing and torch.is_grad_enabled() else _called
+        norms = [block.norm1 if can else None for block, can in zip(layers, fused, strict=True)]
+        fused_norm = final_norm is not None and all_stock((final_norm, nn.LayerNorm))
+        norms.append(cast(nn.LayerNorm, final_norm) if fused_norm else None)
+        checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         normed: Tensor | None = None
         for index, block in enumerate(layers):
+            run: Callable[..., Any] = block.forward_fused if fused[index] else block
+            if checkpointing:
+                # a block draws no random numbers, and looking up the generator's state would break a CUDA graph
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             factors = None if drop_path is None else drop_path[index]
             # no name for the bias: one of an earlier block must be gone before the next is made
-            if can_fuse[index]:
+            if fused[index]:
                 normed = block.norm1(x) if normed is None else normed
-                x, normed = run(block.chain, x, normed, bias_of(index), factors, norms[index + 1])
+                x, normed = run(x, normed, bias_of(index), factors, norms[index + 1])
+            elif self.bias_within_blocks:
+                x, normed = run(x, partial(bias_of, index), factors), None
             else:
-                bias = partial(bias_of, index) if self.blocks_apart else bias_of(index)
-                x, normed = run(block, x, bias, factors), None
-                del bias
+                x, normed = run(x, bias_of(index), factors), None
             if outputs is not None:
                 outputs.append(x)
         return x, final_norm(x) if normed is None and final_norm is not None else normed
-
-
-def _called(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
-    # a block draws no random numbers, and looking up the generator's state would break a CUDA graph
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -116,15 +116,13 @@ class Beit(HubMethods, BeitBackbone):
         """(B, C, S, S) -> (B, N, D): all tokens after the last block (and `norm`, where it comes before pooling)."""
         return self._features(images, sample_keys, len(self.blocks), None)
 
-    def _features(self, images: Tensor, keys: Tensor | None, count: int, outputs: list[Tensor] | None) -> Tensor:
-        bias_of = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], keys)
-        whole = count == len(self.blocks)
-        final_norm = self.norm if isinstance(self.norm, nn.LayerNorm) and whole else None
-        x, normed = self._run_blocks(self._embed(images), bias_of, drop_path, count, final_norm, outputs)
-        if normed is not None:
-            return normed
-        return self.norm(x) if whole else x
+    def _features(self, images: Tensor, sample_keys: Tensor | None, count: int, outputs: list[Tensor] | None) -> Tensor:
+        """The tokens after `count` blocks, and after `norm` if these are all."""
+        biases = self._attention_biases(images)
+        drop_path = self.drop_path(images.shape[0], sample_keys) if self.training else None
+        final_norm = self.norm if count == len(self.blocks) else None
+        x, normed = self._run_blocks(self._embed(images), biases, drop_path, count, final_norm, outputs)
+        return x if normed is None else normed
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, N, D) -> (B, num_classes), (B, N, num_classes) without pooling; `pre_logits`: what goes into the head."""

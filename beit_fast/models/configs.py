@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 Size = Literal["tiny", "small", "base", "large"]
@@ -94,7 +95,7 @@ class BeitConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {known}")
 
-    @property
+    @cached_property
     def image_hw(self) -> tuple[int, int]:
         if isinstance(self.image_size, int):
             return self.image_size, self.image_size
@@ -106,7 +107,7 @@ class BeitConfig:
         """Whether the classifier has an `fc_norm` (and no `norm`)."""
         return self.global_pool == "avg" if self.use_fc_norm is None else self.use_fc_norm
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """(h, w), the patches down and across."""
         height, width = self.image_hw

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import register_dataclass
 
-from beit_fast import kernels
+from beit_fast.kernels import masked_cross_entropy
 from beit_fast.models.backbone import BeitBackbone
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.hub import HubMethods
 from beit_fast.models.initialisation import init_for_pretraining
-from beit_fast.nn.stock import is_stock
+from beit_fast.nn.stock import all_stock
 
 
 @dataclass
@@ -88,93 +88,85 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
         Raises:
             ValueError: nothing is masked, the shapes do not fit, or visual tokens are missing.
         """
-        mask, rows = self._masked_rows(images, mask, masked_indices, predict_all)
-        num_masked = rows.shape[0]
-        if self.config.mim_target == "pixels":
-            predicted = self.lm_head(self.norm(self._hidden_at(images, mask, rows, sample_keys)))
-            losses = (predicted.float() - self._pixels_at(images, rows)).square().mean(1)
-            loss = losses.mean() if num_targets is None else losses.sum() / num_targets
-            nothing = torch.zeros((), dtype=torch.int64, device=rows.device)
-            return MaskedImageModelingOutput(loss, torch.full_like(loss, torch.nan), num_masked, nothing)
-        if visual_tokens is None:
+        mask, masked_indices = self._masked_indices(images, mask, masked_indices, predict_all)
+        num_masked = masked_indices.shape[0]
+        count = num_masked if num_targets is None else num_targets
+        pixels = self.config.mim_target == "pixels"
+        if visual_tokens is None and not pixels:
             raise ValueError("visual_tokens are missing; only a model with mim_target='pixels' needs none")
-        targets = self._targets_at(visual_tokens, rows, mask)
-        hidden = self._hidden_at(images, mask, rows, sample_keys)
-        if not (is_stock(self.norm, nn.LayerNorm) and is_stock(self.lm_head, nn.Linear)):
-            logits = self.lm_head(self.norm(hidden)).float()
-            count = num_masked if num_targets is None else num_targets
+        targets = None if visual_tokens is None else self._targets_at(visual_tokens, masked_indices, mask)
+        hidden = self._hidden_at(images, mask, masked_indices, sample_keys)
+        norm, head = self.norm, self.lm_head
+        if pixels or targets is None:
+            predicted = head(norm(hidden)).float()
+            loss = (predicted - self._pixels_at(images, masked_indices)).square().mean(1).sum() / count
+            nothing = torch.zeros((), dtype=torch.int64, device=hidden.device)
+            return MaskedImageModelingOutput(loss, torch.full_like(loss, torch.nan), num_masked, nothing)
+        if all_stock((norm, nn.LayerNorm), (head, nn.Linear)):
+            rows = torch.arange(num_masked, device=hidden.device)
+            loss, num_correct = masked_cross_entropy(
+                hidden, rows, targets, norm.weight, norm.bias, head.weight, head.bias, norm.eps, num_targets
+            )
+        else:
+            logits = head(norm(hidden)).float()
             loss = F.cross_entropy(logits, targets, reduction="sum") / count
             num_correct = (logits.argmax(1) == targets).sum()
-            return MaskedImageModelingOutput(loss, num_correct.float() / num_masked, num_masked, num_correct)
-        loss, num_correct = kernels.masked_cross_entropy(
-            hidden,
-            torch.arange(rows.shape[0], device=rows.device),
-            targets,
-            self.norm.weight,
-            self.norm.bias,
-            self.lm_head.weight,
-            self.lm_head.bias,
-            self.norm.eps,
-            num_targets,
-        )
         return MaskedImageModelingOutput(loss, num_correct.float() / num_masked, num_masked, num_correct)
 
     def predict_tokens(self, images: Tensor, mask: Tensor, predict_all: bool = False) -> Tensor:
         """Logits (M, V), or pixels (M, C * P * P), at the masked positions in row order, or at all."""
-        mask, rows = self._masked_rows(images, mask, None, predict_all)
-        return self.lm_head(self.norm(self._hidden_at(images, mask, rows, None)))
+        mask, masked_indices = self._masked_indices(images, mask, None, predict_all)
+        return self.lm_head(self.norm(self._hidden_at(images, mask, masked_indices, None)))
 
-    def _masked_rows(
-        self, images: Tensor, mask: Tensor, rows: Tensor | None, predict_all: bool
+    def _masked_indices(
+        self, images: Tensor, mask: Tensor, masked_indices: Tensor | None, predict_all: bool
     ) -> tuple[Tensor, Tensor]:
-        """The mask as (B, N-1) and where to predict: the indices of its true entries in the flattened mask, or all."""
-        batch, patches = images.shape[0], self._patches_of(images)
+        """The mask as (B, N-1), and where to predict: the indices of its true entries in the flattened mask, or all."""
+        height, width = self._grid_of(images)
+        expected = images.shape[0], height * width
         mask = mask.flatten(1)
-        if mask.shape != (batch, patches) or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool ({batch}, {patches}), got {mask.dtype} {tuple(mask.shape)}")
+        if mask.shape != expected or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
         if predict_all:
-            rows = torch.arange(mask.numel(), device=mask.device)
-        elif rows is None:
-            rows = mask.flatten().nonzero().squeeze(1)
-        if rows.shape[0] == 0:
+            masked_indices = torch.arange(mask.numel(), device=mask.device)
+        elif masked_indices is None:
+            masked_indices = mask.flatten().nonzero().squeeze(1)
+        if masked_indices.shape[0] == 0:
             raise ValueError("the mask hides no patch, so there is nothing to predict: mask at least one")
-        return mask, rows
+        return mask, masked_indices
 
-    def _patches_of(self, images: Tensor) -> int:
-        patch = self.config.patch_size
-        return (images.shape[-2] // patch) * (images.shape[-1] // patch)
+    def _targets_at(self, visual_tokens: Tensor, masked_indices: Tensor, mask: Tensor) -> Tensor:
+        """(M,): the visual tokens of the masked patches."""
+        tokens = visual_tokens.flatten()
+        if tokens.shape[0] == mask.numel():
+            return tokens[masked_indices]
+        if tokens.shape[0] != masked_indices.shape[0]:
+            raise ValueError(
+                f"visual_tokens has {tokens.shape[0]} entries; give one for each of the {mask.numel()} patches or for "
+                f"each of the {masked_indices.shape[0]} masked ones"
+            )
+        return tokens
 
-    def _targets_at(self, visual_tokens: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-        flat = visual_tokens.flatten()
-        if flat.shape[0] == mask.numel():
-            return flat[rows]
-        if flat.shape[0] == rows.shape[0]:
-            return flat
-        raise ValueError(
-            f"visual_tokens has {flat.shape[0]} entries; give one for each of the {mask.numel()} patches or for each "
-            f"of the {rows.shape[0]} masked ones"
-        )
-
-    def _pixels_at(self, images: Tensor, rows: Tensor) -> Tensor:
-        """(M, C * P * P) float32: the patches of the images that `rows` number."""
+    def _pixels_at(self, images: Tensor, masked_indices: Tensor) -> Tensor:
+        """(M, C * P * P) float32: the pixels of the masked patches."""
         patches = F.unfold(images.float(), self.config.patch_size, stride=self.config.patch_size)  # (B, C*P*P, N-1)
-        return patches.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+        return patches.transpose(1, 2).flatten(0, 1).index_select(0, masked_indices)
 
-    def _hidden_at(self, images: Tensor, mask: Tensor, rows: Tensor, sample_keys: Tensor | None) -> Tensor:
+    def _hidden_at(self, images: Tensor, mask: Tensor, masked_indices: Tensor, sample_keys: Tensor | None) -> Tensor:
         """(M, D): the residual stream after the last block at the masked positions, before the final norm."""
         bias_of = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys)
+        drop_path = self.drop_path(images.shape[0], sample_keys) if self.training else None
         x = self._embed(images, mask, self.mask_token)
-        sample = torch.div(rows, mask.shape[1], rounding_mode="floor")
-        at = rows + sample + 1  # every sample has one CLS token in front of its patches
-        *_, last = self.layers()
+        sample = torch.div(masked_indices, mask.shape[1], rounding_mode="floor")
+        tokens = masked_indices + sample + 1  # every sample has one CLS token in front of its patches
+        *front, last = self.layers()
         if not last.can_fuse():
             x, _ = self._run_blocks(x, bias_of, drop_path, len(self.blocks), None)
-            return x.flatten(0, 1).index_select(0, at)
-        x, normed = self._run_blocks(x, bias_of, drop_path, len(self.blocks) - 1, last.norm1)
+            return x.flatten(0, 1).index_select(0, tokens)
+        x, normed = self._run_blocks(x, bias_of, drop_path, len(front), last.norm1)
         assert normed is not None
         # The last block: attention over all tokens, the rest at the masked positions, each a sample of one token.
-        mixed = last.attn.mix(normed, bias_of(len(self.blocks) - 1)).flatten(0, 1).index_select(0, at)
-        hidden = x.flatten(0, 1).index_select(0, at).unsqueeze(1)
+        heads = last.attn.attend(normed, bias_of(len(front)))
+        heads, x = (tensor.flatten(0, 1).index_select(0, tokens).unsqueeze(1) for tensor in (heads, x))
         factors = None if drop_path is None else drop_path[-1].index_select(1, sample)
-        return last.finish(hidden, mixed.unsqueeze(1), factors).squeeze(1)
+        return last.forward_after_attention(x, heads, factors)[0].squeeze(1)

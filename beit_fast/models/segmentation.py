@@ -106,7 +106,8 @@ class SegmentationBackbone(BeitBackbone):
     def forward(self, images: Tensor, sample_keys: Tensor | None = None) -> list[Tensor]:
         """(B, C, S, T) -> four maps (B, D, h, w), which the pyramid takes to 4, 2, 1 and 1/2 times h x w."""
         outputs: list[Tensor] = []
-        biases, drop_path = self._attention_biases(images), self.drop_path(images.shape[0], sample_keys)
+        biases = self._attention_biases(images)
+        drop_path = self.drop_path(images.shape[0], sample_keys) if self.training else None
         self._run_blocks(self._embed(images), biases, drop_path, len(self.blocks), None, outputs)
         grid = self._grid_of(images)
         # Not made contiguous: channels come last in memory, which is how convolutions run fastest.

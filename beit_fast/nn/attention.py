@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from beit_fast import kernels
-from beit_fast.kernels import Bias
+from beit_fast.kernels import Bias, linear, packed_attention
 from beit_fast.nn.relative_position_bias import table_parameter
-from beit_fast.nn.stock import is_stock
 
 
 class Attention(nn.Module):
@@ -37,19 +35,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, bias: Bias = None) -> Tensor:
         """(B, N, D) -> (B, N, D); `bias` is (H, N, N), prepared or plain, or None."""
-        return self.proj(self.mix(x, bias))
+        qkv = self.qkv(x)
+        return self.proj(self._heads(qkv + self.qkv_bias().to(qkv.dtype), bias))
 
-    def mix(self, x: Tensor, bias: Bias) -> Tensor:
-        """(B, N, D) -> (B, N, D): the heads' outputs side by side, before `proj`."""
-        batch, tokens, width = x.shape
-        bias_of_qkv = self.qkv_bias()
-        if is_stock(self.qkv, nn.Linear):
-            qkv = kernels.linear(x, self.qkv.weight, bias_of_qkv)
-        else:
-            qkv = self.qkv(x)
-            qkv = qkv + bias_of_qkv.to(qkv.dtype)
-        qkv = qkv.view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        return kernels.packed_attention(qkv, bias, self.scale).reshape(batch, tokens, width)
+    def attend(self, x: Tensor, bias: Bias) -> Tensor:
+        """(B, N, D) -> the heads' outputs side by side (B, N, D), before `proj`; `qkv` must be stock."""
+        return self._heads(linear(x, self.qkv.weight, self.qkv_bias()), bias)
+
+    def _heads(self, qkv: Tensor, bias: Bias) -> Tensor:
+        batch, tokens, _ = qkv.shape
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, -1)
+        return packed_attention(qkv, bias, self.scale).reshape(batch, tokens, -1)
 
     def qkv_bias(self) -> Tensor:
+        """(3D,), zeros for k."""
         return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))

@@ -1,4 +1,4 @@
-"""One transformer block, written so that every residual sum and the LayerNorm after it are one op."""
+"""One transformer block: as the paper writes it, and with each residual sum and the LayerNorm after it as one op."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from beit_fast import kernels
-from beit_fast.kernels import Bias
+from beit_fast.kernels import Bias, bias_gelu, linear, residual_add, residual_layer_norm
 from beit_fast.nn.attention import Attention
 from beit_fast.nn.mlp import Mlp
-from beit_fast.nn.stock import is_stock, linear_without_bias
+from beit_fast.nn.stock import all_stock
 
 
 class Block(nn.Module):
-    """x + gamma_1 * attention(norm1(x)), then x + gamma_2 * mlp(norm2(x)), each with drop path (paper section 2.3).
+    """x = x + gamma_1 * attn(norm1(x)); x = x + gamma_2 * mlp(norm2(x)), each with drop path (paper section 2.3).
 
     Args:
         width, num_heads, mlp_ratio: D, H, hidden width of the MLP over D.
@@ -38,78 +37,72 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, window_size)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.gamma_1: nn.Parameter | None = None
+        self.gamma_2: nn.Parameter | None = None
         if layer_scale_init:
             self.gamma_1 = nn.Parameter(torch.full((width,), float(layer_scale_init)))
             self.gamma_2 = nn.Parameter(torch.full((width,), float(layer_scale_init)))
-        else:
-            self.register_parameter("gamma_1", None)
-            self.register_parameter("gamma_2", None)
 
     def forward(self, x: Tensor, bias: Bias | Callable[[], Bias] = None, drop_path: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); `bias` (H, N, N) prepared, plain, None, or what makes it; `drop_path` (2, B)."""
-        if callable(bias):
-            bias = bias()
-        if self._parts_are_stock():
-            return self.chain(x, self.norm1(x), bias, drop_path, None)[0]
-        first, second = (None, None) if drop_path is None else drop_path
-        x = kernels.residual_add(x, self.attn(self.norm1(x), bias), self.gamma_1, first)
-        return kernels.residual_add(x, self.mlp(self.norm2(x)), self.gamma_2, second)
-
-    def can_fuse(self) -> bool:
-        """Whether `chain` and `finish` do what calling the block does: nobody watches or replaced it or its parts.
-
-        Its linear layers may be touched: they are then called.
-        """
-        return is_stock(self, Block) and self._parts_are_stock()
-
-    def _parts_are_stock(self) -> bool:
-        return (
-            is_stock(self.attn, Attention)
-            and is_stock(self.mlp, Mlp)
-            and is_stock(self.norm1, nn.LayerNorm)
-            and is_stock(self.norm2, nn.LayerNorm)
-        )
-
-    def chain(
-        self, x: Tensor, normed: Tensor, bias: Bias, drop_path: Tensor | None, next_norm: nn.LayerNorm | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The block between its neighbours: takes norm1(x) ready made, gives `next_norm` of its output along with it.
+        """The block by itself, (B, N, D) -> (B, N, D).
 
         Args:
-            x, normed: (B, N, D) residual stream and its norm1.
+            bias: (H, N, N), prepared or plain; a function that makes it; or None.
+            drop_path: (2, B) factors of the two branches, or None.
+        """
+        if callable(bias):
+            bias = bias()
+        if all_stock(*self._parts()):
+            return self.forward_fused(x, self.norm1(x), bias, drop_path)[0]
+        first, second = (None, None) if drop_path is None else drop_path
+        x = residual_add(x, self.attn(self.norm1(x), bias), self.gamma_1, first)
+        return residual_add(x, self.mlp(self.norm2(x)), self.gamma_2, second)
+
+    def can_fuse(self) -> bool:
+        """Whether `forward_fused` does what calling the block and its parts would do."""
+        return all_stock((self, Block), *self._parts())
+
+    def _parts(self) -> tuple[tuple[nn.Module, type[nn.Module]], ...]:
+        attn, mlp = self.attn, self.mlp
+        return (
+            (self.norm1, nn.LayerNorm), (attn, Attention), (attn.qkv, nn.Linear), (attn.proj, nn.Linear),
+            (self.norm2, nn.LayerNorm), (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
+        )  # fmt: skip
+
+    def forward_fused(
+        self, x: Tensor, normed: Tensor, bias: Bias, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block between its neighbours: takes its norm1 ready made and returns the norm that is read next.
+
+        Args:
+            x, normed: (B, N, D), residual stream and `norm1` of it.
+            bias, drop_path: as of `forward`, the bias ready made.
             next_norm: the LayerNorm that reads this block's output next; None if there is none.
 
         Returns:
-            (B, N, D) residual stream, and its `next_norm` or None.
+            (B, N, D), residual stream, and `next_norm` of it or None.
         """
-        x, normed = self._add_attention(x, self.attn.mix(normed, bias), drop_path)
-        return self._add_mlp(x, normed, drop_path, next_norm)
+        return self.forward_after_attention(x, self.attn.attend(normed, bias), drop_path, next_norm)
 
-    def finish(self, x: Tensor, mixed: Tensor, drop_path: Tensor | None) -> Tensor:
-        """All of the block behind the mixing of tokens, which works on any subset of them.
+    def forward_after_attention(
+        self, x: Tensor, heads: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward_fused` does after the tokens have met; it works on any subset of them.
+
+        The biases of `proj`, `fc1` and `fc2` are added by the op that follows each product.
 
         Args:
-            x, mixed: (B, N, D) residual stream and `attn.mix` of its norm1; any tokens, as long as both are the same.
-            drop_path: (2, B) factors or None.
+            x, heads: (B, N, D), residual stream and `attn.attend`.
+            drop_path, next_norm: as of `forward_fused`; so is what is returned.
         """
-        x, normed = self._add_attention(x, mixed, drop_path)
-        return self._add_mlp(x, normed, drop_path, None)[0]
-
-    def _add_attention(self, x: Tensor, mixed: Tensor, drop_path: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The residual sum behind the attention and its norm2."""
-        proj, norm = self.attn.proj, self.norm2
-        factors = None if drop_path is None else drop_path[0]
-        branch, bias = linear_without_bias(proj, mixed)
-        return kernels.residual_layer_norm(x, branch, self.gamma_1, factors, norm.weight, norm.bias, norm.eps, bias)
-
-    def _add_mlp(
-        self, x: Tensor, normed: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual sum behind the MLP and its `next_norm`."""
-        branch, bias = self.mlp.branch(normed)
-        factors = None if drop_path is None else drop_path[1]
+        proj, fc1, fc2, norm = self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.norm2
+        first, second = (None, None) if drop_path is None else drop_path
+        x, normed = residual_layer_norm(
+            x, linear(heads, proj.weight), self.gamma_1, first, norm.weight, norm.bias, norm.eps, proj.bias
+        )
+        branch = linear(bias_gelu(linear(normed, fc1.weight), fc1.bias, may_overwrite=True), fc2.weight)
         if next_norm is None:
-            return kernels.residual_add(x, branch, self.gamma_2, factors, bias), None
-        return kernels.residual_layer_norm(
-            x, branch, self.gamma_2, factors, next_norm.weight, next_norm.bias, next_norm.eps, bias
+            return residual_add(x, branch, self.gamma_2, second, fc2.bias), None
+        return residual_layer_norm(
+            x, branch, self.gamma_2, second, next_norm.weight, next_norm.bias, next_norm.eps, fc2.bias
         )

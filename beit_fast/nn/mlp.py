@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from beit_fast import kernels
-from beit_fast.nn.stock import linear_without_bias
+from beit_fast.kernels import bias_gelu
 
 
 class Mlp(nn.Module):
@@ -18,11 +17,4 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        branch, bias = self.branch(x)
-        return branch if bias is None else branch + bias.to(branch.dtype)
-
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(..., D) -> (..., D), and the bias of fc2 that is still to be added: the residual op that follows does it."""
-        hidden, bias = linear_without_bias(self.fc1, x)
-        # a bias that is still to be added means that `hidden` was made here and is ours
-        return linear_without_bias(self.fc2, kernels.bias_gelu(hidden, bias, may_overwrite=bias is not None))
+        return self.fc2(bias_gelu(self.fc1(x), None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from beit_fast import kernels
+from beit_fast.kernels import linear
 from beit_fast.nn.stock import is_stock
 
 
@@ -37,4 +37,4 @@ class PatchEmbed(nn.Module):
             return self.proj(images).flatten(2).transpose(1, 2)
         patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch, (height // p) * (width // p), channels * p * p)
-        return kernels.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from beit_fast import kernels
+from beit_fast.kernels import relative_position_bias
 
 
 def table_parameter(window_size: tuple[int, int], num_heads: int) -> nn.Parameter:
@@ -24,4 +24,4 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """(H, N, N) with N = h*w + 1."""
-        return kernels.relative_position_bias(self.relative_position_bias_table, self.window_size)
+        return relative_position_bias(self.relative_position_bias_table, self.window_size)

@@ -1,10 +1,8 @@
-"""When a fused op may stand for the modules whose parameters it takes, and when they have to be called themselves."""
+"""Which modules a fused op may stand in for, and which have to be called themselves."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from beit_fast import kernels
+from torch import nn
 
 
 def is_stock(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -18,16 +16,11 @@ def is_stock(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     )
 
 
-def linear_without_bias(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a linear layer gives, and the bias that it has not added yet (none where the layer has been touched)."""
-    if is_stock(linear, nn.Linear):
-        return kernels.linear(x, linear.weight), linear.bias  # type: ignore[arg-type, return-value]
-    return linear(x), None
-
-
-def product_of(linear: nn.Module, x: Tensor) -> Tensor:
-    """What a linear layer gives, by the fastest product."""
-    if is_stock(linear, nn.Linear):
-        return kernels.linear(x, linear.weight, linear.bias)  # type: ignore[arg-type]
-    result: Tensor = linear(x)
-    return result
+def all_stock(*modules_and_kinds: tuple[nn.Module, type[nn.Module]]) -> bool:
+    """Whether `is_stock` holds for every module and its class; one call, because models ask it in every pass."""
+    for module, kind in modules_and_kinds:
+        if type(module) is not kind or (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        ):
+            return False
+    return True

@@ -288,10 +288,11 @@ def count_head_rows(model):
 
 def test_only_masked_rows_go_through_the_head(monkeypatch):
     model, rows = masked_model(), []
-    from beit_fast import kernels
+    from beit_fast.integrations import transformers_beit
 
-    op = kernels.masked_cross_entropy
-    monkeypatch.setattr(kernels, "masked_cross_entropy", lambda h, r, *rest: rows.append(len(r)) or op(h, r, *rest))
+    op = transformers_beit.masked_cross_entropy
+    counted = lambda h, r, *rest: rows.append(len(r)) or op(h, r, *rest)  # noqa: E731
+    monkeypatch.setattr(transformers_beit, "masked_cross_entropy", counted)
     model(**inputs("BeitForMaskedImageModeling")).loss.backward()
     assert rows == [len(TOKENS)]
 
@@ -300,14 +301,14 @@ def test_only_masked_rows_go_through_the_head(monkeypatch):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_last_block_works_at_masked_rows_only(architecture, pooling, monkeypatch):
     """Loss, gradients and the logits that are asked for later are those of the whole block, drop path included."""
-    from beit_fast import kernels
+    from beit_fast.integrations import blocks
 
     kind = "BeitForMaskedImageModeling"
     model = make(kind, architecture, drop_path_rate=0.7, use_mean_pooling=pooling)
     expected = step(model, kind)
-    rows, gelu = [], kernels.bias_gelu
+    rows, gelu = [], blocks.bias_gelu
     monkeypatch.setattr(
-        kernels, "bias_gelu", lambda x, *rest, **options: rows.append(x.shape[:2].numel()) or gelu(x, *rest, **options)
+        blocks, "bias_gelu", lambda x, *rest, **options: rows.append(x.shape[:2].numel()) or gelu(x, *rest, **options)
     )
     assert_same(step(beit_fast.accelerate(model), kind), expected)
     assert rows == [4 * 17] * 3 + [len(TOKENS)] + [4 * 17]  # the last one for the logits, which `step` reads

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from beit_fast.models.backbone import BeitBackbone
+from beit_fast.nn import Block
 from beit_fast.train.distributed.world import World
 
 BUCKET_MIB = 50  # 25 are DDP's default; fewer, larger reductions cost less where a block has 50 MB of gradients
@@ -26,8 +28,10 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     if not blocks:
         raise ValueError("--compile compiles block by block, and this model has no blocks")
     for block in blocks:
-        name = "chain" if hasattr(block, "chain") else "forward"
-        setattr(block, name, torch.compile(getattr(block, name)))
+        if isinstance(block, Block):  # what a pass calls of it where it can
+            block.forward_fused = torch.compile(block.forward_fused)  # type: ignore[method-assign]
+        else:
+            block.forward = torch.compile(block.forward)
 
 
 def spread(
@@ -69,8 +73,9 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], world: World) -> nn.Mod
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(world.device.type, (world.size,))
-    if hasattr(model, "blocks_apart"):
-        setattr(model, "blocks_apart", True)  # noqa: B010 - a plain Module declares no such attribute
+    for module in model.modules():
+        if isinstance(module, BeitBackbone):
+            module.bias_within_blocks = True
     for block in blocks[:-1]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # in place
