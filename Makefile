@@ -7,7 +7,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow test-faults aot bench report gallery gpu-check build clean
+.PHONY: help pretrain test check slow test-faults aot bench report gallery gpu-check build docs docs-serve clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,12 @@ gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one 
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check \
 		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
+docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+
+docs-serve: $(VENV)/.dev  ## the documentation at http://127.0.0.1:8000, rebuilt at every change
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
 build: $(VENV)/.train  ## rebuild beit_fast._C in place after a change in csrc/
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
@@ -68,5 +74,5 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev,docs]'
 	touch $@

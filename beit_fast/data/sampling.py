@@ -59,7 +59,15 @@ class BlockwiseMasking:
     by a patch or two), the mask grows by neighbouring patches. `official` stops short. `random` takes patches without
     regard to blocks (the ablation of the paper's table 4), `none` masks nothing.
 
-    Raises `ValueError` naming the argument at fault, `ModuleNotFoundError` where `beit_fast._C` was not built.
+    Raises:
+        ValueError: an argument is out of its range; it is named.
+        ModuleNotFoundError: `beit_fast._C` was not built.
+
+    Example:
+        >>> from beit_fast.data import BlockwiseMasking
+        >>> masks = BlockwiseMasking((14, 14), 75).sample(seed=0, epoch=0, indices=[0, 1])
+        >>> masks.shape, masks.dtype, masks.sum((1, 2)).tolist()
+        (torch.Size([2, 14, 14]), torch.bool, [75, 75])
     """
 
     grid: tuple[int, int]

@@ -21,7 +21,7 @@ _SUPPORTED = (
 
 
 def accelerate(model: Model) -> Model:
-    """Lets a BEiT of timm or transformers run on the kernels of this library, in place.
+    """Let a BEiT of timm or transformers run on the kernels of this library, in place.
 
     Its blocks (and in transformers' masked image modelling its head) take another class, a subclass of their own with
     another `forward`. Parameters, their names, buffers, hooks, drop path and its random numbers, outputs and gradients
@@ -39,6 +39,16 @@ def accelerate(model: Model) -> Model:
 
     Raises:
         ValueError: there is no BEiT in it, or one of a kind that is not supported; the model is then as it was.
+
+    Example:
+        >>> import timm, torch, beit_fast
+        >>> model = timm.create_model("beit_base_patch16_224", depth=2).eval()
+        >>> images = torch.zeros(1, 3, 224, 224)
+        >>> with torch.no_grad():
+        ...     before = model(images)
+        ...     after = beit_fast.accelerate(model)(images)
+        >>> torch.allclose(before, after, atol=1e-5)
+        True
     """
     if isinstance(model, (Beit, BeitFeatures, BeitForMaskedImageModeling)):
         return model
@@ -54,10 +64,19 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate` in place; a model that was never accelerated stays as it is.
+    """Undo `accelerate` in place.
+
+    Args:
+        model: one that was accelerated; any other stays as it is.
 
     Returns:
         The same object.
+
+    Example:
+        >>> import timm, beit_fast
+        >>> model = beit_fast.accelerate(timm.create_model("beit_base_patch16_224", depth=1))
+        >>> type(beit_fast.restore(model).blocks[0]).__module__
+        'timm.models.beit'
     """
     for library in _loaded_libraries():
         original = {faster: own for own, faster in library.FASTER.items()}

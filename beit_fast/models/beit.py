@@ -20,6 +20,14 @@ class Beit(HubMethods, BeitBackbone):
 
     With `global_pool="avg"` the mean of the patch tokens, CLS left out, goes through `fc_norm` to `head`; with
     `"token"` the CLS token goes through `norm` to `head`; with `""` every token does.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast import Beit, BeitConfig
+        >>> config = BeitConfig.from_preset("tiny", depth=2, image_size=64)
+        >>> model = Beit(config.for_classification(10))
+        >>> model(torch.zeros(2, 3, 64, 64)).shape, model.forward_features(torch.zeros(2, 3, 64, 64)).shape
+        (torch.Size([2, 10]), torch.Size([2, 17, 192]))
     """
 
     num_prefix_tokens = 1

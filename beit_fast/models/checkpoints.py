@@ -70,7 +70,7 @@ def load_checkpoint(
     source_grid: tuple[int, int] | None = None,
     verbose: bool = True,
 ) -> LoadReport:
-    """Loads the weights of a file into a BEiT of this library: all of them, or none and an error.
+    """Load the weights of a file into a BEiT of this library: all of them, or none and an error.
 
     Reads what `models.reading.read_state_dict` reads, under the names of the official code, timm, transformers 4 and 5
     or mmsegmentation. A table that all blocks share is copied to each block where each has its own; tables and position
@@ -84,8 +84,21 @@ def load_checkpoint(
         source_grid: (h, w), the patches of the images the weights were learned at; only needed where it is not square.
         verbose: print the report.
 
+    Returns:
+        A `LoadReport`: the names that were loaded, resized, expanded, ignored, and missing.
+
     Raises:
         CheckpointError: the file is damaged or hostile, or does not fit; the model is then as it was.
+
+    Example:
+        >>> import tempfile, torch, beit_fast
+        >>> from beit_fast.models import load_checkpoint
+        >>> model = beit_fast.create_model("beit_tiny_patch16_224", depth=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(model.state_dict(), f"{folder}/weights.pth")
+        ...     report = load_checkpoint(model, f"{folder}/weights.pth", verbose=False)
+        >>> report.missing
+        []
     """
     return load_state_dict(
         model, read_state_dict(path, sha256=sha256), source=str(path), source_grid=source_grid, verbose=verbose

@@ -31,6 +31,12 @@ class BeitConfig:
     Raises:
         ValueError: a size is not positive, a choice is unknown, the image is not a multiple of the patch, or the width
             of the heads.
+
+    Example:
+        >>> from beit_fast import BeitConfig
+        >>> config = BeitConfig.from_preset("base", "plain")
+        >>> config.width, config.grid, config.relative_position_bias
+        (768, (14, 14), 'none')
     """
 
     image_size: int | tuple[int, int] = 224

@@ -40,7 +40,13 @@ _MEANINGLESS = ("scriptable", "exportable", "no_jit")
 
 
 def list_models() -> list[str]:
-    """Every name that `create_model` knows; each may be followed by the tag of its weights, as in timm."""
+    """List every name that `create_model` knows; each may be followed by the tag of its weights, as in timm.
+
+    Example:
+        >>> import beit_fast
+        >>> "beit_base_patch16_224" in beit_fast.list_models()
+        True
+    """
     return model_names()
 
 
@@ -53,7 +59,7 @@ def create_model(
     img_size: int | tuple[int, int] | None = None,
     **overrides: Any,
 ) -> Beit:
-    """A BEiT (or BEiT v2, the same backbone) by its timm name, with timm's arguments.
+    """Make a BEiT (or BEiT v2, the same backbone) by its timm name, with timm's arguments.
 
     Args:
         name: one of `list_models()`, with or without a tag (`beit_base_patch16_224.in22k_ft_in22k`).
@@ -67,8 +73,21 @@ def create_model(
             `drop_path_rate`, `drop_rate`, `use_fc_norm`, `depth`, `embed_dim`, ... of timm; any field of `BeitConfig`;
             `cache_dir`, `device` and `dtype`.
 
+    Returns:
+        A `Beit`: images (B, in_chans, S, S) to logits (B, num_classes); or a `BeitFeatures`: images to a list of maps
+        (B, D, h, w).
+
     Raises:
         ValueError: the name or an argument is unknown or does not fit; CheckpointError, a ValueError, for weights.
+
+    Example:
+        >>> import torch, beit_fast
+        >>> model = beit_fast.create_model("beit_tiny_patch16_224", num_classes=10).eval()
+        >>> model(torch.zeros(2, 3, 224, 224)).shape
+        torch.Size([2, 10])
+        >>> maps = beit_fast.create_model("beit_tiny_patch16_224", features_only=True, out_indices=(3, 11))
+        >>> [tuple(m.shape) for m in maps(torch.zeros(1, 3, 64, 96))]
+        [(1, 192, 4, 6), (1, 192, 4, 6)]
     """
     base, _, tag = name.partition(".")
     tag = _tag_of(overrides.pop("pretrained_cfg", None), tag)

@@ -172,7 +172,9 @@ def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Tensor]:
-    """Renames the tensors of a state dict, whatever naming it has, and splits or joins q, k and v; values are kept.
+    """Rename the tensors of a state dict, whatever naming it has.
+
+    q, k and v are split or joined as the new naming has them; values are kept.
 
     Args:
         state: of a BEiT of this library, the official code, timm or transformers (4 or 5), segmentation models
@@ -180,8 +182,19 @@ def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Ten
         to: "official"; "timm" (the same names, without what only pre-training has); "transformers" (names of the
             modules of version 5) or "transformers_v4" (names in its files).
 
+    Returns:
+        A new dictionary, of the same dtypes and devices.
+
     Raises:
         ValueError: `to` is unknown, or a name belongs to no parameter of a BEiT.
+
+    Example:
+        >>> import beit_fast
+        >>> from beit_fast.models import convert_state_dict
+        >>> model = beit_fast.create_model("beit_tiny_patch16_224", depth=1)
+        >>> names = convert_state_dict(model.state_dict(), to="transformers")
+        >>> "beit.layers.0.attention.q_proj.weight" in names
+        True
     """
     if to not in NAMINGS:
         raise ValueError(f"to {to!r} is unknown; choose one of {', '.join(NAMINGS)}")

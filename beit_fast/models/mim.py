@@ -50,6 +50,17 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
     With `config.mim_target` "pixels" the head predicts the C * P * P pixels of a patch instead, ordered (C, P, P). The
     paper does not say how it compares pixels (table 4); here it is by the mean squared error of the pixels as they are
     given, that is, normalised by the data's mean and standard deviation, each patch counting alike.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast import BeitConfig, BeitForMaskedImageModeling
+        >>> from beit_fast.data import BlockwiseMasking
+        >>> model = BeitForMaskedImageModeling(BeitConfig.from_preset("tiny", depth=2))
+        >>> images, tokens = torch.zeros(2, 3, 224, 224), torch.zeros(2, 196, dtype=torch.int64)
+        >>> mask = BlockwiseMasking((14, 14), 75).sample(seed=0, epoch=0, indices=[0, 1])
+        >>> output = model(images, mask, tokens)
+        >>> output.loss.shape, int(output.num_masked)
+        (torch.Size([]), 150)
     """
 
     def __init__(self, config: BeitConfig) -> None:

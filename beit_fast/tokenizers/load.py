@@ -59,8 +59,22 @@ def load_tokenizer(
             original, else float32.
         decoder: fetch DALL-E's decoder too, for `decode`.
 
+    Returns:
+        A `Tokenizer`: `encode` gives int64 ids (B, h, w), or (M,) at the positions of a mask; `decode` gives images
+        (B, 3, H, W) in [0, 1].
+
     Raises:
         TokenizerError: the tokenizer cannot be found, fetched, verified or read.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer("demo")
+        >>> ids = tokenizer.encode(torch.rand(2, 3, 112, 112))
+        >>> ids.shape, ids.dtype, tokenizer.vocab_size
+        (torch.Size([2, 14, 14]), torch.int64, 8192)
+        >>> tokenizer.decode(ids).shape
+        torch.Size([2, 3, 112, 112])
     """
     name = str(name_or_path)
     tokenizer: DalleTokenizer | DiscreteVAE

@@ -57,6 +57,12 @@ def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None)
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast.kernels import packed_attention
+        >>> packed_attention(torch.zeros(2, 197, 3, 12, 64), torch.zeros(12, 197, 197)).shape
+        torch.Size([2, 197, 12, 64])
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating (B, N, 3, H, K), got {qkv.dtype} {tuple(qkv.shape)}")
@@ -73,7 +79,23 @@ def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None)
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: float | None = None) -> Tensor:
     """softmax(scale * q k^T + bias) v on three (B, N, H, K) tensors or strided views of one dtype.
 
-    Bias, scale, result, gradients and errors as in `packed_attention`.
+    Args:
+        q, k, v: (B, N, H, K) each, floating.
+        bias: (H, N, N) added to the scores, or what `prepare_bias` returned, or None.
+        scale: of q k^T; K ** -0.5 if None.
+
+    Returns:
+        (B, N, H, K) in the dtype of q, with the gradients of `packed_attention`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast.kernels import biased_attention
+        >>> q, k, v = torch.zeros(3, 2, 197, 12, 64)
+        >>> biased_attention(q, k, v, torch.zeros(12, 197, 197)).shape
+        torch.Size([2, 197, 12, 64])
     """
     if q.dim() != 4 or not q.is_floating_point() or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(

@@ -26,6 +26,15 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
 
     Returns:
         (..., D) of the dtype of x.
+
+    Raises:
+        ValueError: the bias is not (D,).
+
+    Example:
+        >>> import torch
+        >>> from beit_fast.kernels import bias_gelu
+        >>> bias_gelu(torch.zeros(2, 4), torch.ones(4))[0, 0]
+        tensor(0.8413)
     """
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias must be (D,) = {tuple(x.shape[-1:])}, got {tuple(bias.shape)}")

@@ -24,6 +24,12 @@ def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tenso
 
     Raises:
         ValueError: the table is not floating (R, H), or R does not fit the window.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast.kernels import relative_position_bias
+        >>> relative_position_bias(torch.zeros(27 * 27 + 3, 12), (14, 14)).shape
+        torch.Size([12, 197, 197])
     """
     height, width = window_size
     if height < 1 or width < 1:

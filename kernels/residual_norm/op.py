@@ -50,6 +50,17 @@ def residual_layer_norm(
 
     Returns:
         sum (B, N, D) of the dtype of x, and LayerNorm(sum) (B, N, D) of the dtype of branch.
+
+    Raises:
+        ValueError: a shape does not fit.
+
+    Example:
+        >>> import torch
+        >>> from beit_fast.kernels import residual_layer_norm
+        >>> x, branch, gamma = torch.ones(2, 5, 8), torch.ones(2, 5, 8), torch.full((8,), 0.1)
+        >>> total, normed = residual_layer_norm(x, branch, gamma, None, torch.ones(8), torch.zeros(8))
+        >>> float(total[0, 0, 0]), float(normed.abs().max())
+        (1.100000023841858, 0.0)
     """
     _check(x, branch, gamma, drop_path, branch_bias, weight, bias)
     if chosen_backend() == "reference":
