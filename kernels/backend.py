@@ -26,7 +26,7 @@ class use_backend:
     Raises:
         ValueError: the name is not one of `BACKENDS`, or what it needs is not installed here.
 
-    Example:
+    Examples:
         >>> import beit_fast
         >>> with beit_fast.use_backend("reference"):
         ...     pass  # plain formulas: second derivatives work, and results can be compared

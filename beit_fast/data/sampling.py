@@ -63,7 +63,7 @@ class BlockwiseMasking:
         ValueError: an argument is out of its range; it is named.
         ModuleNotFoundError: `beit_fast._C` was not built.
 
-    Example:
+    Examples:
         >>> from beit_fast.data import BlockwiseMasking
         >>> masks = BlockwiseMasking((14, 14), 75).sample(seed=0, epoch=0, indices=[0, 1])
         >>> masks.shape, masks.dtype, masks.sum((1, 2)).tolist()

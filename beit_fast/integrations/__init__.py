@@ -40,7 +40,7 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: there is no BEiT in it, or one of a kind that is not supported; the model is then as it was.
 
-    Example:
+    Examples:
         >>> import timm, torch, beit_fast
         >>> model = timm.create_model("beit_base_patch16_224", depth=2).eval()
         >>> images = torch.zeros(1, 3, 224, 224)
@@ -72,7 +72,7 @@ def restore(model: Model) -> Model:
     Returns:
         The same object.
 
-    Example:
+    Examples:
         >>> import timm, beit_fast
         >>> model = beit_fast.accelerate(timm.create_model("beit_base_patch16_224", depth=1))
         >>> type(beit_fast.restore(model).blocks[0]).__module__

@@ -21,7 +21,7 @@ class Beit(HubMethods, BeitBackbone):
     With `global_pool="avg"` the mean of the patch tokens, CLS left out, goes through `fc_norm` to `head`; with
     `"token"` the CLS token goes through `norm` to `head`; with `""` every token does.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast import Beit, BeitConfig
         >>> config = BeitConfig.from_preset("tiny", depth=2, image_size=64)

@@ -90,7 +90,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file is damaged or hostile, or does not fit; the model is then as it was.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, beit_fast
         >>> from beit_fast.models import load_checkpoint
         >>> model = beit_fast.create_model("beit_tiny_patch16_224", depth=2)

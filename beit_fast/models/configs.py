@@ -32,7 +32,7 @@ class BeitConfig:
         ValueError: a size is not positive, a choice is unknown, the image is not a multiple of the patch, or the width
             of the heads.
 
-    Example:
+    Examples:
         >>> from beit_fast import BeitConfig
         >>> config = BeitConfig.from_preset("base", "plain")
         >>> config.width, config.grid, config.relative_position_bias

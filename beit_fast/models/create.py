@@ -42,7 +42,7 @@ _MEANINGLESS = ("scriptable", "exportable", "no_jit")
 def list_models() -> list[str]:
     """List every name that `create_model` knows; each may be followed by the tag of its weights, as in timm.
 
-    Example:
+    Examples:
         >>> import beit_fast
         >>> "beit_base_patch16_224" in beit_fast.list_models()
         True
@@ -80,7 +80,7 @@ def create_model(
     Raises:
         ValueError: the name or an argument is unknown or does not fit; CheckpointError, a ValueError, for weights.
 
-    Example:
+    Examples:
         >>> import torch, beit_fast
         >>> model = beit_fast.create_model("beit_tiny_patch16_224", num_classes=10).eval()
         >>> model(torch.zeros(2, 3, 224, 224)).shape

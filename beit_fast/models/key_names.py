@@ -188,7 +188,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Ten
     Raises:
         ValueError: `to` is unknown, or a name belongs to no parameter of a BEiT.
 
-    Example:
+    Examples:
         >>> import beit_fast
         >>> from beit_fast.models import convert_state_dict
         >>> model = beit_fast.create_model("beit_tiny_patch16_224", depth=1)

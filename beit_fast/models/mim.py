@@ -51,7 +51,7 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
     paper does not say how it compares pixels (table 4); here it is by the mean squared error of the pixels as they are
     given, that is, normalised by the data's mean and standard deviation, each patch counting alike.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast import BeitConfig, BeitForMaskedImageModeling
         >>> from beit_fast.data import BlockwiseMasking

@@ -102,7 +102,7 @@ def resize_relative_position_bias_table(
     Raises:
         ValueError: the table's rows do not fit `old_window`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.models import resize_relative_position_bias_table
         >>> resize_relative_position_bias_table(torch.zeros(27 * 27 + 3, 12), (14, 14), (24, 24)).shape

@@ -66,7 +66,7 @@ def load_tokenizer(
     Raises:
         TokenizerError: the tokenizer cannot be found, fetched, verified or read.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.tokenizers import load_tokenizer
         >>> tokenizer = load_tokenizer("demo")

@@ -58,7 +58,7 @@ def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None)
     Raises:
         ValueError: a shape, dtype or device does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.kernels import packed_attention
         >>> packed_attention(torch.zeros(2, 197, 3, 12, 64), torch.zeros(12, 197, 197)).shape
@@ -80,7 +80,9 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: 
     """softmax(scale * q k^T + bias) v on three (B, N, H, K) tensors or strided views of one dtype.
 
     Args:
-        q, k, v: (B, N, H, K) each, floating.
+        q: (B, N, H, K), floating.
+        k: as q.
+        v: as q.
         bias: (H, N, N) added to the scores, or what `prepare_bias` returned, or None.
         scale: of q k^T; K ** -0.5 if None.
 
@@ -90,7 +92,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: 
     Raises:
         ValueError: a shape, dtype or device does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.kernels import biased_attention
         >>> q, k, v = torch.zeros(3, 2, 197, 12, 64)

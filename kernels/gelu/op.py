@@ -30,7 +30,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
     Raises:
         ValueError: the bias is not (D,).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.kernels import bias_gelu
         >>> bias_gelu(torch.zeros(2, 4), torch.ones(4))[0, 0]

@@ -32,8 +32,10 @@ def masked_cross_entropy(
         hidden: (T, D), the output of the last block before the final LayerNorm.
         rows: int64 (M,), which rows of `hidden` to read. A row may occur twice only where its target is -100.
         targets: int64 (M,), the visual token to predict; -100 for rows that only pad to a fixed length.
-        norm_weight, norm_bias: (D,) of the final LayerNorm.
-        head_weight, head_bias: (V, D) and (V,) of the linear head.
+        norm_weight: (D,) of the final LayerNorm.
+        norm_bias: (D,) of the final LayerNorm.
+        head_weight: (V, D) of the linear head.
+        head_bias: (V,) of the linear head.
         eps: of the LayerNorm.
         num_targets: 0-d tensor that divides the sum, such as the mean over ranks of the number of targets;
             None: the number of targets other than -100 here.
@@ -46,7 +48,7 @@ def masked_cross_entropy(
     Raises:
         ValueError: a shape does not fit, or `chunk_rows` is less than 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.kernels import masked_cross_entropy
         >>> hidden, rows, targets = torch.randn(10, 8), torch.tensor([1, 4]), torch.tensor([0, 2])

@@ -25,7 +25,7 @@ def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tenso
     Raises:
         ValueError: the table is not floating (R, H), or R does not fit the window.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.kernels import relative_position_bias
         >>> relative_position_bias(torch.zeros(27 * 27 + 3, 12), (14, 14)).shape

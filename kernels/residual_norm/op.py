@@ -44,9 +44,14 @@ def residual_layer_norm(
     """`residual_add`, and the LayerNorm of the sum in the same pass.
 
     Args:
-        x, branch, gamma, drop_path, branch_bias: as in `residual_add`.
-        weight, bias: (D,) of the LayerNorm.
+        x: (B, N, D), the residual stream.
+        branch: (B, N, D), what attention or MLP gave.
+        gamma: (D,) LayerScale, or None.
+        drop_path: (B,) 0 or 1/keep per sample, or None.
+        weight: (D,) of the LayerNorm.
+        bias: (D,) of the LayerNorm.
         eps: added to the variance.
+        branch_bias: (D,) bias of the linear layer that gave `branch`, where that layer did not add it, or None.
 
     Returns:
         sum (B, N, D) of the dtype of x, and LayerNorm(sum) (B, N, D) of the dtype of branch.
@@ -54,7 +59,7 @@ def residual_layer_norm(
     Raises:
         ValueError: a shape does not fit.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from beit_fast.kernels import residual_layer_norm
         >>> x, branch, gamma = torch.ones(2, 5, 8), torch.ones(2, 5, 8), torch.full((8,), 0.1)
