@@ -22,7 +22,7 @@ from beit_fast.train.distributed.world import resolve_device
 from beit_fast.train.evaluation.classifiers import Classifier, open_classifier
 from beit_fast.train.evaluation.segmentors import open_segmentor
 from beit_fast.train.precision import DTYPES, precision_of
-from beit_fast.visualize.segmentations import overlay
+from beit_fast.visualize.segmentations import overlay, overlay_sheet
 
 Image = TypeVar("Image")
 
@@ -74,7 +74,7 @@ class SegmentOptions(DeviceOptions):
     images: Positional[tuple[Path, ...]] = ()
     """Image files."""
     output_dir: Path = Path()
-    """Where to write <image>_segments.png."""
+    """Where to write <image>_segments.png, and <image>_legend.png with the image beside it and the names of colours."""
     opacity: float = 0.5
     """Of the colours."""
     ratios: tuple[float, ...] = (1.0,)
@@ -132,6 +132,8 @@ def segment_command(arguments: Sequence[str]) -> int:
         largest = [number for number in np.argsort(-shares, kind="stable")[:5].tolist() if shares[number]]
         target = chosen.output_dir / f"{path.stem}_segments.png"
         Pillow.fromarray(overlay(picture, classes, count, chosen.opacity)).save(target)
+        legend = overlay_sheet(picture, classes, segmentor.classes, chosen.opacity)
+        legend.save(target.with_name(f"{path.stem}_legend.png"))
         print(f"{target}: " + ", ".join(f"{100 * shares[n]:.1f} % {segmentor.classes[n]}" for n in largest))
     return int(bool(unread))
 

@@ -1,6 +1,6 @@
 """What a patch attends to, head by head: the pictures of the paper's figure 2 and of its official script.
 
-The attention of one block is computed in the open, all others run on the fused kernels (`attention_probabilities`).
+The attention of one block is computed openly, all others run on the fused kernels (`attention_probabilities`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MASS = 0.6
 """Share of a head's attention that its mask keeps, as in the official script."""
+_BRIGHTEST = 0.98
+"""Quantile of a map that is drawn in the brightest colour: one patch alone must not darken all others."""
 
 
 class AttentionMaps(NamedTuple):
@@ -29,15 +31,19 @@ class AttentionMaps(NamedTuple):
     masks: Tensor
     """bool (H, h, w): the patches with the largest attention, together `MASS` of the map."""
     query: tuple[int, int]
-    """Row and column of the patch that looks."""
+    """Row and column of the patch that attends."""
 
 
 def attention_maps(
     model: BeitBackbone, image: Tensor, query: tuple[int, int] | None = None, block: int = -1, mass: float = MASS
 ) -> AttentionMaps:
-    """The maps of patch `query` (None: the middle one) of a normalised image (C, S, S) in block `block`.
+    """Compute the maps of one patch of an image in one block.
 
-    The image may have any size that is a multiple of the patch; position parameters are resized.
+    Args:
+        image: (C, S, S), normalised; any multiple of the patch size, position parameters are resized.
+        query: row and column of the patch; None: the middle one.
+        block: its number, negative from the end.
+        mass: share of a map that its mask keeps.
 
     Raises:
         ValueError: there is no such patch or block, or `mass` is not in (0, 1].
@@ -48,58 +54,67 @@ def attention_maps(
     if not (0 <= row < height and 0 <= column < width):
         raise ValueError(f"patch ({row}, {column}) lies outside the grid of {height} x {width} patches")
     token = torch.tensor([1 + row * width + column], device=image.device)
-    rows = model.attention_probabilities(image[None], block, token)[0, :, 0, 1:]
-    return AttentionMaps(rows.unflatten(1, (height, width)), top_mass(rows, mass).unflatten(1, (height, width)),
-                         (row, column))  # fmt: skip
+    rows = model.attention_probabilities(image[None], block, token)[0, :, 0, 1:]  # (H, N)
+    masks = top_mass(rows, mass)
+    return AttentionMaps(rows.unflatten(1, (height, width)), masks.unflatten(1, (height, width)), (row, column))
 
 
 def top_mass(values: Tensor, mass: float) -> Tensor:
-    """bool, as `values` (H, N): of each row the largest entries, as few as make up `mass` of its sum."""
+    """Mark, in each row of `values` (H, N), the largest entries, as few as make up `mass` of its sum."""
     if not 0 < mass <= 1:
         raise ValueError(f"mass must be in (0, 1], got {mass}")
     ordered, order = values.double().sort(dim=1, descending=True)
-    before = ordered.cumsum(1) - ordered  # what the larger ones make up already
+    before = ordered.cumsum(1) - ordered  # the sum of the larger entries
     kept = before < mass * ordered.sum(1, keepdim=True)
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
 
-def attention_sheet(image: Tensor, found: AttentionMaps) -> Image:
-    """One picture: the image with the query patch marked, each head's map, and below each map the image it keeps.
+def attention_sheet(image: Tensor, attention: AttentionMaps) -> Image:
+    """Draw the image with the query patch marked, each head's map, and below each map the image that its mask keeps.
 
-    image: (3, S, S) in [0, 1], not normalised, whose patches the maps are of.
+    Args:
+        image: (3, S, S) in [0, 1], not normalised, whose patches the maps are of.
+        attention: of the same image.
     """
-    patch = image.shape[-1] // found.maps.shape[-1]
-    marked = _marked(image, found.query, patch)
-    maps = [pictures.heat(each / each.max(), patch) for each in found.maps]
-    kept = [_kept(image, mask, patch) for mask in found.masks]
-    blank = torch.full_like(image, pictures.PAPER)
-    labels = ["query patch", *(f"head {number}" for number in range(len(maps)))]
-    return pictures.sheet([[marked, *maps], [blank, *kept]], columns=labels)
+    maps, kept = _pictures(image, attention)
+    ranges = [_range(values) for values in attention.maps]
+    names = [f"head {n}\n{100 * low:.2g} to {100 * high:.2g} %" for n, (low, high) in enumerate(ranges)]
+    scale = pictures.colour_scale("smallest of the head", f"{100 * _BRIGHTEST:.0f}th percentile and above")
+    marked = _marked(image, attention)
+    return pictures.sheet([[marked, *maps], [image, *kept]], ["query patch", *names], legend=scale)
 
 
-def save_attention(folder: Path, image: Tensor, found: AttentionMaps) -> list[Path]:
-    """Writes what the official script does: img.png, select.png, attn-head{j}.png and mask_th0.6_head{j}.png."""
+def save_attention(folder: Path, image: Tensor, attention: AttentionMaps) -> list[Path]:
+    """Write what the official script does: img.png, select.png, attn-head{j}.png and mask_th0.6_head{j}.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    patch = image.shape[-1] // found.maps.shape[-1]
-    named = {"img.png": image, "select.png": _marked(image, found.query, patch)}
-    for number, (values, mask) in enumerate(zip(found.maps, found.masks, strict=True)):
-        named[f"attn-head{number}.png"] = pictures.heat(values / values.max(), patch)
-        named[f"mask_th{MASS}_head{number}.png"] = _kept(image, mask, patch)
-    named_paths = [folder / name for name in named]
-    for path, pixels in zip(named_paths, named.values(), strict=True):
-        pictures.to_pil(pixels).save(path)
-    return named_paths
+    named = {"img.png": image, "select.png": _marked(image, attention)}
+    for number, (values, kept) in enumerate(zip(*_pictures(image, attention), strict=True)):
+        named |= {f"attn-head{number}.png": values, f"mask_th{MASS}_head{number}.png": kept}
+    for name, pixels in named.items():
+        pictures.to_pil(pixels).save(folder / name)
+    return [folder / name for name in named]
 
 
-def _marked(image: Tensor, query: tuple[int, int], patch: int) -> Tensor:
-    marked = image.clone()
-    row, column = query
-    place = (slice(None), slice(row * patch, (row + 1) * patch), slice(column * patch, (column + 1) * patch))
+def _pictures(image: Tensor, attention: AttentionMaps) -> tuple[list[Tensor], list[Tensor]]:
+    """Heat map of each head, and the image where its mask is true."""
+    patch = image.shape[-1] // attention.maps.shape[-1]
+    maps = []
+    for values in attention.maps:
+        low, high = _range(values)
+        maps.append(pictures.heat((values - low) / max(high - low, 1e-12), patch))
+    masks = pictures.enlarged(attention.masks, patch)
+    return maps, [torch.where(mask, image, 0.25 * image + 0.75 * pictures.GREY) for mask in masks]
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    """What the darkest and the brightest colour stand for."""
+    return float(values.min()), float(values.float().quantile(_BRIGHTEST))
+
+
+def _marked(image: Tensor, attention: AttentionMaps) -> Tensor:
+    marked, (row, column) = image.clone(), attention.query
+    patch = image.shape[-1] // attention.maps.shape[-1]
+    pixels = marked[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
     red = torch.tensor([0.9, 0.1, 0.1], device=image.device)[:, None, None]
-    marked[place] = 0.3 * marked[place] + 0.7 * red
+    pixels.copy_(0.3 * pixels + 0.7 * red)
     return marked
-
-
-def _kept(image: Tensor, mask: Tensor, patch: int) -> Tensor:
-    large = mask.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-    return torch.where(large, image, 0.25 * image + 0.75 * pictures.PAPER)

@@ -1,4 +1,7 @@
-"""Tensors to pictures: rows of equally large images with words at their head, and heat maps."""
+"""Tensors to pictures: heat maps, and sheets of images under the names of their columns.
+
+Sheets are transparent where they are empty and their words are grey, so that they suit a light and a dark page.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from PIL import ImageDraw
     from PIL.Image import Image
 
-PAPER = 1.0
-"""Brightness of what is empty."""
-_GAP, _TEXT_HEIGHT, _SMALLEST = 6, 20, 96
+GREY = 0.5
+"""Brightness of what is hidden."""
+_WORDS = (120, 120, 120, 255)
+_GAP, _LINE = 6, 16
 
 # Nine points of matplotlib's viridis (CC0), from dark to light; between them colours are interpolated.
 _VIRIDIS = (
@@ -23,7 +28,7 @@ _VIRIDIS = (
 
 
 def to_pil(image: Tensor) -> Image:
-    """(3, H, W) in [0, 1] -> an RGB picture."""
+    """Convert (3, H, W) in [0, 1] to an RGB picture."""
     from PIL import Image
 
     pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous()
@@ -31,17 +36,21 @@ def to_pil(image: Tensor) -> Image:
 
 
 def heat(values: Tensor, scale: int) -> Tensor:
-    """(h, w) in [0, 1] -> (3, h * scale, w * scale) colours from dark blue (0) to yellow (1), each value a square."""
+    """Colour (h, w) in [0, 1] from dark blue (0) to yellow (1): (3, h * scale, w * scale), each value a square."""
     colours = torch.tensor(_VIRIDIS, device=values.device).float() / 255
-    place = values.detach().float().clamp(0, 1) * (len(_VIRIDIS) - 1)
-    low = place.floor().long().clamp(max=len(_VIRIDIS) - 2)
-    share = (place - low)[..., None]
-    mixed = colours[low] * (1 - share) + colours[low + 1] * share  # (h, w, 3)
-    return mixed.repeat_interleave(scale, 0).repeat_interleave(scale, 1).permute(2, 0, 1)
+    position = values.detach().float().clamp(0, 1) * (len(_VIRIDIS) - 1)
+    low = position.floor().long().clamp(max=len(_VIRIDIS) - 2)
+    mixed = torch.lerp(colours[low], colours[low + 1], (position - low)[..., None])  # (h, w, 3)
+    return enlarged(mixed.permute(2, 0, 1), scale)
+
+
+def enlarged(images: Tensor, scale: int) -> Tensor:
+    """Repeat (..., h, w) to (..., h * scale, w * scale)."""
+    return images.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
 
 
 def mosaic(images: Tensor, columns: int) -> Image:
-    """(B, 3, H, W) in [0, 1] side by side, `columns` in a row, a white line between them."""
+    """Lay images (B, 3, H, W) in [0, 1] side by side, `columns` in a row, with a white line between them."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     page = torch.ones(3, rows * (height + 1) - 1, columns * (width + 1) - 1)
@@ -52,34 +61,80 @@ def mosaic(images: Tensor, columns: int) -> Image:
 
 
 def labels(ids: Tensor, scale: int) -> Tensor:
-    """ids (h, w) -> (3, h * scale, w * scale): a colour for each number, the same everywhere, without an order."""
+    """Colour ids (h, w): (3, h * scale, w * scale), a colour for each number, the same everywhere, without an order."""
     mixed = (ids[None].long() + 1) * torch.tensor([73856093, 19349663, 83492791], device=ids.device)[:, None, None]
-    colours = 0.15 + 0.8 * ((mixed ^ (mixed >> 13)) % 256).float() / 255
-    return colours.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return enlarged(0.15 + 0.8 * ((mixed ^ (mixed >> 13)) % 256).float() / 255, scale)
 
 
-def sheet(rows: Sequence[Sequence[Tensor]], columns: Sequence[str]) -> Image:
-    """Rows of images (3, H, W) in [0, 1], all of one size, under the names of their columns.
+def sheet(
+    rows: Sequence[Sequence[Tensor]], columns: Sequence[str], smallest: int = 224, legend: Image | None = None
+) -> Image:
+    """Lay out rows of images under the names of their columns.
 
-    Images below 96 pixels are enlarged without smoothing, so that single pixels can be told apart.
+    Args:
+        rows: images (3, H, W) in [0, 1], those of a row of one size; a row without `smallest` pixels in either
+            direction is enlarged without smoothing, so that single pixels can be told apart.
+        columns: their names, of one line or more.
+        legend: goes below them.
 
     Raises:
         ValueError: there is nothing to show, or a row has another number of images than there are columns.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     if not rows or any(len(row) != len(columns) for row in rows):
         raise ValueError(f"every row must have {len(columns)} images, got {[len(row) for row in rows]}")
-    height, width = rows[0][0].shape[-2:]
-    factor = max(1, -(-_SMALLEST // max(height, width)))
-    height, width = height * factor, width * factor
-    size = (len(columns) * (width + _GAP) + _GAP, _TEXT_HEIGHT + len(rows) * (height + _GAP) + _GAP)
-    page = Image.new("RGB", size, (255, 255, 255))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
-    for number, name in enumerate(columns):
-        draw.text((_GAP + number * (width + _GAP), 4), name, fill=(60, 60, 60), font=font)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            picture = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
-            page.paste(picture, (_GAP + x * (width + _GAP), _TEXT_HEIGHT + y * (height + _GAP)))
+    factors = [max(1, -(-smallest // max(row[0].shape[-2:]))) for row in rows]
+    pictures = [[to_pil(enlarged(image, n)) for image in row] for row, n in zip(rows, factors, strict=True)]
+    head = _LINE * max(name.count("\n") + 1 for name in columns) + 4
+    width = max(sum(picture.width + _GAP for picture in row) for row in pictures) + _GAP
+    height = head + sum(row[0].height + _GAP for row in pictures) + (legend.height + _GAP if legend else 0)
+    page = Image.new("RGBA", (max(width, legend.width if legend else 0), height))
+    draw, top = ImageDraw.Draw(page), head
+    for number, row in enumerate(pictures):
+        left = _GAP
+        for name, picture in zip(columns, row, strict=True):
+            if number == 0:
+                write(draw, (left, 2), name)
+            page.paste(picture, (left, top))
+            left += picture.width + _GAP
+        top += row[0].height + _GAP
+    if legend:
+        page.paste(legend, (0, top))
     return page
+
+
+def write(draw: ImageDraw.ImageDraw, position: tuple[float, float], words: str) -> float:
+    """Write words in the grey that can be read on a light and on a dark page; returns where they end."""
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(size=12)
+    draw.text(position, words, fill=_WORDS, font=font)
+    return position[0] + max(font.getlength(line) for line in words.split("\n"))
+
+
+def colour_scale(low: str, high: str) -> Image:
+    """Draw the colours of `heat` between what they stand for."""
+    from PIL import Image, ImageDraw
+
+    bar = to_pil(heat(torch.linspace(0, 1, 120)[None].expand(12, -1), 1))
+    legend = Image.new("RGBA", (8 * (len(low) + len(high)) + bar.width, 20))
+    draw = ImageDraw.Draw(legend)
+    left = int(write(draw, (_GAP, 2), low)) + _GAP
+    legend.paste(bar, (left, 4))
+    write(draw, (left + bar.width + _GAP, 2), high)
+    return legend
+
+
+def class_legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> Image:
+    """Draw a square of each colour beside its name, in as many columns as `width` pixels hold."""
+    from PIL import Image, ImageDraw
+
+    columns = max(1, width // 170)
+    legend = Image.new("RGBA", (max(width, 170), max(1, -(-len(entries) // columns)) * 20))
+    draw = ImageDraw.Draw(legend)
+    for number, (name, colour) in enumerate(entries):
+        left, top = _GAP + number % columns * 170, number // columns * 20
+        draw.rectangle((left, top + 2, left + 14, top + 16), colour)
+        write(draw, (left + 20, top), name[:22])
+    return legend

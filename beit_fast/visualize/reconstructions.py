@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.models import BeitForMaskedImageModeling
@@ -16,12 +15,9 @@ from beit_fast.visualize import pictures
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_HIDDEN = 0.5
-"""Brightness of a masked patch in pictures."""
-
 
 class Reconstructions(NamedTuple):
-    """Of B images; pictures are float32 (B, 3, S, S) in [0, 1] at the tokenizer's resolution."""
+    """B images and what became of them; pictures are float32 (B, 3, S, S) in [0, 1] at the tokenizer's resolution."""
 
     original: Tensor
     masked: Tensor
@@ -29,22 +25,22 @@ class Reconstructions(NamedTuple):
     true_tokens: Tensor
     """The decoding of the image's own tokens: the best that predicting tokens can lead to."""
     predicted_tokens: Tensor
-    """The decoding with the most probable tokens in the masked places, the image's own elsewhere."""
+    """The decoding with the most probable tokens at the masked positions, the image's own elsewhere."""
     mask: Tensor
     """bool (B, h, w)."""
     tokens: Tensor
     """int64 (B, h, w), the image's own."""
     predicted: Tensor
-    """int64 (B, h, w), the same with predictions in the masked places."""
+    """int64 (B, h, w), the same with predictions at the masked positions."""
 
 
 class Guess(NamedTuple):
-    """How good tokens in the masked places are."""
+    """Quality of tokens at the masked positions."""
 
     mean_absolute_error: float
     """Of the decoding against the image, over the pixels of masked patches; pixels lie in [0, 1]."""
     accuracy: float
-    """Share of masked places with the right token."""
+    """Share of masked positions with the right token."""
 
 
 @torch.no_grad()
@@ -68,34 +64,32 @@ def reconstruct(
         raise ValueError(f"mask must be {tuple(tokens.shape)}, one entry per token, got {tuple(mask.shape)}")
     predicted = tokens.clone()
     predicted[mask] = model.predict_tokens(images, mask).argmax(-1)
-    hidden = _enlarged(mask, tokenizer.stride)
-    return Reconstructions(
-        token_images, torch.where(hidden, _HIDDEN, token_images), tokenizer.decode(tokens), tokenizer.decode(predicted),
-        mask, tokens, predicted,
-    )  # fmt: skip
+    hidden = pictures.enlarged(mask[:, None], tokenizer.stride)
+    masked = torch.where(hidden, pictures.GREY, token_images)
+    decoded = tokenizer.decode(tokens), tokenizer.decode(predicted)
+    return Reconstructions(token_images, masked, *decoded, mask, tokens, predicted)
 
 
-def reconstruction_sheet(found: Reconstructions) -> Image:
-    """A row per image: original, masked input, decoding of its own tokens, decoding of the predicted ones."""
-    columns = (found.original, found.masked, found.true_tokens, found.predicted_tokens)
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    return pictures.sheet(rows, columns=["original", "masked input", "own tokens", "predicted"])
+def reconstruction_sheet(parts: Reconstructions) -> Image:
+    """Draw a row per image: original, masked input, decoding of its own tokens, decoding of the predicted ones."""
+    rows = list(zip(parts.original, parts.masked, parts.true_tokens, parts.predicted_tokens, strict=True))
+    return pictures.sheet(rows, ["original", "masked input", "own tokens", "predicted"])
 
 
 @torch.no_grad()
-def guesses(found: Sequence[Reconstructions], tokenizer: Tokenizer, seed: int = 0) -> dict[str, Guess]:
-    """Tokens in the masked places, and how good they are: `true`, `predicted`, `random`, `mode`.
+def guesses(parts: Sequence[Reconstructions], tokenizer: Tokenizer, seed: int = 0) -> dict[str, Guess]:
+    """Measure how good four kinds of tokens at the masked positions are: `true`, `predicted`, `random`, `mode`.
 
     `random` are drawn from all tokens of these images, so with their frequencies; `mode` is the most frequent of them
-    everywhere. Both know the images' own tokens in the visible places, as `predicted` does.
+    everywhere. Both have the images' own tokens at the visible positions, as `predicted` does.
     """
-    every = torch.cat([part.tokens.flatten() for part in found])
+    every = torch.cat([part.tokens.flatten() for part in parts])
     mode = every.mode().values
     generator = torch.Generator().manual_seed(seed)
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in ("true", "predicted", "random", "mode")}
     pixels = masked = 0
-    for part in found:
-        hidden = _enlarged(part.mask, tokenizer.stride).expand_as(part.original)
+    for part in parts:
+        hidden = pictures.enlarged(part.mask[:, None], tokenizer.stride).expand_as(part.original)
         drawn = every[torch.randint(len(every), tuple(part.tokens.shape), generator=generator).to(every.device)]
         kinds = {
             "true": part.tokens,
@@ -109,8 +103,3 @@ def guesses(found: Sequence[Reconstructions], tokenizer: Tokenizer, seed: int = 
             right = (tokens == part.tokens)[part.mask].sum()
             sums[name] += torch.stack([error.cpu(), right.double().cpu()])
     return {name: Guess(float(s[0]) / pixels, float(s[1]) / masked) for name, s in sums.items()}
-
-
-def _enlarged(mask: Tensor, stride: int) -> Tensor:
-    """bool (B, h, w) -> (B, 1, h * stride, w * stride)."""
-    return F.interpolate(mask[:, None].float(), scale_factor=float(stride), mode="nearest").bool()

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
-from beit_fast.visualize.attention_maps import attention_maps, attention_sheet, save_attention, top_mass
+from beit_fast.visualize.attention_maps import (
+    AttentionMaps,
+    attention_maps,
+    attention_sheet,
+    save_attention,
+    top_mass,
+)
+from beit_fast.visualize.pictures import heat
 from benchmarks.baselines.libraries import transformers_beit
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
@@ -125,3 +132,39 @@ def test_pictures(tmp_path):
     assert brightest[row * 8, column * 8] == brightest.max()
     inside = found.masks[1].repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
     assert (saved["mask_th0.6_head1.png"][inside] == saved["img.png"][inside]).all()
+
+
+def test_colours_cover_the_range_of_a_head_without_its_outlier(tmp_path):
+    """One patch that takes most of the attention must not hide how the others differ."""
+    maps = torch.linspace(0.001, 0.002, 64).view(1, 8, 8).clone()
+    maps[0, 2, 5] = 0.9
+    attention = AttentionMaps(maps, torch.ones(1, 8, 8, dtype=torch.bool), (0, 0))
+    save_attention(tmp_path, torch.rand(3, 64, 64), attention)
+    drawn = np.asarray(Image.open(tmp_path / "attn-head0.png")).astype(int)[::8, ::8].reshape(64, 3)
+    scale = (255 * heat(torch.linspace(0, 1, 256)[None], 1)[:, 0].T).round().int().numpy()
+    positions = np.array([np.abs(scale - colour).sum(1).argmin() for colour in drawn])
+    others = np.delete(positions, 2 * 8 + 5)
+    assert positions[2 * 8 + 5] == 255
+    assert (np.diff(others) >= 0).all()
+    assert others[0] == 0
+    assert others[-1] > 220
+
+
+def test_sheets_are_transparent_where_they_are_empty():
+    """So that they suit a page in light and in dark; the words can be read on both."""
+    model, image = make("plain"), torch.rand(3, 32, 32)
+    sheet = np.asarray(attention_sheet(image, attention_maps(model, image * 2 - 1)))
+    assert sheet.shape[2] == 4
+    clear = sheet[..., 3] == 0
+    assert clear[:, :6].all()
+    assert 0.05 < clear.mean() < 0.5
+    words = sheet[:34][sheet[:34, :, 3] == 255][:, :3]
+    for page in ((255, 255, 255), (0x1F, 0x20, 0x23)):
+        light, dark = sorted((luminance(page), luminance(words.mean(0))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 3  # WCAG's contrast of large text and graphics
+
+
+def luminance(colour):
+    """Relative luminance of WCAG 2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.asarray(colour) / 255]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from beit_fast.visualize import charts
 from beit_fast.visualize.charts import Series, line_chart
-from beit_fast.visualize.run_report import read_run, write_comparison, write_report
+from beit_fast.visualize.run_report import CHARTS, read_run, write_comparison, write_report
 
 
 def make_run(folder, loss=6.0, **config):
@@ -134,3 +134,61 @@ def test_charts_of_all_kinds_of_values(values, log):
 
 def test_no_chart_of_nothing():
     assert line_chart("x", [Series("s", [], []), Series("t", [1], [None])]) == ""
+
+
+def test_values_are_shown_under_the_mouse(tmp_path):
+    """Every point of a short line, with its own value, where it is drawn."""
+    losses, held_out = [5.5, 4.25, 4.125], [6.0]
+    chart = line_chart("loss", [Series("loss", [10, 20, 30], losses), Series("held <out>", [20], held_out)])
+    root = ET.fromstring(re.search(r"<svg.*?</svg>", chart).group())
+    line = [tuple(map(float, point.split(","))) for point in next(root.iter("polyline")).attrib["points"].split()]
+    columns = root.findall("g[@class='at']")
+    words = [[text.text for text in column.iter("text")] for column in columns]
+    assert words == [
+        ["optimizer step 10", "loss: 5.5"],
+        ["optimizer step 20", "loss: 4.25", "held <out>: 6"],
+        ["optimizer step 30", "loss: 4.125"],
+    ]
+    for column, (x, y) in zip(columns, line, strict=False):
+        hit = column.find("rect").attrib
+        assert float(hit["x"]) <= x <= float(hit["x"]) + float(hit["width"]) + 0.1
+        dot = column.find("g/circle").attrib
+        assert (float(dot["cx"]), float(dot["cy"])) == (x, y)
+    edges = [float(column.find("rect").attrib["x"]) for column in columns]
+    assert edges == sorted(edges)
+
+
+def test_a_long_line_has_few_columns_and_keeps_its_last_value():
+    steps = list(range(10_000))
+    chart = line_chart("x", [Series("long", steps, [float(s) for s in steps]), Series("rare", [7], [1.0])])
+    assert chart.count('class="at"') <= 62
+    assert "long: 9,999" in chart
+    assert "rare: 1" in chart
+    assert len(chart) < 60_000
+
+
+def test_axes_do_not_dramatise():
+    """A change of 0.3 % is nearly flat, and where ratios count the axis begins at zero."""
+    plot = charts._BOTTOM - charts._TOP
+
+    def heights(values, **options):
+        (points,) = charts_of(line_chart("m", [Series("m", list(range(len(values))), values)], **options))["m"]
+        return [y for _, y in points[: len(values)]]
+
+    first, second = heights([663.0, 665.0])
+    assert 0 < first - second < 0.1 * plot
+    assert charts._TOP < second < first < charts._BOTTOM
+    low, high = heights([200.0, 400.0], from_zero=True)
+    assert (charts._BOTTOM - high) / (charts._BOTTOM - low) == pytest.approx(2, rel=0.01)
+    memory = next(chart for chart in CHARTS if chart.metrics == ("peak_memory_mib",))
+    assert memory.from_zero
+
+
+def test_the_data_of_a_run_is_shown(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "<h2>Data</h2>" not in write_report(run).read_text()
+    (run / "data.json").write_text(json.dumps({"images": {"read": 1200, "bad": 3}, "path": "/some/<where>"}))
+    page = write_report(run).read_text()
+    section = page[page.index("<h2>Data</h2>") : page.index("<h2>Configuration</h2>")]
+    rows = {"images.read": "1200", "images.bad": "3", "path": "/some/&lt;where&gt;"}
+    assert all(f"<td>{name}</td><td>{value}</td>" in section for name, value in rows.items())

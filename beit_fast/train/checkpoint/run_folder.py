@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from importlib import metadata
@@ -207,6 +208,7 @@ class RunFolder:
                 "torch_threads": torch.get_num_threads(),
                 "cuda": torch.version.cuda,
                 "versions": versions,
+                "git_commit": _git_commit(),
             }
         )
         checkpoint.write_json(path, {"starts": starts})
@@ -215,6 +217,22 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def _git_commit() -> str | None:
+    """The commit of this program, "-dirty" added where its files differ from it; None where it is not in a checkout."""
+    source = Path(__file__).resolve()
+    commands = (["ls-files", "--error-unmatch", source.name],
+                ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])  # fmt: skip
+    output = ""
+    try:
+        for command in commands:  # the first fails where the file is only installed below someone else's repository
+            output = subprocess.run(
+                ["git", *command], cwd=source.parent, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return output
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

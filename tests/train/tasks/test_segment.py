@@ -460,6 +460,8 @@ def test_a_run_is_opened_and_colours_images(config, tmp_path, capsys):
     found = opened.inference.classes(opened.model, torch.from_numpy(pixels)).numpy()
     expected = np.rint(0.5 * pixels + 0.5 * coloured(found, 11)).astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / "one_segments.png")), expected)
+    legend = np.asarray(Image.open(tmp_path / "out" / "one_legend.png").convert("RGB")).reshape(-1, 3)
+    assert all((legend == palette(11)[number]).all(1).sum() >= 13 * 13 for number in np.unique(found))
     top = int(np.bincount(found.ravel(), minlength=11).argmax())
     assert f"% {opened.classes[top]}" in output
     assert commands([*words[:3], str(tmp_path / "two.png"), *words[3:]]) == 1
