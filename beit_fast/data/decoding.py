@@ -53,6 +53,24 @@ class PilDecoder:
             return Rejection(DAMAGED)
 
 
+def resolve_cpu_decoder(name: str) -> str:
+    """Return what `auto` stands for on this machine."""
+    return ("dali" if has_dali() else "pil") if name == "auto" else name
+
+
+def open_decoder(name: str, threads: int) -> Decoder:
+    """Open the decoder "dali", "pil" or "auto" (DALI where it is installed), all on the CPU.
+
+    Raises:
+        ValueError: another name.
+        ModuleNotFoundError: DALI is missing.
+    """
+    name = resolve_cpu_decoder(name)
+    if name not in ("dali", "pil"):
+        raise ValueError(f"decoder must be auto, dali or pil, got {name!r}")
+    return DaliDecoder(threads) if name == "dali" else PilDecoder()
+
+
 def require_dali() -> Any:
     """The module `nvidia.dali`; ModuleNotFoundError with the way out where it is missing."""
     try:
@@ -72,7 +90,7 @@ def has_dali() -> bool:
 
 
 class DaliPipeline:
-    """A DALI graph fed with (encoded bytes, window start, window shape); built when first used, again after an error.
+    """A DALI graph fed with encoded bytes and windows; built when first used, and again after an error.
 
     `device_id=None` needs no GPU. Subclasses say what comes after the decoder. Not thread-safe.
     """
@@ -96,19 +114,23 @@ class DaliPipeline:
         self._pipe.feed_input("shape", list(windows[:, 2:]))
         return tuple(self._pipe.run())
 
-    def drop(self) -> None:
-        self._pipe = None
+    def run_undamaged(self, encoded: Sequence[bytes], windows: Windows) -> tuple[tuple[Any, ...], set[int]]:
+        """Outputs for the images that can be decoded (none where there is none), and which cannot."""
+        try:
+            return self.run(encoded, windows), set()
+        except RuntimeError:
+            self._pipe = None  # nothing is promised of a pipeline after an error
+        damaged = {number for number in range(len(encoded)) if not self._decodes(encoded[number], windows[[number]])}
+        kept = [number for number in range(len(encoded)) if number not in damaged]
+        return (self.run([encoded[number] for number in kept], windows[kept]) if kept else ()), damaged
 
-    def damaged(self, encoded: Sequence[bytes], windows: Windows) -> list[int]:
-        """Which images of a batch that failed are at fault: each is tried alone."""
-        found = []
-        for number, data in enumerate(encoded):
-            try:
-                self.run([data], windows[number : number + 1])
-            except RuntimeError:
-                self.drop()  # nothing is promised of a pipeline after an error
-                found.append(number)
-        return found
+    def _decodes(self, data: bytes, window: Windows) -> bool:
+        try:
+            self.run([data], window)
+        except RuntimeError:
+            self._pipe = None
+            return False
+        return True
 
     def _build(self, capacity: int) -> None:
         from nvidia.dali import Pipeline, fn, types
@@ -148,18 +170,6 @@ class DaliDecoder(DaliPipeline):
         super().__init__(threads, device_id=None)
 
     def decode(self, encoded: Sequence[bytes], windows: Windows) -> list[Crop | Rejection]:
-        rejected: set[int] = set()
-        try:
-            (crops,) = self.run(encoded, windows)
-        except RuntimeError:
-            self.drop()
-            rejected = set(self.damaged(encoded, windows))
-            kept = [number for number in range(len(encoded)) if number not in rejected]
-            if not kept:
-                return [Rejection(DAMAGED) for _ in encoded]
-            (crops,) = self.run([encoded[number] for number in kept], windows[kept])
-        results = iter(range(len(encoded) - len(rejected)))
-        return [
-            Rejection(DAMAGED) if number in rejected else np.asarray(crops[next(results)])
-            for number in range(len(encoded))
-        ]
+        outputs, damaged = self.run_undamaged(encoded, windows)
+        crops = iter(outputs[0] if outputs else ())
+        return [Rejection(DAMAGED) if number in damaged else np.asarray(next(crops)) for number in range(len(encoded))]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
 
 from beit_fast.data.sampling import epoch_order
-from beit_fast.data.screening import BadImages, Header, Rejection, read_screened
+from beit_fast.data.screening import BadImages, Header, Rejection, screen
 from beit_fast.data.sources import ImageSource
+
+NOTHING_USABLE = "source: not one of its images can be used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,9 @@ class ScreenedReader:
 
     A bad image is replaced by the sample at the next place, (position + 1) modulo the length, and so on: the
     replacement does not depend on the batch either.
+
+    Raises:
+        ValueError: an empty source.
     """
 
     def __init__(self, source: ImageSource, seed: int, bad_images: BadImages, threads: int) -> None:
@@ -35,14 +44,27 @@ class ScreenedReader:
             raise ValueError("source: no images")
         self.source, self.seed, self.bad_images = source, seed, bad_images
         # Reading waits for disks and networks: more threads than cores.
-        self._pool = ThreadPoolExecutor(max(8, threads), thread_name_prefix="beit_fast-read")
+        self._threads = max(8, threads)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="beit_fast-read")
 
-    def start(self, epoch: int, positions: Iterable[int]) -> list[Future[Sample]]:
-        """Begin to read the samples at `positions`; take them with `.result()`."""
-        return [self._pool.submit(self.find, epoch, position) for position in positions]
+    def start(self, epoch: int, positions: NDArray[np.integer]) -> Iterator[Sample]:
+        """Begin to read the samples at `positions` (b,); iterate to wait for them.
+
+        Raises:
+            ValueError: no positions.
+        """
+        if positions.ndim != 1 or len(positions) == 0:
+            raise ValueError(f"positions must be a row of at least one place, got shape {positions.shape}")
+        # A task per image would cost as much as reading it from the page cache.
+        parts = np.array_split(positions, min(len(positions), 2 * self._threads))
+        futures = [self._pool.submit(self._find_all, epoch, part.tolist()) for part in parts]
+        return chain.from_iterable(future.result() for future in futures)
+
+    def _find_all(self, epoch: int, positions: list[int]) -> list[Sample]:
+        return [self.find(epoch, position) for position in positions]
 
     def find(self, epoch: int, position: int) -> Sample:
-        """The first usable sample at or after a place of the epoch's order.
+        """Return the first usable sample at or after a place of the epoch's order.
 
         Raises:
             TooManyBadImages: see `BadImages`.
@@ -50,30 +72,41 @@ class ScreenedReader:
         """
         length = len(self.source)
         for step in range(length):
-            place = (position + step) % length
+            place = position if step == 0 else (position + step) % length  # a first place out of range is an error
             index = int(epoch_order([place], length, self.seed, epoch)[0])
-            found = self.read(index)
-            if found is not None:
-                return Sample(place, index, *found)
-        raise ValueError("source: not one of its images can be used")
+            screened = self.read(index)
+            if screened is not None:
+                return Sample(place, index, *screened)
+        raise ValueError(NOTHING_USABLE)
 
     def after(self, epoch: int, sample: Sample, reason: str) -> Sample:
-        """The replacement of a sample that passed the screening but cannot be decoded."""
+        """Return the replacement of a sample that passed the screening but cannot be decoded."""
         self.bad_images.add(self.source.name(sample.index), reason)
         return self.find(epoch, (sample.position + 1) % len(self.source))
 
     def read(self, index: int) -> tuple[bytes, Header] | None:
-        """Bytes and header of image `index`; None, and reported, where it is bad."""
-        found = read_screened(self.source, index)
+        """Return bytes and header of image `index`; None, and reported, where it is bad."""
+        screened = read_screened(self.source, index)
         self.bad_images.looked_at(1)
-        if isinstance(found, Rejection):
-            self.bad_images.add(self.source.name(index), found.reason)
+        if isinstance(screened, Rejection):
+            self.bad_images.add(self.source.name(index), screened.reason)
             return None
-        return found
+        return screened
 
-    def start_reading(self, indices: Iterable[int]) -> list[Future[tuple[bytes, Header] | None]]:
-        """Begin to read images by their place in the source; None for a bad one."""
-        return [self._pool.submit(self.read, index) for index in indices]
+    def read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, tuple[bytes, Header] | None]]:
+        """Read images by their place in the source; with each its place, and None for a bad one."""
+        return zip(indices, self._pool.map(self.read, indices), strict=True)
 
     def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def read_screened(source: ImageSource, index: int) -> tuple[bytes, Header] | Rejection:
+    """Read and screen one image of a source; an image that cannot be read is rejected too."""
+    try:
+        data = source.read(index)
+    except OSError as error:
+        return Rejection(f"cannot be read: {error.strerror or error}")
+    header = screen(data)
+    return header if isinstance(header, Rejection) else (data, header)

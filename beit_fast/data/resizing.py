@@ -14,27 +14,42 @@ from torch import Tensor
 from torch.nn import functional
 
 from beit_fast.data.decoding import DAMAGED, Crop, DaliPipeline, Decoder, Windows
+from beit_fast.data.reading import Sample
 from beit_fast.data.sampling import compiled_module
-from beit_fast.data.screening import Header, Rejection
+from beit_fast.data.screening import Rejection
+
+Flags = NDArray[np.bool_]
 
 
 class ResizedViews(NamedTuple):
-    """Both views of a batch; rows of rejected images hold nothing of use."""
+    """Both views of a batch."""
 
-    views: Tensor
+    images: Tensor
     """uint8 (B, S, S, 3), bicubic"""
-    token_views: Tensor
+    token_images: Tensor
     """uint8 (B, s, s, 3), Lanczos; rows of images whose tokens are known hold nothing of use"""
     centers: Tensor | None
-    """float32 (B,): mean gray of the whole image, where that was asked for"""
-    rejected: dict[int, Rejection]
+    """float32 (B,): mean gray of the whole image, where the resizer sees it"""
 
 
 class Resizer(Protocol):
-    def make(
-        self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows, known: NDArray[np.bool_]
-    ) -> ResizedViews:
-        """`known` (B,): images that need no tokenizer view."""
+    """From encoded samples and windows to both views."""
+
+    def empty(self, batch: int) -> ResizedViews:
+        """Memory for the views of a batch, on the device of the resizer."""
+
+    def resize_into(
+        self,
+        views: ResizedViews,
+        rows: list[int],
+        samples: Sequence[Sample],
+        windows: Windows,
+        known: Flags,
+    ) -> dict[int, Rejection]:
+        """Fill `rows` of `views` with `samples` (len(rows)); returns the rows that could not be decoded.
+
+        `known` (B,): rows that need no tokenizer view.
+        """
 
 
 @cache
@@ -47,8 +62,8 @@ def has_uint8_lanczos() -> bool:
     return True
 
 
-def resize(crop: Crop, size: int, mode: str, out: Tensor) -> None:
-    """Resize uint8 (h, w, 3) into `out` (size, size, 3), antialiased; `mode` is "bicubic" or "lanczos".
+def resize(crop: Crop, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize uint8 (h, w, 3) to `size` (H, W): (H, W, 3), antialiased; `mode` "bicubic", "bilinear" or "lanczos".
 
     Within a level of Pillow on average (tests). Where torch has no Lanczos for bytes, Pillow itself does it, three
     times slower.
@@ -56,12 +71,12 @@ def resize(crop: Crop, size: int, mode: str, out: Tensor) -> None:
     if mode == "lanczos" and not has_uint8_lanczos():
         from PIL import Image
 
-        resized = Image.fromarray(crop).resize((size, size), Image.Resampling.LANCZOS)
-        out.copy_(torch.from_numpy(np.array(resized)))
-        return
+        return torch.from_numpy(np.array(Image.fromarray(crop).resize(size[::-1], Image.Resampling.LANCZOS)))
     # The channels-last layout takes torch's vector code: seven times faster than planes.
-    image = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)[None]
-    out.copy_(functional.interpolate(image, size=(size, size), mode=mode, antialias=True)[0].permute(1, 2, 0))
+    image = torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    if tuple(crop.shape[:2]) != size:
+        image = functional.interpolate(image, size=size, mode=mode, antialias=True)
+    return image[0].permute(1, 2, 0)
 
 
 class CpuResizer:
@@ -70,74 +85,78 @@ class CpuResizer:
     def __init__(
         self, decoder: Decoder, pool: ThreadPoolExecutor, image_size: int, token_image_size: int, whole_image: bool
     ) -> None:
-        self.decoder, self.pool = decoder, pool
-        self.image_size, self.token_image_size = image_size, token_image_size
-        self.whole_image = whole_image
+        self.decoder, self.pool, self.whole_image = decoder, pool, whole_image
+        self.sizes = (image_size, token_image_size)
 
-    def make(
-        self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows, known: NDArray[np.bool_]
-    ) -> ResizedViews:
-        batch = len(encoded)
-        views = torch.empty(batch, self.image_size, self.image_size, 3, dtype=torch.uint8)
-        token_views = torch.empty(batch, self.token_image_size, self.token_image_size, 3, dtype=torch.uint8)
-        centers = torch.zeros(batch) if self.whole_image else None
-        decoded_windows = windows
+    def empty(self, batch: int) -> ResizedViews:
+        images, token_images = (torch.empty(batch, size, size, 3, dtype=torch.uint8) for size in self.sizes)
+        return ResizedViews(images, token_images, torch.zeros(batch) if self.whole_image else None)
+
+    def resize_into(
+        self,
+        views: ResizedViews,
+        rows: list[int],
+        samples: Sequence[Sample],
+        windows: Windows,
+        known: Flags,
+    ) -> dict[int, Rejection]:
+        decoded = windows
         if self.whole_image:
-            decoded_windows = np.array([(0, 0, header.height, header.width) for header in headers], np.int32)
-        crops = self.decoder.decode(encoded, decoded_windows)
+            decoded = np.array([(0, 0, sample.header.height, sample.header.width) for sample in samples], np.int32)
+        crops = self.decoder.decode([sample.data for sample in samples], decoded)
 
-        def work(number: int) -> None:
-            crop = crops[number]
+        def work(row: int, crop: Crop | Rejection, window: list[int]) -> None:
             if isinstance(crop, Rejection):
                 return
-            if centers is not None:
-                top, left, height, width = windows[number]
-                centers[number] = float(compiled_module().gray_means(np.ascontiguousarray(crop)[None])[0])
+            if views.centers is not None:
+                top, left, height, width = window
+                views.centers[row] = float(compiled_module().gray_means(np.ascontiguousarray(crop)[None])[0])
                 crop = crop[top : top + height, left : left + width]
-            resize(crop, self.image_size, "bicubic", views[number])
-            if not known[number]:
-                resize(crop, self.token_image_size, "lanczos", token_views[number])
+            size, token_size = self.sizes
+            views.images[row] = resize(crop, (size, size), "bicubic")
+            if not known[row]:
+                views.token_images[row] = resize(crop, (token_size, token_size), "lanczos")
 
-        for _ in self.pool.map(work, range(batch)):
-            pass
-        rejected = {number: crop for number, crop in enumerate(crops) if isinstance(crop, Rejection)}
-        return ResizedViews(views, token_views, centers, rejected)
+        list(self.pool.map(work, rows, crops, windows.tolist()))
+        return {row: crop for row, crop in zip(rows, crops, strict=True) if isinstance(crop, Rejection)}
 
 
 class GpuResizer(DaliPipeline):
     """nvJPEG and DALI's resize on the GPU. Written without a GPU at hand: unverified."""
 
     def __init__(self, device: torch.device, threads: int, image_size: int, token_image_size: int) -> None:
-        self.device = device
         index = device.index if device.index is not None else torch.cuda.current_device()
         super().__init__(threads, device_id=index)
-        self.image_size, self.token_image_size = image_size, token_image_size
+        self.device, self.sizes = device, (image_size, token_image_size)
 
     def graph(self, crops: Any) -> tuple[Any, ...]:
-        return resize_with_dali(crops, self.image_size, self.token_image_size)
+        return resize_with_dali(crops, *self.sizes)
 
-    def make(
-        self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows, known: NDArray[np.bool_]
-    ) -> ResizedViews:
-        """The graph makes both views of all images, `known` or not."""
-        batch = len(encoded)
-        views = torch.empty(batch, self.image_size, self.image_size, 3, dtype=torch.uint8, device=self.device)
-        size = self.token_image_size
-        token_views = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=self.device)
-        rejected: dict[int, Rejection] = {}
-        try:
-            outputs = self.run(encoded, windows)
-        except RuntimeError:
-            self.drop()
-            rejected = {number: Rejection(DAMAGED) for number in self.damaged(encoded, windows)}
-            kept = [number for number in range(batch) if number not in rejected]
-            if kept:
-                parts = [torch.empty_like(views[: len(kept)]), torch.empty_like(token_views[: len(kept)])]
-                _copy_from_dali(self.run([encoded[number] for number in kept], windows[kept]), parts)
-                views[kept], token_views[kept] = parts
-        else:
-            _copy_from_dali(outputs, [views, token_views])
-        return ResizedViews(views, token_views, None, rejected)
+    def empty(self, batch: int) -> ResizedViews:
+        images, token_images = (
+            torch.empty(batch, size, size, 3, dtype=torch.uint8, device=self.device) for size in self.sizes
+        )
+        return ResizedViews(images, token_images, None)
+
+    def resize_into(
+        self,
+        views: ResizedViews,
+        rows: list[int],
+        samples: Sequence[Sample],
+        windows: Windows,
+        known: Flags,
+    ) -> dict[int, Rejection]:
+        """The graph makes both views of all samples, `known` or not."""
+        outputs, damaged = self.run_undamaged([sample.data for sample in samples], windows)
+        rejected = {rows[number]: Rejection(DAMAGED) for number in damaged}
+        made = [row for row in rows if row not in rejected]
+        if len(made) == len(views.images):
+            _copy_from_dali(outputs, views[:2])
+        elif made:
+            parts = self.empty(len(made))
+            _copy_from_dali(outputs, parts[:2])
+            views.images[made], views.token_images[made] = parts[:2]
+        return rejected
 
 
 def resize_with_dali(crops: Any, image_size: int, token_image_size: int) -> tuple[Any, Any]:

@@ -13,8 +13,6 @@ import struct
 import threading
 from dataclasses import dataclass
 
-from beit_fast.data.sources import ImageSource
-
 logger = logging.getLogger("beit_fast.data")
 
 MAX_PIXELS = 64_000_000
@@ -65,16 +63,6 @@ def screen(data: bytes) -> Header | Rejection:
         size = f"{header.width} x {header.height} = {header.height * header.width / 1e6:.0f}"
         return Rejection(f"{size} megapixels; at most {MAX_PIXELS / 1e6:.0f} are decoded")
     return header
-
-
-def read_screened(source: ImageSource, index: int) -> tuple[bytes, Header] | Rejection:
-    """Read and screen one image of a source; an image that cannot be read is rejected too."""
-    try:
-        data = source.read(index)
-    except OSError as error:
-        return Rejection(f"cannot be read: {error.strerror or error}")
-    header = screen(data)
-    return header if isinstance(header, Rejection) else (data, header)
 
 
 def _header(kind: str, height: int, width: int, orientation: int = 1) -> Header:

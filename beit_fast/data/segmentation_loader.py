@@ -7,25 +7,21 @@ resized to the crop: the image bilinearly, antialiased where it shrinks, the lab
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from beit_fast.data.augmentation.photometric import PhotometricDistortion, distort
-from beit_fast.data.decoding import Crop, DaliDecoder, Decoder, PilDecoder, has_dali
-from beit_fast.data.loader import Request
-from beit_fast.data.prefetch import Prefetcher
-from beit_fast.data.reading import Sample, ScreenedReader
-from beit_fast.data.sampling import compiled_module, sample_keys, uniforms
+from beit_fast.data.decoding import Crop, open_decoder
+from beit_fast.data.loader import Loader, Request
+from beit_fast.data.reading import Sample
+from beit_fast.data.resizing import resize
+from beit_fast.data.sampling import sample_keys, uniforms
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.segmentation import IGNORE, SegmentationImages
 
@@ -109,14 +105,6 @@ def nearest(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int6
     return labels[rows[:, None], columns]
 
 
-def bilinear(picture: Crop, size: tuple[int, int]) -> Tensor:
-    """uint8 (h, w, 3) -> (*size, 3), bilinear, antialiased where it shrinks."""
-    image = torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    if tuple(picture.shape[:2]) != size:
-        image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
-    return image[0].permute(1, 2, 0)
-
-
 @dataclass(frozen=True)
 class SegmentationBatch:
     """A batch on the device of its views, except `indices`."""
@@ -134,157 +122,85 @@ class SegmentationBatch:
         return len(self.images)
 
 
-class _Raw(NamedTuple):
-    """A batch in memory before colour."""
-
-    views: Tensor
-    labels: Tensor
-    keys: NDArray[np.int64]
-    sizes: list[tuple[int, int]]
-    indices: NDArray[np.int64]
-
-
-class _Reading:
-    """What training and evaluation share: reading and decoding."""
-
-    def __init__(
-        self,
-        data: SegmentationImages,
-        seed: int,
-        decoder: Literal["auto", "dali", "pil"],
-        bad_images: BadImages | None,
-        threads: int | None,
-        prefetch: int,
-    ) -> None:
-        self.data, self.prefetch = data, prefetch
-        self.threads = threads if threads is not None else min(8, len(os.sched_getaffinity(0)))
-        if self.threads < 1 or prefetch < 1:
-            raise ValueError(f"threads and prefetch must be at least 1, got {threads} and {prefetch}")
-        dali = decoder == "dali" or (decoder == "auto" and has_dali())
-        self._decoder: Decoder = DaliDecoder(self.threads) if dali else PilDecoder()
-        self.bad_images = bad_images if bad_images is not None else BadImages(len(data))
-        self.reader = ScreenedReader(data.source, seed, self.bad_images, self.threads)
-        self._workers = ThreadPoolExecutor(self.threads, thread_name_prefix="beit_fast-crop")
-
-    def close(self) -> None:
-        """End the threads. Nothing can be made afterwards."""
-        self.reader.close()
-        self._workers.shutdown(cancel_futures=True)
-
-
-class SegmentationLoader(_Reading):
-    """Random crops of labelled images; `batches(requests)` works ahead in a thread.
+class SegmentationLoader(Loader):
+    """Random crops of labelled images.
 
     An image that cannot be used, or whose label file is missing or damaged, is replaced by the next one of the epoch's
     order. A label map of another size, or with a number that is no class, ends the run with a ValueError that names it.
+
+    Args:
+        data: images and label files.
+        sampler: draws the crops.
+        photometric: draws what is done to the colours; None: nothing.
+        seed: of everything that is random, together with epoch and sample.
+        mean, std: normalise the crops.
+        decoder: "dali", "pil" or "auto".
+        device, bad_images, threads, prefetch: see `Loader`.
     """
 
     def __init__(
-        self,
-        data: SegmentationImages,
-        sampling: SegmentationCropSampler,
-        photometric: PhotometricDistortion | None,
-        *,
-        seed: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        device: str | torch.device = "cpu",
-        decoder: Literal["auto", "dali", "pil"] = "auto",
-        bad_images: BadImages | None = None,
-        threads: int | None = None,
-        prefetch: int = 2,
-    ) -> None:
-        super().__init__(data, seed, decoder, bad_images, threads, prefetch)
-        compiled_module()  # says now what is missing
-        self.seed, self.sampling, self.photometric = seed, sampling, photometric
-        self.device = torch.device(device)
+        self, data: SegmentationImages, sampler: SegmentationCropSampler, photometric: PhotometricDistortion | None, *,
+        seed: int, mean: Sequence[float], std: Sequence[float], device: str | torch.device = "cpu",
+        decoder: Literal["auto", "dali", "pil"] = "auto", bad_images: BadImages | None = None,
+        threads: int | None = None, prefetch: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__(data.source, seed=seed, device=device, bad_images=bad_images, threads=threads,
+                         prefetch=prefetch)  # fmt: skip
+        self.data, self.sampler, self.photometric = data, sampler, photometric
         self.mean, self.std = tuple(mean), tuple(std)
-        self._running: Prefetcher[SegmentationBatch | _Raw] | None = None
+        self._decoder = open_decoder(decoder, self.threads)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch]:
-        """One batch per request (`epoch`, `positions`), in order. One iteration at a time."""
-        prefetcher = Prefetcher(self._make_all(requests), self.prefetch)
-        self._running = prefetcher
-        try:
-            for made in prefetcher:
-                yield made if isinstance(made, SegmentationBatch) else self._finish(made)
-        finally:
-            prefetcher.close()
+        """Yield one batch per request, in order."""
+        return self.ahead(self._make(request.epoch, samples) for request, samples in self.read_ahead(requests))
 
-    def close(self) -> None:
-        if self._running is not None:
-            self._running.close()
-        super().close()
-
-    def _make_all(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch | _Raw]:
-        """Reads the files of one batch while the batch before it is decoded; colours on a CPU belong to it, too."""
-        reading: deque[tuple[int, list[Future[Sample]]]] = deque()
-        for request in requests:
-            reading.append((request.epoch, self.reader.start(request.epoch, request.positions.tolist())))
-            if len(reading) > 1:
-                yield self._make(*reading.popleft())
-        while reading:
-            yield self._make(*reading.popleft())
-
-    def _make(self, epoch: int, futures: list[Future[Sample]]) -> SegmentationBatch | _Raw:
-        samples, side = [future.result() for future in futures], self.sampling.crop
-        views = torch.zeros(len(samples), side, side, 3, dtype=torch.uint8)
+    def _make(self, epoch: int, samples: list[Sample]) -> SegmentationBatch:
+        side = self.sampler.crop
+        crops = torch.zeros(len(samples), side, side, 3, dtype=torch.uint8)
         labels = np.full((len(samples), side, side), IGNORE, np.int64)
-        keys, sizes = np.zeros(len(samples), np.int64), [(side, side)] * len(samples)
+        keys, sizes = torch.zeros(len(samples), dtype=torch.int64), [(side, side)] * len(samples)
 
-        def fill(
-            entry: tuple[int, Placement, NDArray[np.int64]], crop: Crop | Rejection
-        ) -> tuple[int, Rejection | None]:
-            row, placement, label = entry
-            if isinstance(crop, Rejection):
-                return row, crop
-            (height, width), sizes[row] = placement.size, placement.size
-            view, label = bilinear(crop, placement.size), nearest(label, placement.size)
-            views[row, :height, :width] = view.flip(1) if placement.flip else view
-            labels[row, :height, :width] = label[:, ::-1] if placement.flip else label
-            return row, None
-
-        waiting = list(range(len(samples)))
-        while waiting:  # again for the replacements of what could not be used
-            for row in waiting:
-                keys[row] = int(sample_keys(self.seed, epoch, [samples[row].index])[0])
-            found = list(self._workers.map(self._place, (samples[row] for row in waiting), keys[waiting].tolist()))
-            placed = [(row, *f) for row, f in zip(waiting, found, strict=True) if not isinstance(f, Rejection)]
-            failed = {row: f for row, f in zip(waiting, found, strict=True) if isinstance(f, Rejection)}
+        def make(rows: list[int]) -> dict[int, Rejection]:
+            keys[rows] = sample_keys(self.seed, epoch, [samples[row].index for row in rows])
+            drawn = list(self.workers.map(self._draw, [samples[row] for row in rows], keys[rows].tolist()))
+            failed = {row: d for row, d in zip(rows, drawn, strict=True) if isinstance(d, Rejection)}
+            placed = [(row, *d) for row, d in zip(rows, drawn, strict=True) if not isinstance(d, Rejection)]
             windows = np.array([placement.window for _, placement, _ in placed], np.int32).reshape(-1, 4)
-            crops = self._decoder.decode([samples[row].data for row, _, _ in placed], windows) if placed else []
+            pictures = self._decoder.decode([samples[row].data for row, _, _ in placed], windows) if placed else []
+            list(self.workers.map(fill, placed, pictures))
+            return failed | {
+                row: p for (row, _, _), p in zip(placed, pictures, strict=True) if isinstance(p, Rejection)
+            }
 
-            failed |= {r: f for r, f in self._workers.map(fill, placed, crops) if f is not None}
-            for row, rejection in failed.items():
-                samples[row] = self.reader.after(epoch, samples[row], rejection.reason)
-            waiting = sorted(failed)
-        indices = np.array([sample.index for sample in samples], np.int64)
-        raw = _Raw(views, torch.from_numpy(labels), keys, sizes, indices)
-        return self._finish(raw) if self.device.type == "cpu" else raw
+        def fill(entry: tuple[int, Placement, NDArray[np.int64]], picture: Crop | Rejection) -> None:
+            row, placement, label = entry
+            if isinstance(picture, Rejection):
+                return
+            (height, width), sizes[row] = placement.size, placement.size
+            crop, label = resize(picture, placement.size, "bilinear"), nearest(label, placement.size)
+            crops[row, :height, :width] = crop.flip(1) if placement.flip else crop
+            labels[row, :height, :width] = label[:, ::-1] if placement.flip else label
 
-    def _place(self, sample: Sample, key: int) -> tuple[Placement, NDArray[np.int64]] | Rejection:
-        """The crop of a sample and its part of the label map."""
+        indices = self.make_all(epoch, samples, make)
+        levels = self.send(crops).permute(0, 3, 1, 2).float()
+        if self.photometric is not None:
+            levels = distort(levels, self.photometric.sample(keys))
+        images = normalised(levels, self.mean, self.std).contiguous()
+        for row, (height, width) in enumerate(sizes):
+            images[row, :, height:] = 0
+            images[row, :, :, width:] = 0
+        return SegmentationBatch(
+            images, self.send(torch.from_numpy(labels)), self.send(keys), torch.from_numpy(indices)
+        )
+
+    def _draw(self, sample: Sample, key: int) -> tuple[Placement, NDArray[np.int64]] | Rejection:
+        """Draw the crop of a sample; with it its part of the label map."""
         label = self.data.read_label(sample.index, sample.header)
         if isinstance(label, Rejection):
             return label
-        placement = self.sampling.sample(key, label)
+        placement = self.sampler.sample(key, label)
         top, left, height, width = placement.window
         return placement, label[top : top + height, left : left + width]
-
-    def _finish(self, raw: _Raw) -> SegmentationBatch:
-        """Colours, normalisation and padding, on the device."""
-        levels = self._send(raw.views).permute(0, 3, 1, 2).float()
-        if self.photometric is not None:
-            levels = distort(levels, self.photometric.sample(raw.keys))
-        images = normalised(levels, self.mean, self.std).contiguous()
-        for row, (height, width) in enumerate(raw.sizes):
-            images[row, :, height:] = 0
-            images[row, :, :, width:] = 0
-        keys = self._send(torch.from_numpy(raw.keys))
-        return SegmentationBatch(images, self._send(raw.labels), keys, torch.from_numpy(raw.indices))
-
-    def _send(self, tensor: Tensor) -> Tensor:
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def normalised(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -293,7 +209,8 @@ def normalised(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return (levels - shift) / scale
 
 
-class WholeImage(NamedTuple):
+@dataclass(frozen=True)
+class WholeImage:
     """One image for evaluation, in memory."""
 
     number: int
@@ -304,42 +221,28 @@ class WholeImage(NamedTuple):
     """int64 (H, W)"""
 
 
-class WholeImages(_Reading):
+class WholeImages(Loader):
     """Every image of a set once, whole. A bad one is left out, reported to `bad_images` and named there."""
 
     def __init__(
-        self,
-        data: SegmentationImages,
-        *,
-        decoder: Literal["auto", "dali", "pil"] = "auto",
-        bad_images: BadImages | None = None,
-        threads: int | None = None,
-        prefetch: int = 2,
-    ) -> None:
-        super().__init__(data, 0, decoder, bad_images, threads, prefetch)
+        self, data: SegmentationImages, *, decoder: Literal["auto", "dali", "pil"] = "auto",
+        bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__(data.source, bad_images=bad_images, threads=threads, prefetch=prefetch)
+        self.data = data
+        self._decoder = open_decoder(decoder, self.threads)
 
     def images(self, rank: int = 0, size: int = 1) -> Iterator[WholeImage]:
-        """This rank's share: `rank`, `rank + size`, ..."""
-        prefetcher = Prefetcher(self._read(range(rank, len(self.data), size)), self.prefetch)
-        try:
-            yield from prefetcher
-        finally:
-            prefetcher.close()
+        """Yield this rank's share: `rank`, `rank + size`, ..."""
+        return self.ahead(self._read(range(rank, len(self.data), size)))
 
     def _read(self, own: range) -> Iterator[WholeImage]:
         for first in range(0, len(own), self.threads):
-            chunk = own[first : first + self.threads]
-            read = [future.result() for future in self.reader.start_reading(chunk)]
-            kept = [(index, *found) for index, found in zip(chunk, read, strict=True) if found is not None]
-            if not kept:
-                continue
-            labels = list(self._workers.map(self.data.read_label, *zip(*((i, h) for i, _, h in kept), strict=True)))
-            whole = np.array([(0, 0, header.height, header.width) for _, _, header in kept], np.int32)
-            pictures = self._decoder.decode([data for _, data, _ in kept], whole)
-            for (index, _, _), picture, label in zip(kept, pictures, labels, strict=True):
-                bad = next((part for part in (picture, label) if isinstance(part, Rejection)), None)
-                if bad is not None:
-                    self.bad_images.add(self.data.source.name(index), bad.reason)
+            decoded = self.decode_whole(self._decoder, own[first : first + self.threads])
+            labels = self.workers.map(self.data.read_label, *zip(*((i, h) for i, h, _ in decoded), strict=True))
+            for (index, _, picture), label in zip(decoded, labels, strict=True):
+                if isinstance(label, Rejection):
+                    self.bad_images.add(self.source.name(index), label.reason)
                     continue
                 pixels = torch.from_numpy(np.array(picture))  # a copy: the decoder's buffer is used again
-                yield WholeImage(index, pixels, torch.from_numpy(np.asarray(label)))
+                yield WholeImage(index, pixels, torch.from_numpy(label))

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from beit_fast.data.screening import BadImages, Header, Rejection, TooManyBadImages, read_screened, screen
+from beit_fast.data.reading import read_screened
+from beit_fast.data.screening import BadImages, Header, Rejection, TooManyBadImages, screen
 from beit_fast.data.sources import FolderSource
 
 

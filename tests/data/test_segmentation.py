@@ -11,6 +11,7 @@ from beit_fast.data import scenes
 from beit_fast.data.augmentation.photometric import PhotometricDistortion, distort
 from beit_fast.data.builtin import render_labelled
 from beit_fast.data.loader import Request
+from beit_fast.data.resizing import resize
 from beit_fast.data.screening import BadImages, Header, Rejection
 from beit_fast.data.segmentation import (
     IGNORE,
@@ -24,7 +25,6 @@ from beit_fast.data.segmentation_loader import (
     SegmentationCropSampler,
     SegmentationLoader,
     WholeImages,
-    bilinear,
     nearest,
     scaled_size,
 )
@@ -186,7 +186,7 @@ def test_resizing_is_pillows():
     picture = render_labelled(0, 0, 90)[0][:70]
     for size in ((40, 50), (140, 180), (70, 90)):
         expected = np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BILINEAR)).astype(float)
-        found = bilinear(picture, size).numpy()
+        found = resize(picture, size, "bilinear").numpy()
         assert abs(found - expected).mean() < 0.3
         label = picture[..., 0].astype(np.int64)
         pillow = Image.fromarray(picture[..., 0]).resize(size[::-1], Image.Resampling.NEAREST)
