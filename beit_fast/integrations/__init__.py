@@ -27,7 +27,7 @@ def accelerate(model: Model) -> Model:
     another `forward`. Parameters, their names, buffers, hooks, drop path and its random numbers, outputs and gradients
     stay what they were, up to rounding; optimizers, checkpoints, DistributedDataParallel, torch.compile, autocast,
     copies and pickles work as before. A block in which something is not as it was made (active dropout, a replaced
-    module, a hook on its attention or MLP, attention weights asked for) runs its own `forward` as long as that is so.
+    module, a hook on its attention or MLP, attention weights requested) runs its own `forward` as long as that is so.
     The logits of a masked image model that is given labels are computed when they are first read, which has to happen
     before the weights change.
 
@@ -53,13 +53,13 @@ def accelerate(model: Model) -> Model:
     if isinstance(model, (Beit, BeitFeatures, BeitForMaskedImageModeling)):
         return model
     libraries = _loaded_libraries()
-    swaps = [(library, library.find(model)) for library in libraries]
-    done = {faster for library in libraries for faster in library.FASTER.values()}
-    if not any(found for _, found in swaps) and not any(type(module) in done for module in model.modules()):
+    faster = {own: ours for library in libraries for own, ours in library.FASTER.items()}
+    for library in libraries:
+        library.check(model)
+    kinds = {type(module) for module in model.modules()}
+    if kinds.isdisjoint({*faster.keys(), *faster.values()}):
         raise ValueError(f"nothing to accelerate in {type(model).__name__}; supported are {_SUPPORTED}")
-    for library, found in swaps:
-        for module in found:
-            module.__class__ = library.FASTER[type(module)]
+    _swap_classes(model, faster)
     return model
 
 
@@ -79,15 +79,18 @@ def restore(model: Model) -> Model:
         'timm.models.beit'
     """
     for library in _loaded_libraries():
-        original = {faster: own for own, faster in library.FASTER.items()}
-        for module in model.modules():
-            if type(module) in original:
-                module.__class__ = original[type(module)]
+        _swap_classes(model, {ours: own for own, ours in library.FASTER.items()})
     return model
 
 
+def _swap_classes(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+    for module in model.modules():
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]
+
+
 def _loaded_libraries() -> list[ModuleType]:
-    """Our side of each library that is imported: a model of any other cannot be at hand."""
+    """Our module for each library that is imported; a model can be of no other."""
     return [
         importlib.import_module(f"{__name__}.{ours}") for theirs, ours in _LIBRARIES.items() if theirs in sys.modules
     ]

@@ -28,7 +28,7 @@ class Block(theirs.Block):
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), with the bias (H, N, N) that all blocks share."""
-        if not self._as_made():
+        if not self._is_as_made():
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         attn, mlp, gammas = self.attn, self.mlp, (self.gamma_1, self.gamma_2)
         qkv_bias = None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
@@ -37,8 +37,8 @@ class Block(theirs.Block):
         factors = drop_factors(self.drop_path1, x), drop_factors(self.drop_path2, x)
         return forward_after_attention(x, heads, (attn.proj, self.norm2, mlp.fc1, mlp.fc2), gammas, factors)
 
-    def _as_made(self) -> bool:
-        """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
+    def _is_as_made(self) -> bool:
+        """Whether the block is as it was made in everything that its own `forward` respects and this one does not."""
         attn, mlp = self.attn, self.mlp
         return (
             is_stock(attn, theirs.Attention)
@@ -75,29 +75,20 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def find(model: nn.Module) -> list[nn.Module]:
-    """The modules of timm's BEiTs within `model` that have a faster class.
-
-    Raises:
-        ValueError: a BEiT is of a kind that we do not have.
-    """
-    for name, module in model.named_modules():
-        if type(module) is theirs.Block:
-            _check(module, name)
-    return [module for module in model.modules() if type(module) in FASTER]
-
-
-def _check(block: Any, name: str) -> None:
-    mlp = block.mlp
-    problems = {
-        "its MLP is a SwiGLU": not isinstance(mlp, Mlp),
-        "its MLP has a norm": not isinstance(getattr(mlp, "norm", None), nn.Identity),
-        "its activation is not the exact GELU": not exact_gelu(getattr(mlp, "act", None)),
-        "its norms are not LayerNorms with weight and bias": not all(_affine(n) for n in (block.norm1, block.norm2)),
-    }
-    problem = next((problem for problem, applies in problems.items() if applies), None)
-    if problem is not None:
-        raise ValueError(f"timm's BEiT block {name!r} is not supported: {problem}")
+def check(model: nn.Module) -> None:
+    """Raises ValueError where a timm BEiT within `model` is of a kind that has no faster class."""
+    for name, block in model.named_modules():
+        if type(block) is not theirs.Block:
+            continue
+        problems = {
+            "its MLP is a SwiGLU": not isinstance(block.mlp, Mlp),
+            "its MLP has a norm": not isinstance(getattr(block.mlp, "norm", None), nn.Identity),
+            "its activation is not the exact GELU": not exact_gelu(getattr(block.mlp, "act", None)),
+            "its norms are not LayerNorms with weight and bias": not (_affine(block.norm1) and _affine(block.norm2)),
+        }
+        for problem, applies in problems.items():
+            if applies:
+                raise ValueError(f"timm's BEiT block {name!r} is not supported: {problem}")
 
 
 def _affine(norm: nn.Module) -> bool:

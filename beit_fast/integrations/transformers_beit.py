@@ -63,7 +63,7 @@ class BeitLayer(theirs.BeitLayer):
         """
         masked_rows: MaskedRows | None = kwargs.pop("masked_rows", None)
         x, attention = hidden_states, self.attention
-        if not self._as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
+        if not self._is_as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
         normed = self.layernorm_before(x)
         shape = (*x.shape[:2], attention.num_attention_heads, attention.head_dim)
@@ -82,8 +82,8 @@ class BeitLayer(theirs.BeitLayer):
         first, second = (None if f is None else f.index_select(0, sample) for f in factors)
         return forward_after_attention(some_x, some_heads, modules, gammas, (first, second))
 
-    def _as_made(self, kwargs: dict[str, Any]) -> bool:
-        """Whether nothing has been put into or onto the block that its own `forward` would heed and this one not."""
+    def _is_as_made(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the block is as it was made in everything that its own `forward` respects and this one does not."""
         attention, config = self.attention, self.attention.config
         if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
             return False
@@ -168,7 +168,7 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         **kwargs: Any,
     ) -> MaskedLMOutput:
         """The loss over the masked positions; the logits of all positions are computed when they are first read."""
-        if labels is None or bool_masked_pos is None or torch.compiler.is_compiling() or not self._head_as_made():
+        if labels is None or bool_masked_pos is None or torch.compiler.is_compiling() or not self._head_is_stock():
             return super().forward(
                 pixel_values, bool_masked_pos, labels, interpolate_pos_encoding, attention_mask, **kwargs
             )
@@ -215,7 +215,7 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
             and all(is_stock(m, nn.Linear) for m in (last.attention.o_proj, last.mlp.fc1, last.mlp.fc2))
         )
 
-    def _head_as_made(self) -> bool:
+    def _head_is_stock(self) -> bool:
         return all_stock((self.layernorm, nn.LayerNorm), (self.lm_head, nn.Linear))
 
 
@@ -226,18 +226,13 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def find(model: nn.Module) -> list[nn.Module]:
-    """The modules of transformers' BEiTs within `model` that have a faster class.
-
-    Raises:
-        ValueError: a BEiT is of a kind that we do not have.
-    """
+def check(model: nn.Module) -> None:
+    """Raises ValueError where a BEiT of transformers within `model` is of a kind that has no faster class."""
     for name, module in model.named_modules():
         if type(module) is theirs.BeitLayer and not _exact_gelu(module.mlp.activation_fn):
             raise ValueError(
                 f"transformers' BEiT block {name!r} is not supported: its activation is not the exact GELU"
             )
-    return [module for module in model.modules() if type(module) in FASTER]
 
 
 def attention_forward(

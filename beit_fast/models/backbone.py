@@ -58,10 +58,10 @@ class BeitBackbone(nn.Module):
 
     @torch.no_grad()
     def attention_probabilities(self, images: Tensor, block: int = -1, queries: Tensor | None = None) -> Tensor:
-        """What the tokens of one block attend to: float32 (B, H, Q, N); each row sums to 1.
+        """The attention of one block's tokens: float32 (B, H, Q, N); each row sums to 1.
 
-        The blocks in front of it run as always, on the fused kernels; those behind it do not run. Memory is that of the
-        rows asked for, so a single query is cheap at any resolution.
+        The blocks before it run as always, on the fused kernels; those after it do not run. Memory is that of the rows
+        requested, so a single query is cheap at any resolution.
 
         Args:
             images: (B, C, S, S), normalised, of any size that is a multiple of the patch.
@@ -114,9 +114,9 @@ class BeitBackbone(nn.Module):
         return x
 
     def _attention_biases(self, images: Tensor) -> Callable[[int], Bias]:
-        """The bias of block i for this input size, prepared for the kernel when it is asked for.
+        """A function that makes the bias of block i for this input size, prepared for the kernel.
 
-        Only then, because at 1024 x 1024 each is 0.8 GB in a base model. One that is shared is made once.
+        Only when called, because at 1024 x 1024 each is 0.8 GB in a base model; a shared one is made once.
         """
         grid = self._grid_of(images)
         dtype = images.dtype

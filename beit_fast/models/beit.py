@@ -163,12 +163,12 @@ class Beit(HubMethods, BeitBackbone):
             indices: which blocks, counted from 0 (negative: from the end); n: the last n; None: all.
             return_prefix_tokens: give (features, CLS (B, 1, D)) for each.
             norm: apply `norm` to each, where the model has one.
-            stop_early: do not run the blocks behind the last one asked for.
+            stop_early: do not run the blocks after the last of `indices`.
             output_fmt: "NCHW" for (B, D, h, w) or "NLC" for (B, N-1, D), without the CLS token.
             intermediates_only: leave out the first result.
 
         Returns:
-            The final features (B, N, D), unless `intermediates_only`; and the list of the features asked for.
+            The final features (B, N, D), unless `intermediates_only`; and the list of features.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt {output_fmt!r} is unknown; choose NCHW or NLC")
@@ -191,7 +191,7 @@ class Beit(HubMethods, BeitBackbone):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the blocks behind the last of `indices`, and `norm` and the head if asked; returns the indices kept."""
+        """Drops the blocks after the last of `indices`, and `norm` and the head if told to; returns the indices."""
         taken = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: max(taken) + 1]
         if prune_norm:

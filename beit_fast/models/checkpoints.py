@@ -11,22 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.configs import BeitConfig
 from beit_fast.models.key_names import to_official
 from beit_fast.models.reading import CheckpointError, read_state_dict
 from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 
 # What comes and goes with the task: fresh where the file has none, ignored where the model has none.
 _TASK_SPECIFIC = (
-    "head.",
-    "fc_norm.",
-    "norm.",
-    "lm_head.",
-    "mask_token",
-    "fpn1.",
-    "fpn2.",
-    "decode_head.",
-    "auxiliary_",
-)
+    "head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "fpn1.", "fpn2.", "decode_head.", "auxiliary_"
+)  # fmt: skip
 _SHARED = "rel_pos_bias.relative_position_bias_table"
 _TABLE = "relative_position_bias_table"
 
@@ -115,15 +108,15 @@ def load_state_dict(
 ) -> LoadReport:
     """`load_checkpoint` from tensors at hand; arguments and errors as there."""
     whole = model if isinstance(model, BeitBackbone) else getattr(model, "model", model)
-    trunk = getattr(whole, "backbone", whole)  # a segmentation model has its heads beside the trunk
-    if not isinstance(trunk, BeitBackbone):
+    backbone = getattr(whole, "backbone", whole)  # of a segmentation model, which also has heads
+    if not isinstance(backbone, BeitBackbone):
         raise CheckpointError(f"model is a {type(model).__name__}; weights can be loaded into a BEiT of beit_fast only")
     try:
-        tensors, strangers = to_official(state)
-        fit = _Fit(trunk, tensors, LoadReport(source), source_grid)
+        tensors, unknown = to_official(state)
+        fit = _Fit(backbone.config, tensors, LoadReport(source), source_grid)
         targets = {name.removeprefix("backbone."): t for name, t in whole.state_dict(keep_vars=True).items()}
         values = {name: fit(name, target) for name, target in targets.items()}
-        fit.check_leftovers(strangers)
+        fit.check_leftovers(unknown)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error.__cause__
     except ValueError as error:
@@ -142,35 +135,35 @@ class _Fit:
     """Finds the value of each parameter among the tensors of a file, and enters it in the report."""
 
     def __init__(
-        self, trunk: BeitBackbone, tensors: dict[str, Tensor], report: LoadReport, source_grid: tuple[int, int] | None
+        self, config: BeitConfig, tensors: dict[str, Tensor], report: LoadReport, source_grid: tuple[int, int] | None
     ) -> None:
-        self.config, self.tensors, self.report, self.source_grid = trunk.config, tensors, report, source_grid
+        self.config, self.tensors, self.report, self.source_grid = config, tensors, report, source_grid
         self.used: set[str] = set()
         self.shared_only = _SHARED in tensors and not any(n.endswith(f"attn.{_TABLE}") for n in tensors)
 
     def __call__(self, name: str, target: Tensor) -> Tensor | None:
         """The value of the parameter `name`, or None where it is to stay as it is."""
-        found = name
+        source = name
         if name not in self.tensors and name.endswith(f"attn.{_TABLE}") and self.shared_only:
-            found = _SHARED
-        if found not in self.tensors:
+            source = _SHARED
+        if source not in self.tensors:
             if name.startswith(_TASK_SPECIFIC):
                 self.report.missing.append(name)
                 return None
             raise CheckpointError(self._why_missing(name, target))
-        self.used.add(found)
-        tensor = self.tensors[found]
+        self.used.add(source)
+        tensor = self.tensors[source]
         if tensor.is_floating_point() != target.is_floating_point():  # batch norms count their batches in integers
-            wanted = "floating" if target.is_floating_point() else "an integer"
-            raise CheckpointError(f"{found!r} is {tensor.dtype}, not {wanted}")
-        value = self._fitted(found, tensor, target)
+            expected = "floating" if target.is_floating_point() else "an integer"
+            raise CheckpointError(f"{source!r} is {tensor.dtype}, not {expected}")
+        value = self._fitted(source, tensor, target)
         if value is None:
-            self.report.ignored[found] = f"its shape {tuple(tensor.shape)} is not the model's {tuple(target.shape)}"
+            self.report.ignored[source] = f"its shape {tuple(tensor.shape)} is not the model's {tuple(target.shape)}"
             self.report.missing.append(name)
             return None
         if not torch.isfinite(value.to(target.dtype)).all():
-            raise CheckpointError(f"{found!r} holds infinite or undefined numbers: the file is damaged or diverged")
-        if found != name:
+            raise CheckpointError(f"{source!r} holds infinite or undefined numbers: the file is damaged or diverged")
+        if source != name:
             self.report.expanded.append(name)
         elif value is tensor:
             self.report.loaded.append(name)
@@ -190,10 +183,7 @@ class _Fit:
             grid = self.source_grid or _square_grid(name, tensor.shape[1] - 1)
             if tensor.shape[1] == grid[0] * grid[1] + 1:
                 return resize_position_embedding(tensor, grid, self.config.grid)
-        if name == "patch_embed.proj.weight" and (tensor.shape[:2], tensor.shape[2:]) == (
-            (target.shape[0], 3),
-            target.shape[2:],
-        ):
+        if name == "patch_embed.proj.weight" and tensor.shape == (target.shape[0], 3, *target.shape[2:]):
             return _with_channels(tensor, target.shape[1])
         if (name.startswith(("head.", "lm_head.")) or ".conv_seg." in name) and tensor.shape[1:] == target.shape[1:]:
             return None
@@ -206,7 +196,7 @@ class _Fit:
             return "the file has a table for each block and the model one for all: build it as a classifier"
         return f"{name!r} {tuple(target.shape)} is not in the file: it holds another architecture, or not all of it"
 
-    def check_leftovers(self, strangers: list[str]) -> None:
+    def check_leftovers(self, unknown: list[str]) -> None:
         """Enters what no parameter used; tensors of a larger backbone than the model's are an error."""
         for name, tensor in self.tensors.items():
             if name in self.used:
@@ -216,7 +206,7 @@ class _Fit:
                     f"{name!r} {tuple(tensor.shape)} has no place in the model: the file holds another architecture"
                 )
             self.report.ignored[name] = "belongs to another task"
-        for name in strangers:
+        for name in unknown:
             index = name.endswith("relative_position_index")
             self.report.ignored[name] = "computed from the image size" if index else "no parameter of a BEiT"
 

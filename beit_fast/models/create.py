@@ -96,8 +96,8 @@ def create_model(
     if base not in list_models() or (tag and tag not in _TAGS.get(base, ())):
         known = ", ".join(f"{base}.{t}" for t in _TAGS.get(base, ())) or ", ".join(list_models())
         hint = "; for weights elsewhere give pretrained= a path or 'hf-hub:owner/name'" if ":" in name else ""
-        wanted = name if "." in name or not tag else f"{name}.{tag}"
-        raise ValueError(f"model {wanted!r} is unknown; choose one of {known}{hint}")
+        full_name = name if "." in name or not tag else f"{name}.{tag}"
+        raise ValueError(f"model {full_name!r} is unknown; choose one of {known}{hint}")
     tag = tag or _TAGS.get(base, ("",))[0]
     options = {key: value for key, value in overrides.items() if value is not None and key not in _MEANINGLESS}
     features_only, out_indices = options.pop("features_only", False), options.pop("out_indices", 3)
@@ -124,7 +124,7 @@ def create_model(
 
 
 def _tag_of(pretrained_cfg: Any, tag: str) -> str:
-    """The tag of the weights: timm hands over the one it has cut off a registered name as `pretrained_cfg`."""
+    """The tag of the weights: timm passes the one it has cut off a registered name as `pretrained_cfg`."""
     if pretrained_cfg is None:
         return tag
     if not isinstance(pretrained_cfg, str):

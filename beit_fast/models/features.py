@@ -11,7 +11,7 @@ from beit_fast.models.beit import Beit, take_indices
 
 
 class FeatureInfo:
-    """Channels, strides and module names of the feature maps, asked for as in timm."""
+    """Channels, strides and module names of the feature maps, with timm's methods."""
 
     def __init__(self, info: Sequence[dict[str, Any]], out_indices: Sequence[int]) -> None:
         self.info = [{**entry, "index": index} for index, entry in enumerate(info)]
@@ -40,7 +40,7 @@ class FeatureInfo:
 
 
 class BeitFeatures(nn.Module):
-    """The blocks of a `Beit` up to the last one asked for, giving their outputs as maps.
+    """The blocks of a `Beit` up to the last of `out_indices`, whose outputs it gives as maps.
 
     Args:
         model: loses its head and the blocks that are not needed.
@@ -66,7 +66,7 @@ class BeitFeatures(nn.Module):
         self.model.set_grad_checkpointing(enable)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, C, S, S) -> a map (B, D, h, w) for each block asked for, in ascending order."""
+        """(B, C, S, S) -> a map (B, D, h, w) for each of `out_indices`, in ascending order."""
         return self.model.forward_intermediates(
             images,
             indices=self.feature_info.out_indices,

@@ -35,7 +35,7 @@ class ConvModule(nn.Module):
 
 
 class _Head(nn.Module):
-    """What all heads end with: dropout of whole channels, then one logit per class and place."""
+    """What all heads end with: dropout of whole channels, then one logit per class and position."""
 
     def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class FCNHead(_Head):
 class SetrUpHead(_Head):
     """SETR's progressive upsampling (Zheng et al., "Rethinking semantic segmentation", CVPR 2021).
 
-    LayerNorm over the channels of each place, then `num_convs` times a convolution and an upsampling by `up_scale`.
+    LayerNorm over the channels of each position, then `num_convs` times a convolution and an upsampling by `up_scale`.
     The head of PUP has four by 2, its auxiliary heads two by 4.
     """
 

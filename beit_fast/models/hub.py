@@ -25,8 +25,19 @@ tags:
 - image-classification
 ---
 
-A `beit_fast.{kind}`, loaded with `beit_fast.{kind}.from_pretrained("{place}")`. Its architecture is in `config.json`.
+A `beit_fast.{kind}`, loaded with `beit_fast.{kind}.from_pretrained("{name}")`. Its architecture is in `config.json`.
 """
+
+
+def save_folder(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Writes `config.json` and `model.safetensors`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"library_name": "beit_fast", "library_version": __version__, "model_class": type(model).__name__}
+    (folder / "config.json").write_text(json.dumps({**values, **config}, indent=2) + "\n")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def weights_at(source: str | Path, **download: Any) -> Path:
@@ -91,24 +102,12 @@ class HubMethods:
     ) -> str | None:
         """Writes the model into a folder, and uploads it to `repo_id` with `push_to_hub`; returns the commit's address.
 
-        `config` and `model_card_kwargs` are what huggingface_hub's mixin hands over; the model's own config is written.
+        `config` and `model_card_kwargs` are what huggingface_hub's mixin passes; the model's own config is written.
         """
-        from safetensors.torch import save_file
-
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        kind = type(self).__name__
-        values = {
-            "library_name": "beit_fast",
-            "library_version": __version__,
-            "model_class": kind,
-            **asdict(self.config),
-        }
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        state = {name: tensor.contiguous() for name, tensor in cast(nn.Module, self).state_dict().items()}
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        save_folder(cast(nn.Module, self), asdict(self.config), folder)
         if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(_CARD.format(kind=kind, place=repo_id or folder.name))
+            (folder / "README.md").write_text(_CARD.format(kind=type(self).__name__, name=repo_id or folder.name))
         return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -142,13 +141,13 @@ class HubMethods:
         Raises:
             CheckpointError: a file is missing or cannot be fetched, or does not fit this class.
         """
-        place = Path(pretrained_model_name_or_path)
-        if place.is_dir():
-            file, weights = place / "config.json", place
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            file, weights = folder / "config.json", folder
         else:
             repository = str(pretrained_model_name_or_path).removeprefix(_PREFIX)
             if repository.count("/") != 1 or repository.startswith((".", "/")):
-                raise CheckpointError(f"{place}: no such folder, and no repository owner/name")
+                raise CheckpointError(f"{folder}: no such folder, and no repository owner/name")
             download = {
                 "revision": revision, "cache_dir": cache_dir, "token": token, "force_download": force_download,
                 "local_files_only": local_files_only,
@@ -167,7 +166,7 @@ def _read_config(file: Path, classifier: bool) -> BeitConfig:
     try:
         values = json.loads(file.read_text())
         if values.get("library_name") == "beit_fast":
-            config = BeitConfig(**{key: _tupled(v) for key, v in values.items() if key not in _OUR_KEYS})
+            config = BeitConfig(**tuples({key: v for key, v in values.items() if key not in _OUR_KEYS}))
         elif values.get("model_type") == "beit":
             config = _from_transformers(values)
         elif "architecture" in values:
@@ -183,11 +182,13 @@ def _read_config(file: Path, classifier: bool) -> BeitConfig:
     return config
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them, its tuples as such."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _from_transformers(values: Mapping[str, Any]) -> BeitConfig:
+    values = tuples(values)
     if values.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act {values['hidden_act']!r} is not supported")
     own, shared = (values.get(f"use_{kind}relative_position_bias", False) for kind in ("", "shared_"))
@@ -195,7 +196,7 @@ def _from_transformers(values: Mapping[str, Any]) -> BeitConfig:
         raise ValueError("tables for each block and a shared one together are not supported")
     width = values.get("hidden_size", 768)
     return BeitConfig(
-        image_size=_tupled(values.get("image_size", 224)),
+        image_size=values.get("image_size", 224),
         patch_size=values.get("patch_size", 16),
         in_chans=values.get("num_channels", 3),
         width=width,

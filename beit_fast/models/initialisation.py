@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from beit_fast.models.backbone import BeitBackbone
 
 
-def _rescale_outputs(trunk: BeitBackbone) -> None:
+def _rescale_outputs(backbone: BeitBackbone) -> None:
     """Divides the output matrices of block l by sqrt(2l), which keeps deep pre-training stable (paper section 2.5)."""
     with torch.no_grad():
-        for index, block in enumerate(trunk.layers(), start=1):
+        for index, block in enumerate(backbone.layers(), start=1):
             block.attn.proj.weight.div_(math.sqrt(2.0 * index))
             block.mlp.fc2.weight.div_(math.sqrt(2.0 * index))
 
 
-def _init_matrices(trunk: BeitBackbone, std: float, bound: float, patch_embed: bool) -> None:
-    """Truncated normal weights and zero biases for every linear layer, and for the patch projection if asked for."""
-    for module in trunk.modules():
+def _init_matrices(backbone: BeitBackbone, std: float, bound: float, patch_embed: bool) -> None:
+    """Truncated normal weights and zero biases for every linear layer, and for the patch projection if told to."""
+    for module in backbone.modules():
         if isinstance(module, nn.Linear) or (patch_embed and isinstance(module, nn.Conv2d)):
             _truncated_normal(module.weight, std, bound)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    for token in (trunk.cls_token, trunk.pos_embed):
+    for token in (backbone.cls_token, backbone.pos_embed):
         if token is not None:
             _truncated_normal(token, std, bound)
 
@@ -34,18 +34,18 @@ def _truncated_normal(weight: Tensor, std: float, bound: float) -> None:
     nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-bound, b=bound)
 
 
-def init_for_pretraining(trunk: BeitBackbone, mask_token: Tensor) -> None:
+def init_for_pretraining(backbone: BeitBackbone, mask_token: Tensor) -> None:
     """The official initialisation of pre-training: normal, truncated at one standard deviation."""
-    std = trunk.config.init_std
-    _init_matrices(trunk, std, bound=std, patch_embed=True)
+    std = backbone.config.init_std
+    _init_matrices(backbone, std, bound=std, patch_embed=True)
     _truncated_normal(mask_token, std, std)
-    _rescale_outputs(trunk)
+    _rescale_outputs(backbone)
 
 
-def init_for_fine_tuning(trunk: BeitBackbone) -> None:
+def init_for_fine_tuning(backbone: BeitBackbone) -> None:
     """The official initialisation of fine-tuning: normal, truncated at +-2."""
-    _init_matrices(trunk, trunk.config.init_std, bound=2.0, patch_embed=False)
-    _rescale_outputs(trunk)
+    _init_matrices(backbone, backbone.config.init_std, bound=2.0, patch_embed=False)
+    _rescale_outputs(backbone)
 
 
 def init_head(head: nn.Linear, std: float, scale: float) -> None:

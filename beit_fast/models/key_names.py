@@ -2,7 +2,7 @@
 
 The names of this library are the official ones, which are also timm's. Each row of the tables below is one parameter:
 its official name, its name in transformers 5, and its name in transformers 4 (the files of the hub, which transformers
-5 also writes). `{i}` stands for a number and `{s}` for the last part (`weight`, `running_mean`, ...).
+5 also writes) where that differs. `{i}` stands for a number and `{s}` for the last part (`weight`, ...).
 """
 
 from __future__ import annotations
@@ -18,72 +18,59 @@ Naming = Literal["official", "timm", "transformers", "transformers_v4"]
 NAMINGS = ("official", "timm", "transformers", "transformers_v4")
 
 _TABLE = "relative_position_bias_table"
-_V5, _V4 = "beit.layers.{i}.", "beit.encoder.layer.{i}."
-
-_BACKBONE = [
-    ("cls_token", "beit.embeddings.cls_token", "beit.embeddings.cls_token"),
-    ("mask_token", "beit.embeddings.mask_token", "beit.embeddings.mask_token"),
-    ("pos_embed", "beit.embeddings.position_embeddings", "beit.embeddings.position_embeddings"),
-    (
-        "patch_embed.proj.{s}",
-        "beit.embeddings.patch_embeddings.projection.{s}",
-        "beit.embeddings.patch_embeddings.projection.{s}",
-    ),
-    (
-        f"rel_pos_bias.{_TABLE}",
-        f"beit.shared_position_bias.{_TABLE}",
-        f"beit.encoder.relative_position_bias.{_TABLE}",
-    ),
-    ("blocks.{i}.norm1.{s}", _V5 + "layernorm_before.{s}", _V4 + "layernorm_before.{s}"),
-    ("blocks.{i}.norm2.{s}", _V5 + "layernorm_after.{s}", _V4 + "layernorm_after.{s}"),
-    ("blocks.{i}.attn.q_bias", _V5 + "attention.q_proj.bias", _V4 + "attention.attention.query.bias"),
-    ("blocks.{i}.attn.v_bias", _V5 + "attention.v_proj.bias", _V4 + "attention.attention.value.bias"),
-    # The three below are slices of the official `attn.qkv.weight`.
-    ("blocks.{i}.attn.q.weight", _V5 + "attention.q_proj.weight", _V4 + "attention.attention.query.weight"),
-    ("blocks.{i}.attn.k.weight", _V5 + "attention.k_proj.weight", _V4 + "attention.attention.key.weight"),
-    ("blocks.{i}.attn.v.weight", _V5 + "attention.v_proj.weight", _V4 + "attention.attention.value.weight"),
-    (
-        "blocks.{i}.attn." + _TABLE,
-        _V5 + f"relative_position_bias.{_TABLE}",
-        _V4 + f"attention.attention.relative_position_bias.{_TABLE}",
-    ),
-    ("blocks.{i}.attn.proj.{s}", _V5 + "attention.o_proj.{s}", _V4 + "attention.output.dense.{s}"),
-    ("blocks.{i}.mlp.fc1.{s}", _V5 + "mlp.fc1.{s}", _V4 + "intermediate.dense.{s}"),
-    ("blocks.{i}.mlp.fc2.{s}", _V5 + "mlp.fc2.{s}", _V4 + "output.dense.{s}"),
-    ("blocks.{i}.gamma_1", _V5 + "lambda_1", _V4 + "lambda_1"),
-    ("blocks.{i}.gamma_2", _V5 + "lambda_2", _V4 + "lambda_2"),
-    ("fc_norm.{s}", "beit.pooler.layernorm.{s}", "beit.pooler.layernorm.{s}"),
-    ("norm.{s}", "beit.layernorm.{s}", "beit.layernorm.{s}"),
-    ("lm_head.{s}", "lm_head.{s}", "lm_head.{s}"),
-    ("head.{s}", "classifier.{s}", "classifier.{s}"),
+_BACKBONE: list[tuple[str, ...]] = [
+    ("cls_token", "beit.embeddings.cls_token"),
+    ("mask_token", "beit.embeddings.mask_token"),
+    ("pos_embed", "beit.embeddings.position_embeddings"),
+    ("patch_embed.proj.{s}", "beit.embeddings.patch_embeddings.projection.{s}"),
+    (f"rel_pos_bias.{_TABLE}", f"beit.shared_position_bias.{_TABLE}", f"beit.encoder.relative_position_bias.{_TABLE}"),
+    ("fc_norm.{s}", "beit.pooler.layernorm.{s}"),
+    ("norm.{s}", "beit.layernorm.{s}"),
+    ("lm_head.{s}", "lm_head.{s}"),
+    ("head.{s}", "classifier.{s}"),
 ]
-
-_CONVOLUTIONS = [f"decode_head.{name}.{{i}}" for name in ("lateral_convs", "fpn_convs", "convs")]
-_CONVOLUTIONS += ["auxiliary_head.convs.{i}", "auxiliary_head.conv_cat", "decode_head.fpn_bottleneck"]
-_SEGMENTATION = [
+_BLOCK: list[tuple[str, ...]] = [  # within `blocks.{i}.`, `beit.layers.{i}.` and `beit.encoder.layer.{i}.`
+    ("norm1.{s}", "layernorm_before.{s}"),
+    ("norm2.{s}", "layernorm_after.{s}"),
+    ("attn.q_bias", "attention.q_proj.bias", "attention.attention.query.bias"),
+    ("attn.v_bias", "attention.v_proj.bias", "attention.attention.value.bias"),
+    # The three below are slices of the official `attn.qkv.weight`.
+    ("attn.q.weight", "attention.q_proj.weight", "attention.attention.query.weight"),
+    ("attn.k.weight", "attention.k_proj.weight", "attention.attention.key.weight"),
+    ("attn.v.weight", "attention.v_proj.weight", "attention.attention.value.weight"),
+    (
+        f"attn.{_TABLE}",
+        f"relative_position_bias.{_TABLE}",
+        f"attention.attention.relative_position_bias.{_TABLE}",
+    ),
+    ("attn.proj.{s}", "attention.o_proj.{s}", "attention.output.dense.{s}"),
+    ("mlp.fc1.{s}", "mlp.fc1.{s}", "intermediate.dense.{s}"),
+    ("mlp.fc2.{s}", "mlp.fc2.{s}", "output.dense.{s}"),
+    ("gamma_1", "lambda_1"),
+    ("gamma_2", "lambda_2"),
+]
+_SEGMENTATION: list[tuple[str, ...]] = [
     ("fpn1.0.{s}", "fpn.fpn1.conv_transpose1.{s}", "fpn1.0.{s}"),
     ("fpn1.1.{s}", "fpn.fpn1.normalization.{s}", "fpn1.1.{s}"),
     ("fpn1.3.{s}", "fpn.fpn1.conv_transpose2.{s}", "fpn1.3.{s}"),
     ("fpn2.0.{s}", "fpn.fpn2.{s}", "fpn2.0.{s}"),
-    ("decode_head.conv_seg.{s}", "decode_head.classifier.{s}", "decode_head.classifier.{s}"),
-    ("auxiliary_head.conv_seg.{s}", "auxiliary_head.classifier.{s}", "auxiliary_head.classifier.{s}"),
+    ("decode_head.conv_seg.{s}", "decode_head.classifier.{s}"),
+    ("auxiliary_head.conv_seg.{s}", "auxiliary_head.classifier.{s}"),
 ]
-for _official, _hugging in (("conv", "convolution"), ("bn", "normalization")):
-    _SEGMENTATION += [
-        (f"{p}.{_official}.{{s}}", f"{p}.{_hugging}.{{s}}", f"{p}.{_official}.{{s}}") for p in _CONVOLUTIONS
-    ]
-    _SEGMENTATION += [
-        (
-            f"decode_head.psp_modules.{{i}}.1.{_official}.{{s}}",
-            f"decode_head.psp_modules.blocks.{{i}}.conv.{_hugging}.{{s}}",
-            f"decode_head.psp_modules.{{i}}.1.{_official}.{{s}}",
-        ),
-        (
-            f"decode_head.bottleneck.{_official}.{{s}}",
-            f"decode_head.psp_bottleneck.{_hugging}.{{s}}",
-            f"decode_head.bottleneck.{_official}.{{s}}",
-        ),
-    ]
+_CONV_MODULES: list[tuple[str, ...]] = [  # each with a convolution and a batch norm
+    *((f"decode_head.{name}.{{i}}",) * 2 for name in ("lateral_convs", "fpn_convs", "convs")),
+    *((f"auxiliary_head.{name}",) * 2 for name in ("convs.{i}", "conv_cat")),
+    ("decode_head.fpn_bottleneck", "decode_head.fpn_bottleneck"),
+    ("decode_head.bottleneck", "decode_head.psp_bottleneck"),
+    ("decode_head.psp_modules.{i}.1", "decode_head.psp_modules.blocks.{i}.conv"),
+]
+_ROWS = [(row[0], row[1], row[-1]) for row in _BACKBONE + _SEGMENTATION]
+_ROWS += [(f"blocks.{{i}}.{r[0]}", f"beit.layers.{{i}}.{r[1]}", f"beit.encoder.layer.{{i}}.{r[-1]}") for r in _BLOCK]
+_ROWS += [
+    (f"{official}.{ours}.{{s}}", f"{theirs}.{renamed}.{{s}}", f"{official}.{ours}.{{s}}")
+    for ours, renamed in (("conv", "convolution"), ("bn", "normalization"))
+    for official, theirs in _CONV_MODULES
+]
 
 
 class _Translation:
@@ -102,15 +89,14 @@ class _Translation:
 
     def __call__(self, name: str) -> str | None:
         for pattern, replacement in self.rules:
-            found = pattern.fullmatch(name)
-            if found:
-                return found.expand(replacement)
+            match = pattern.fullmatch(name)
+            if match:
+                return match.expand(replacement)
         return None
 
 
-_ROWS = _BACKBONE + _SEGMENTATION
-_MASKED_NORM = ("norm.{s}", "layernorm.{s}")  # of the masked image model: beside the backbone, not inside
-_FROM_HUGGING_FACE = _Translation([(v, o) for o, *hf in _ROWS for v in hf] + [_MASKED_NORM[::-1]])
+_MASKED_NORM = ("layernorm.{s}", "norm.{s}")  # in a masked image model the final norm lies outside the backbone
+_FROM_TRANSFORMERS = _Translation([(name, o) for o, *names in _ROWS for name in names] + [_MASKED_NORM])
 _KNOWN = _Translation([(o, o) for o, *_ in _ROWS] + [("blocks.{i}.attn.qkv.weight",) * 2])
 # SETR-PUP has no counterpart in transformers.
 _SETR = re.compile(r"(decode_head|auxiliary_head\.\d+)\.(norm\.\w+|up_convs\.\d+\.0\.(conv|bn)\.\w+|conv_seg\.\w+)")
@@ -133,16 +119,16 @@ def to_official(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[st
     names = _unwrapped(list(state))
     renamed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    strangers = []
+    unknown = []
     for given, name in zip(state, names, strict=True):
-        official = _FROM_HUGGING_FACE(name) or _KNOWN(name) or (name if _SETR.fullmatch(name) else None)
+        official = _FROM_TRANSFORMERS(name) or _KNOWN(name) or (name if _SETR.fullmatch(name) else None)
         if official is None:
-            strangers.append(given)
+            unknown.append(given)
             continue
         if official in renamed:
             raise ValueError(f"{origin[official]!r} and {given!r} are both {official!r}: the names are of two kinds")
         renamed[official], origin[official] = state[given], given
-    return _join_qkv(renamed), strangers
+    return _join_qkv(renamed), unknown
 
 
 def _unwrapped(names: list[str]) -> list[str]:
@@ -157,17 +143,15 @@ def _unwrapped(names: list[str]) -> list[str]:
 def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        found = re.fullmatch(r"(blocks\.\d+\.attn\.)([qkv])\.weight", name)
-        if found is None:
+        match = re.fullmatch(r"(blocks\.\d+\.attn)\.[qkv]\.weight", name)
+        if match is None:
             joined[name] = tensor
-        elif f"{found[1]}qkv.weight" not in joined:
-            parts = [state.get(f"{found[1]}{part}.weight") for part in "qkv"]
+        elif f"{match[1]}.qkv.weight" not in joined:
+            parts = [state.get(f"{match[1]}.{part}.weight") for part in "qkv"]
             if any(part is None or part.shape != tensor.shape for part in parts):
-                raise ValueError(
-                    f"the weights of q, k and v of {found[1].rstrip('.')!r} must be three of one shape, got "
-                    + ", ".join("none" if part is None else str(tuple(part.shape)) for part in parts)
-                )
-            joined[f"{found[1]}qkv.weight"] = torch.cat([part for part in parts if part is not None])
+                shapes = ", ".join("none" if part is None else str(tuple(part.shape)) for part in parts)
+                raise ValueError(f"the weights of q, k and v of {match[1]!r} must be three of one shape, got {shapes}")
+            joined[f"{match[1]}.qkv.weight"] = torch.cat([part for part in parts if part is not None])
     return joined
 
 
@@ -198,17 +182,14 @@ def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Ten
     """
     if to not in NAMINGS:
         raise ValueError(f"to {to!r} is unknown; choose one of {', '.join(NAMINGS)}")
-    official, strangers = to_official(state)
-    unknown = [name for name in strangers if not name.endswith("relative_position_index")]
+    official, unknown = to_official(state)
+    unknown = [name for name in unknown if not name.endswith("relative_position_index")]
     if unknown:
-        raise ValueError(
-            f"{unknown[0]!r} (of {len(unknown)}) is no parameter of a BEiT: leave it out before converting"
-        )
-    segmentor = any(name.startswith("decode_head.") for name in official)
+        raise ValueError(f"{unknown[0]!r} (of {len(unknown)}) is no parameter of a BEiT: leave it out to convert")
     if to == "timm":
         return {name: t for name, t in official.items() if name != "mask_token" and not name.startswith("lm_head.")}
     if to == "official":
-        if not segmentor:
+        if not any(name.startswith("decode_head.") for name in official):
             return official
         heads = ("decode_head.", "auxiliary_head.")
         return {name if name.startswith(heads) else f"backbone.{name}": t for name, t in official.items()}
@@ -216,18 +197,15 @@ def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Ten
     for name, tensor in official.items():
         if name.endswith("attn.qkv.weight"):
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                converted[_hugging_face(name.replace("qkv", part), to)] = rows.contiguous()
+                converted[_transformers_name(name.replace("qkv", part), to)] = rows.contiguous()
         else:
-            converted[_hugging_face(name, to)] = tensor
+            converted[_transformers_name(name, to)] = tensor
     if "lm_head.weight" in official:
-        converted = {
-            name.removeprefix("beit.") if name.startswith("beit.layernorm.") else name: t
-            for name, t in converted.items()
-        }
+        return {name.replace("beit.layernorm.", "layernorm."): tensor for name, tensor in converted.items()}
     return converted
 
 
-def _hugging_face(name: str, to: Naming) -> str:
+def _transformers_name(name: str, to: Naming) -> str:
     renamed = _TO[to](name)
     if renamed is None:
         raise ValueError(f"{name!r} has no counterpart in transformers")

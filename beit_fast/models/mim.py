@@ -1,7 +1,7 @@
 """Masked image modelling: predict the visual tokens of masked patches (paper sections 2.2 to 2.4).
 
 The ablations of the paper's table 4 are options: `BeitConfig.mim_target` regresses pixels in place of visual tokens,
-and `predict_all` asks for all patches in place of the masked ones.
+and `predict_all` takes all patches in place of the masked ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ register_dataclass(MaskedImageModelingOutput)
 class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
     """BEiT in pre-training: a mask token in place of each masked patch, a linear head over the visual vocabulary.
 
-    Only masked positions go through the head, and in the last block only they go through everything behind the
+    Only masked positions go through the head, and in the last block only they go through everything after the
     attention: nothing reads the others, so the loss and all gradients are the same.
 
     With `config.mim_target` "pixels" the head predicts the C * P * P pixels of a patch instead, ordered (C, P, P). The

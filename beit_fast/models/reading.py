@@ -28,7 +28,7 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str,
 
     Args:
         path: a `.safetensors` file; a file of `torch.save` holding a state dict, by itself or under `model`, `module`
-            (DeepSpeed) or `state_dict` (mmsegmentation, timm), with anything else beside it; or a folder of either.
+            (DeepSpeed) or `state_dict` (mmsegmentation, timm), with anything else in it; or a folder of either.
         sha256: of the file, in hexadecimal, where it is known; only then is forgery out of question.
 
     Raises:
@@ -38,9 +38,9 @@ def read_state_dict(path: str | Path, *, sha256: str | None = None) -> dict[str,
     file = _file_at(Path(path))
     if sha256 is not None:
         with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise CheckpointError(f"{file}: sha256 is {found}, expected {sha256}: download it again")
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != sha256.lower():
+            raise CheckpointError(f"{file}: sha256 is {digest}, expected {sha256}: download it again")
     with file.open("rb") as stream:
         start = stream.read(512)
     if start.startswith(b"PK\x03\x04"):
@@ -76,14 +76,14 @@ def _check_manifest(folder: Path, name: str) -> None:
         return
     try:
         expected = json.loads(manifest.read_text())["files"][name]
-        size, crc = expected["bytes"], expected["crc32"]
+        expected = expected["bytes"], expected["crc32"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest}: says nothing that can be read of {name}") from error
-    found = 0
+    crc = 0
     with (folder / name).open("rb") as stream:
         while chunk := stream.read(1 << 22):
-            found = zlib.crc32(chunk, found)
-    if (folder / name).stat().st_size != size or found != crc:
+            crc = zlib.crc32(chunk, crc)
+    if ((folder / name).stat().st_size, crc) != expected:
         raise CheckpointError(f"{folder / name}: damaged, it differs from what {manifest.name} says: take another one")
 
 

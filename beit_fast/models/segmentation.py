@@ -14,9 +14,9 @@ from beit_fast.models.backbone import BeitBackbone
 from beit_fast.models.checkpoints import load_checkpoint
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.heads import FCNHead, SetrUpHead, UPerHead, resize
+from beit_fast.models.hub import save_folder, tuples
 from beit_fast.models.initialisation import init_for_fine_tuning
 from beit_fast.models.reading import CheckpointError
-from beit_fast.version import __version__
 
 SegmentationHead = Literal["upernet", "setr_pup"]
 
@@ -32,7 +32,7 @@ class SegmentationConfig:
     """Architecture of a segmentation model.
 
     Raises:
-        ValueError: a number is not positive, there is no such block or head, or one table for all blocks is asked for.
+        ValueError: a number is not positive, there is no such block or head, or all blocks share one table.
     """
 
     backbone: BeitConfig
@@ -140,9 +140,8 @@ class BeitForSemanticSegmentation(nn.Module):
     def __init__(self, config: SegmentationConfig) -> None:
         super().__init__()
         self.config = config
-        width, channels, classes, dropout = (
-            config.backbone.width, config.head_channels, config.num_classes, config.dropout
-        )  # fmt: skip
+        width, channels, classes = config.backbone.width, config.head_channels, config.num_classes
+        dropout = config.dropout
         self.backbone = SegmentationBackbone(config.backbone, config.blocks, pyramid=config.head == "upernet")
         self.decode_head: nn.Module
         self.auxiliary_head: nn.Module
@@ -151,9 +150,8 @@ class BeitForSemanticSegmentation(nn.Module):
             self.auxiliary_head = FCNHead(width, config.auxiliary_channels, classes, dropout)
         else:
             self.decode_head = SetrUpHead(width, channels, classes, dropout, num_convs=4, up_scale=2)
-            self.auxiliary_head = nn.ModuleList(
-                SetrUpHead(width, channels, classes, dropout, num_convs=2, up_scale=4) for _ in range(3)
-            )
+            auxiliary = (SetrUpHead(width, channels, classes, dropout, num_convs=2, up_scale=4) for _ in range(3))
+            self.auxiliary_head = nn.ModuleList(auxiliary)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As `Beit.set_grad_checkpointing`."""
@@ -177,14 +175,7 @@ class BeitForSemanticSegmentation(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `config.json` and `model.safetensors` into a folder."""
-        from safetensors.torch import save_file
-
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        values = {"library_name": "beit_fast", "library_version": __version__, "model_class": type(self).__name__}
-        (place / "config.json").write_text(json.dumps(values | asdict(self.config), indent=2) + "\n")
-        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+        save_folder(self, asdict(self.config), Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> BeitForSemanticSegmentation:
@@ -195,8 +186,8 @@ class BeitForSemanticSegmentation(nn.Module):
             if values.pop("model_class") != cls.__name__:
                 raise ValueError("it describes another kind of model")
             del values["library_name"], values["library_version"]
-            backbone = BeitConfig(**_tuples(values.pop("backbone")))
-            config = SegmentationConfig(backbone, **_tuples(values))
+            backbone = BeitConfig(**tuples(values.pop("backbone")))
+            config = SegmentationConfig(backbone, **tuples(values))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{file}: describes no segmentation model of beit_fast ({error})") from error
         model = cls(config)
@@ -204,12 +195,8 @@ class BeitForSemanticSegmentation(nn.Module):
         return model.eval()
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
 def segmentation_config(backbone: BeitConfig, num_classes: int, **values: Any) -> SegmentationConfig:
-    """The configuration of a segmentation model on `backbone`, which may be that of the pre-training."""
+    """The configuration of a segmentation model on `backbone`, which may be that of pre-training."""
     per_block = replace(backbone.for_classification(0), layer_scale_init=backbone.layer_scale_init or None)
     return SegmentationConfig(per_block, num_classes, **values)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along one side; the last one ends with the side. One window, at 0, where it is no longer."""
     count = max(length - window + stride - 1, 0) // stride + 1
-    return [max(min(place * stride, length - window), 0) for place in range(count)]
+    return [max(min(index * stride, length - window), 0) for index in range(count)]
 
 
 @torch.no_grad()
@@ -38,10 +38,10 @@ def sliding_logits(
     height, width = image.shape[-2:]
     padded = F.pad(image, (0, max(window - width, 0), 0, max(window - height, 0)))
     high, wide = padded.shape[-2:]
-    places = [(y, x) for y in window_starts(high, window, stride) for x in window_starts(wide, window, stride)]
+    corners = [(y, x) for y in window_starts(high, window, stride) for x in window_starts(wide, window, stride)]
     total, seen = None, image.new_zeros((high, wide), dtype=torch.float32)
-    for first in range(0, len(places), batch_size):
-        chosen = places[first : first + batch_size]
+    for first in range(0, len(corners), batch_size):
+        chosen = corners[first : first + batch_size]
         scores = predict(torch.stack([padded[:, y : y + window, x : x + window] for y, x in chosen])).float()
         if total is None:
             total = scores.new_zeros((scores.shape[1], high, wide))

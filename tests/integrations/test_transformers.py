@@ -133,7 +133,7 @@ def test_every_block_is_watched_as_before(kind):
         beit_fast.restore(model)
     beit_fast.accelerate(model)
     step(model, kind, output_attentions=True)
-    assert all(layer._as_made({}) for layer in model.modules() if type(layer).__name__ == "BeitLayer")
+    assert all(layer._is_as_made({}) for layer in model.modules() if type(layer).__name__ == "BeitLayer")
 
 
 @pytest.mark.parametrize("architecture", ["plus", "shared"])
