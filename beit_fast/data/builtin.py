@@ -34,8 +34,9 @@ from beit_fast.data.scenes import (
     render_scene,
 )
 from beit_fast.data.sources import FolderSource
+from beit_fast.data.sources.source import default_cache_dir
 
-__all__ = ["NOTICE", "NUM_CLASSES", "builtin_source", "default_cache_dir", "render", "render_labelled"]
+__all__ = ["NOTICE", "NUM_CLASSES", "builtin_source", "render", "render_labelled"]
 
 NOTICE = "built-in demo images (drawn scenes, crops of 7 photographs): a functional check, not comparable to ImageNet"
 RENDERER = "dead-leaves-1"  # raise the number whenever the pixels of render() change
@@ -76,13 +77,6 @@ def render(index: int, seed: int, size: int, photograph_share: float = 0.2) -> N
     if rng.random() < photograph_share:
         return _photograph_crop(rng, size)
     return draw_scene(rng, size).pixels
-
-
-def default_cache_dir() -> Path:
-    """`$BEIT_FAST_CACHE`, or `beit_fast` in the user's cache folder."""
-    if "BEIT_FAST_CACHE" in os.environ:
-        return Path(os.environ["BEIT_FAST_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit_fast"
 
 
 def builtin_source(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.sources.source import Names, is_image, readable_suffixes
+from beit_fast.data.sources.source import Names, first_level_classes, is_image, readable_suffixes
 
 
 class FolderSource:
@@ -60,8 +60,4 @@ def open_folder(root: Path) -> FolderSource:
         found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
         raise ValueError(f"no images in {root} ({readable_suffixes()}; found {found or 'nothing'})")
     names.sort(key=lambda name: tuple(name.split(os.sep)))
-    tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in names]
-    if None in tops:
-        return FolderSource(root, names)
-    numbers = {top: number for number, top in enumerate(sorted({top for top in tops if top is not None}))}
-    return FolderSource(root, names, np.array([numbers[top] for top in tops if top is not None], np.int32))
+    return FolderSource(root, names, first_level_classes(names, os.sep))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -47,6 +49,22 @@ class Names:
         index = range(len(self))[index]
         start = int(self._ends[index - 1]) if index else 0
         return os.fsdecode(self._text[start : int(self._ends[index])])
+
+
+def default_cache_dir() -> Path:
+    """Give `$BEIT_FAST_CACHE`, or `beit_fast` in the user's cache folder."""
+    if "BEIT_FAST_CACHE" in os.environ:
+        return Path(os.environ["BEIT_FAST_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit_fast"
+
+
+def first_level_classes(names: Sequence[str], separator: str) -> NDArray[np.int32] | None:
+    """Number the first-level folders of `names` in sorted order; None where a name has no folder."""
+    tops = [name.partition(separator)[0] for name in names if separator in name]
+    if len(tops) < len(names):
+        return None
+    numbers = {top: number for number, top in enumerate(sorted(set(tops)))}
+    return np.array([numbers[top] for top in tops], np.int32)
 
 
 def readable_suffixes() -> str:
