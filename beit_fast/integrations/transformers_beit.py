@@ -33,7 +33,7 @@ from beit_fast.nn.stock import all_stock, is_stock
 
 
 @dataclass
-class MaskedRows:
+class RowSubset:
     """Lets the last block compute only what the masked positions need; see `BeitLayer.forward`."""
 
     block: nn.Module
@@ -59,9 +59,9 @@ class BeitLayer(theirs.BeitLayer):
     ) -> Tensor:
         """(B, N, D) -> (B, N, D); `attention_mask` is the bias (1, H, N, N) that all blocks share, or a mask.
 
-        With `masked_rows`, if it is for this block: (M, 1, D), all of the block after the attention, at these rows.
+        With `row_subset`, if it is for this block: (M, 1, D), all of the block after the attention, at these rows.
         """
-        masked_rows: MaskedRows | None = kwargs.pop("masked_rows", None)
+        row_subset: RowSubset | None = kwargs.pop("row_subset", None)
         x, attention = hidden_states, self.attention
         if not self._is_as_made(kwargs) or (attention_mask is not None and not _is_bias(attention_mask, x, attention)):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
@@ -73,10 +73,10 @@ class BeitLayer(theirs.BeitLayer):
         factors = drop_factors(self.drop_path, x), drop_factors(self.drop_path, x)
         gammas = _gamma(self.lambda_1), _gamma(self.lambda_2)
         modules = attention.o_proj, self.layernorm_after, self.mlp.fc1, self.mlp.fc2
-        if masked_rows is None or masked_rows.block is not self:
+        if row_subset is None or row_subset.block is not self:
             return forward_after_attention(x, heads, modules, gammas, factors)
-        masked_rows.all_rows = lambda: forward_after_attention(x, heads, modules, gammas, factors)
-        rows = masked_rows.rows
+        row_subset.all_rows = lambda: forward_after_attention(x, heads, modules, gammas, factors)
+        rows = row_subset.rows
         sample = torch.div(rows, x.shape[1], rounding_mode="floor")
         some_x, some_heads = (t.flatten(0, 1).index_select(0, rows).unsqueeze(1) for t in (x, heads))
         first, second = (None if f is None else f.index_select(0, sample) for f in factors)
@@ -176,18 +176,18 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
         per_image = bool_masked_pos.flatten(1).shape[1]
         rows = patches + torch.div(patches, per_image, rounding_mode="floor") + 1  # past each CLS token
         last, norm, head = self.beit.layers[-1], self.layernorm, self.lm_head
-        masked_rows = MaskedRows(last, rows) if self._reads_masked_rows_only(kwargs) else None
+        row_subset = RowSubset(last, rows) if self._reads_some_rows_only(kwargs) else None
         outputs = self.beit(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             interpolate_pos_encoding=interpolate_pos_encoding,
             attention_mask=attention_mask,
             **kwargs,
-            **({} if masked_rows is None else {"masked_rows": masked_rows}),
+            **({} if row_subset is None else {"row_subset": row_subset}),
         )
         hidden = outputs.last_hidden_state
         weights = [norm.weight, norm.bias, head.weight, head.bias]
-        all_rows, backbone_norm = None if masked_rows is None else masked_rows.all_rows, self.beit.layernorm
+        all_rows, backbone_norm = None if row_subset is None else row_subset.all_rows, self.beit.layernorm
         if all_rows is not None:  # `hidden` is (M, 1, D)
             rows = torch.arange(len(rows), device=rows.device)
             weights += [*last.parameters(), *backbone_norm.parameters()]
@@ -202,7 +202,7 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
             attentions=outputs.attentions,
         )
 
-    def _reads_masked_rows_only(self, kwargs: dict[str, Any]) -> bool:
+    def _reads_some_rows_only(self, kwargs: dict[str, Any]) -> bool:
         """Whether the output of the last block goes to the head alone."""
         backbone, last, config = self.beit, self.beit.layers[-1], self.config
         outputs = "output_hidden_states", "output_attentions"

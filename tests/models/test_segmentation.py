@@ -95,8 +95,8 @@ def test_names_and_shapes_are_mmsegmentations():
         expected |= module_keys(f"decode_head.lateral_convs.{number}", h, d, 1)
         expected |= module_keys(f"decode_head.fpn_convs.{number}", h, h, 3)
     found = {name: tuple(value.shape) for name, value in BeitForSemanticSegmentation(CONFIG).state_dict().items()}
-    trunk = Beit(dataclasses.replace(CONFIG.backbone, global_pool="", use_fc_norm=True)).state_dict()
-    expected |= {f"backbone.{name}": tuple(v.shape) for name, v in trunk.items() if not name.startswith("fc_norm")}
+    backbone = Beit(dataclasses.replace(CONFIG.backbone, global_pool="", use_fc_norm=True)).state_dict()
+    expected |= {f"backbone.{name}": tuple(v.shape) for name, v in backbone.items() if not name.startswith("fc_norm")}
     assert found == expected
 
 
