@@ -93,6 +93,6 @@ def _members(path: Path) -> list[zipfile.ZipInfo]:
         if info.flag_bits & 1:
             raise ValueError(f"{path}:{info.filename}: encrypted; unpack the archive, or pack it without a password")
         if info.compress_type not in (_STORED, _DEFLATED):
-            method = zipfile.compressor_names.get(info.compress_type, str(info.compress_type))
+            method = {12: "bzip2", 14: "lzma"}.get(info.compress_type, f"method {info.compress_type}")
             raise ValueError(f"{path}:{info.filename}: packed by {method}; stored and deflated members can be read")
     return members
