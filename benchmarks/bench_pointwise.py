@@ -23,7 +23,7 @@ from benchmarks.harness import OURS, Absent, Comparison, Rival
 
 EPS = 1e-6
 RIVALS = [OURS, "plain torch", "official style", "torch.compile", "Liger"]
-LOSS_RIVALS = [OURS, "beit_fast, chunks of 512 rows", "plain torch", "transformers style", "torch.compile", "Liger"]
+LOSS_RIVALS = [OURS, "plain torch", "transformers style", "torch.compile", "Liger"]
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,6 @@ def loss(case: Case) -> Comparison:
     def ours(**given: Any) -> Any:
         return kernels.masked_cross_entropy(**given, rows=rows, targets=targets, eps=EPS)
 
-    def chunked(**given: Any) -> Any:
-        return kernels.masked_cross_entropy(**given, rows=rows, targets=targets, eps=EPS, chunk_rows=512)
-
     def scored(logits: Tensor) -> tuple[Tensor, Tensor]:
         return F.cross_entropy(logits.float(), targets), (logits.argmax(-1) == targets).sum()
 
@@ -274,7 +271,6 @@ def loss(case: Case) -> Comparison:
         group=title(case, f"loss of masked image modelling, {M} of {B * N} rows, V={V}"),
         rivals={
             OURS: lambda: passes(case, autocast(ours), inputs, probes),
-            "beit_fast, chunks of 512 rows": lambda: passes(case, autocast(chunked), inputs, probes),
             "plain torch": lambda: passes(case, autocast(plain), inputs, probes),
             "transformers style": lambda: passes(case, autocast(transformers_style), inputs, probes),
             "torch.compile": lambda: passes(case, autocast(compiled(plain)), inputs, probes),

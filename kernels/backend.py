@@ -15,6 +15,7 @@ from types import TracebackType
 import torch
 
 BACKENDS = ("auto", "reference", "triton", "sdpa", "xformers", "flex")
+MAX_HEAD_DIM = 128  # of our attention kernels
 _MINIMUM_CAPABILITY = (8, 0)  # older tensor cores: Triton emits no matrix instructions for them
 
 _chosen = "auto"
@@ -53,15 +54,59 @@ class use_backend:
         _chosen = self._previous
 
 
-def chosen_backend() -> str:
-    """The name given to `use_backend`, or "auto".
+def select(op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, head_dim: int = 0) -> str:
+    """The implementation of `op` that runs on this tensor; every call asks once, and its gradient runs the same.
 
-    "reference" during an export, whose result must run without us, and within `torch.func.grad`, `vmap` and the like,
-    which can follow the plain formulas only.
+    Args:
+        op: the public function's name; "attention" where it has no bias and "biased_attention" where it has one.
+        dtype: what the op computes in, where that is not the tensor's own.
+        head_dim: K of attention.
+
+    Returns:
+        "reference" (the definition, differentiated by torch), "triton" (our kernels), "cpu" (the op's `cpu.py`),
+        "torch" (that too, on another device without Triton); of attention also "sdpa", "xformers" and "flex".
     """
+    # an export must run without us; torch.func.grad, vmap and the like can follow the plain formulas only, and this is
     # what autograd.Function.apply itself asks before it refuses a transform
-    transformed = torch._C._are_functorch_transforms_active()
-    return "reference" if torch.compiler.is_exporting() or transformed else _chosen
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return "reference"
+    attention = op in ("attention", "biased_attention")
+    if _chosen == "reference" or (_chosen == "sdpa" and attention):
+        return _chosen
+    device, dtype = tensor.device, dtype or tensor.dtype
+    if device.type == "cpu":
+        return "triton" if _chosen == "triton" and interpreting() else "cpu"
+    if attention:
+        if device.type == "cuda" and _chosen in ("xformers", "flex"):
+            return _chosen
+        fits = dtype in (torch.float16, torch.bfloat16) and head_dim <= MAX_HEAD_DIM
+        if op == "attention" and _chosen == "auto":
+            fits = False  # without a bias the flash kernels of SDPA are the fastest
+    else:
+        fits = dtype != torch.float64
+    if device.type == "cuda" and fits and not obstacle(device.index or 0):
+        return "triton"
+    return "sdpa" if attention else "torch"
+
+
+@torch.compiler.assume_constant_result
+def obstacle(index: int) -> str:
+    """Why our kernels cannot run on this GPU, in half a line; "" if they can."""
+    if not triton_installed():
+        return "Triton is not installed"
+    if not device_runs_triton(index):
+        return "below compute capability 8.0 Triton emits no tensor-core instructions"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its Python interpreter on CPU tensors (TRITON_INTERPRET=1), as tests have it."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def device_runs_triton(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= _MINIMUM_CAPABILITY
 
 
 @functools.cache
@@ -91,25 +136,3 @@ def _cpu_vendor() -> str:
             return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
     except OSError:
         return ""
-
-
-def interpreting() -> bool:
-    """True where Triton programs run in its Python interpreter on CPU tensors (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def device_runs_triton(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= _MINIMUM_CAPABILITY
-
-
-def triton_runs(tensor: torch.Tensor) -> bool:
-    """True if our kernels are to run on this tensor: a GPU of compute capability 8.0 or newer, half precision or fp32.
-
-    With `use_backend("triton")` under TRITON_INTERPRET=1 also on CPU tensors, which is how the kernels are tested.
-    """
-    if _chosen not in ("auto", "triton", "sdpa", "xformers", "flex") or not triton_installed():
-        return False
-    if tensor.device.type == "cuda":
-        return tensor.dtype != torch.float64 and device_runs_triton(tensor.device.index or 0)
-    return _chosen == "triton" and interpreting() and tensor.device.type == "cpu"

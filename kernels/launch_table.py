@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,6 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "attention_backward_query/128": {"ROWS": 128, "COLS": 32, "num_warps": 8, "num_stages": 2},
         "attention_backward_key": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
         "attention_backward_key/128": {"ROWS": 32, "COLS": 32, "num_warps": 8, "num_stages": 2},
-        "bias_gradient": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
-        "bias_gradient/128": {"ROWS": 64, "COLS": 32, "num_warps": 4, "num_stages": 2},
         "prepare_bias": {"BLOCK": 32, "num_warps": 4, "num_stages": 1},
         "reduce_bias_gradient": {"BLOCK": 1024, "num_warps": 4, "num_stages": 2},
         "gather_bias": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
@@ -56,7 +53,6 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "attention_backward_query": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
         "attention_backward_query/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
         "attention_backward_key/128": {"ROWS": 64, "COLS": 32, "num_warps": 8, "num_stages": 2},
-        "bias_gradient/128": {"ROWS": 64, "COLS": 64, "num_warps": 4, "num_stages": 2},
     },
     # few and fat programs, each with several turns of its loop: the interpreter's time goes by operations, not elements
     "interpreter": {
@@ -76,32 +72,6 @@ SHIPPED: dict[str, dict[str, Config]] = {
 }
 
 
-@dataclass(frozen=True)
-class AotSpec:
-    """One configuration of a kernel to compile ahead of time, so that its static costs can be checked without a GPU.
-
-    Args:
-        label: names the configuration in static_costs.json, such as "gelu_forward bf16 D=3072".
-        kernel: the `triton.jit` function.
-        signature: argument name -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out.
-        constants: constexpr name -> value (None for a pointer that is not given).
-        num_warps, num_stages: as at the launch.
-        has_matmul: whether tensor-core instructions must appear in the machine code.
-        unaligned: arguments not known to be divisible by 16; pointers and integers otherwise are.
-        architectures: compute capabilities this configuration is launched on.
-    """
-
-    label: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 1
-    has_matmul: bool = False
-    unaligned: frozenset[str] = frozenset()
-    architectures: tuple[int, ...] = field(default=(80, 90))
-
-
 def launch_config(kernel: str, architecture: str | torch.device, bucket: int | str | None = None) -> Config:
     """The configuration of `kernel` for one architecture ("sm_90") or for the GPU a device names.
 
@@ -117,6 +87,15 @@ def launch_config(kernel: str, architecture: str | torch.device, bucket: int | s
     if isinstance(architecture, torch.device):
         architecture = architecture_of(architecture)
     return _resolve(kernel, architecture, bucket)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *others: Any, **constants: Any) -> None:
+    """Runs a Triton kernel on the GPU that its first argument is on, whichever is the current one."""
+    if not first.is_cuda or first.device.index == torch.cuda.current_device():
+        kernel[grid](first, *others, **constants)
+    else:
+        with torch.cuda.device(first.device):
+            kernel[grid](first, *others, **constants)
 
 
 _trials: dict[tuple[str, str | None], Config] = {}

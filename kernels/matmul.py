@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels.backend import chosen_backend, onednn_is_faster
-from beit_fast.kernels.registration import traced
+from beit_fast.kernels.backend import onednn_is_faster, select
+from beit_fast.kernels.registration import is_traced
 
 _FEW_MULTIPLY_ADDS = 1 << 25  # below, what a call of oneDNN costs beside its arithmetic eats up the gain
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K), weight (N, K), bias (N,) or None -> (..., N), as `torch.nn.functional.linear`."""
-    if not _onednn_serves(x, weight, weight.shape[0]):
+    if torch.compiler.is_compiling() or not onednn_is_faster() or not _onednn_serves(x, weight, weight.shape[0]):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """left (M, K) @ right (K, N) + bias (N,) or None -> (M, N), without a gradient; for use within an op."""
-    if _onednn_serves(left, right, right.shape[1]):
+    if not torch.compiler.is_compiling() and onednn_is_faster() and _onednn_serves(left, right, right.shape[1]):
         return _onednn(left, right.t(), bias)
     return left @ right if bias is None else torch.addmm(bias, left, right)
 
@@ -39,12 +39,11 @@ def _onednn_serves(x: Tensor, weight: Tensor, columns: int) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and not traced(x)
+        and not is_traced(x)
         and not torch.is_autocast_enabled("cpu")
-        and onednn_is_faster()
         and bool(torch.backends.mkldnn.enabled)
-        and chosen_backend() != "reference"
-        and x.numel() * columns >= _FEW_MULTIPLY_ADDS  # last: where a graph is traced this may be a symbol
+        and x.numel() * columns >= _FEW_MULTIPLY_ADDS
+        and select("linear", x) != "reference"
     )
 
 

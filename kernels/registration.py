@@ -1,97 +1,84 @@
-"""How an op is called: directly in eager mode, through the dispatcher where a graph is traced.
+"""How an op is registered: a typed function under `fused_op`, with its gradient under the op's `backward`.
 
 `torch.library.custom_op` is what `torch.compile`, export and fake tensors need. Its Python costs 0.1 ms a call, which
-is as much as an op takes at batch 1 on a CPU, so eager mode runs the same functions without it.
+is as much as an op takes at batch 1 on a CPU, so eager mode calls the same function without it.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 
-def traced(tensor: Tensor) -> bool:
+
+def is_traced(tensor: Tensor) -> bool:
     """Whether a call on this tensor must go through the dispatcher: it is compiled, fake, functional or a subclass."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes the GPU of the first argument the current one, which is where Triton launches."""
+class FusedOp(Generic[P, R]):
+    """A registered op; calling it with positional arguments, a tensor first, runs the function that defines it."""
 
-    @functools.wraps(function)
-    def run(first: Tensor, *others: Any) -> Any:
-        if not first.is_cuda or first.device.index == torch.cuda.current_device():
-            return function(first, *others)
-        with torch.cuda.device(first.device):
-            return function(first, *others)
+    def __init__(self, name: str, function: Callable[P, R], fake: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._name, self._function = name, function
+        self._registered = torch.library.custom_op(name, function, mutates_args=())
+        self._registered.register_fake(fake)
+        self._eager: Any = None
 
-    return run
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or type(args[0]) not in (Tensor, torch.nn.Parameter):  # as `is_traced`
+            return self._registered(*args, **kwargs)
+        if self._eager is not None and torch.is_grad_enabled():
+            for value in args:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return self._eager.apply(*args, **kwargs)
+        return self._function(*args, **kwargs)
+
+    def backward(self, setup_context: Callable[..., None]) -> Callable[[Backward], Backward]:
+        """Decorator of the function that gives the op its gradient.
+
+        Args:
+            setup_context: called with (ctx, inputs, output) after the forward pass, as of `torch.autograd.Function`;
+                the decorated function takes (ctx, *grads) and returns one gradient for each input.
+        """
+
+        def register(backward: Backward) -> Backward:
+            self._registered.register_autograd(backward, setup_context=setup_context)
+
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = self._function(*inputs)  # type: ignore[call-arg]
+                setup_context(ctx, inputs, output)
+                return output
+
+            def once(ctx: Any, *grads: Any) -> Any:
+                # torch's own `once_differentiable` complains only where the second pass meets it, and where that one
+                # is asked for the gradients of certain tensors it may not: they then come out wrong
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"{self._name} has no second derivatives (create_graph=True): use_backend('reference') has them"
+                    )
+                return backward(ctx, *grads)
+
+            members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+            self._eager = type(self._name.split("::")[1], (torch.autograd.Function,), members)
+            return backward
+
+        return register
 
 
-def plain_op(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `function`, whose annotations give the schema, as beit_fast::`name`, without autograd.
+def fused_op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], FusedOp[P, R]]:
+    """Decorator that registers a function, whose annotations give the schema, as the op `name`.
 
     Args:
-        function: its first argument is a tensor.
-        fake: gives tensors of the shapes and dtypes of its results.
-
-    Returns:
-        what to call.
+        name: "beit_fast::" and the op's own name.
+        fake: takes the same arguments and returns tensors of the shapes and dtypes of the results.
     """
-    function = _on_its_device(function)
-    op = torch.library.custom_op(f"beit_fast::{name}", function, mutates_args=())
-    op.register_fake(fake)
-
-    def call(first: Tensor, *others: Any) -> Any:
-        return op(first, *others) if traced(first) else function(first, *others)
-
-    return call
-
-
-def differentiable_op(
-    name: str,
-    function: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Registers `function` as beit_fast::`name`, as `plain_op` does, and with a gradient.
-
-    Args:
-        setup_context, backward: as of `torch.autograd.Function`; `backward` calls what `plain_op` gave.
-
-    Returns:
-        what to call.
-    """
-    function = _on_its_device(function)
-    op = torch.library.custom_op(f"beit_fast::{name}", function, mutates_args=())
-    op.register_fake(fake)
-    op.register_autograd(backward, setup_context=setup_context)
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = function(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    def once(ctx: Any, *grads: Any) -> Any:
-        # torch's own `once_differentiable` complains only where the second pass meets it, and where that one is asked
-        # for the gradients of certain tensors it may not: they then come out wrong
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"beit_fast::{name} has no second derivatives (create_graph=True): use_backend('reference') has them"
-            )
-        return backward(ctx, *grads)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(once)}
-    eager: Any = type(name, (torch.autograd.Function,), members)
-
-    def call(*inputs: Any) -> Any:
-        if traced(inputs[0]):
-            return op(*inputs)
-        if torch.is_grad_enabled() and any(isinstance(i, Tensor) and i.requires_grad for i in inputs):
-            return eager.apply(*inputs)
-        return function(*inputs)
-
-    return call
+    return lambda function: FusedOp(name, function, fake)

@@ -50,7 +50,7 @@ def subjects(
     device: torch.device, batch: int, tokens: int, width: int, heads: int, vocabulary: int, dtype: torch.dtype
 ) -> list[Subject]:
     """Every kernel worth tuning, at the sizes of one model; `dtype` is that of activations."""
-    from beit_fast.kernels.attention import kernel as attention
+    from beit_fast.kernels.attention import backward, bias, forward
     from beit_fast.kernels.color_jitter import kernel as views
     from beit_fast.kernels.gelu import kernel as gelu
     from beit_fast.kernels.mim_loss import kernel as loss
@@ -62,9 +62,7 @@ def subjects(
     B, N, D = batch, tokens, width
     warps: dict[str, Sequence[int]] = {"num_warps": (2, 4, 8, 16)}
     x, branch, vector, factors = draw(B, N, D), draw(B, N, D, kind=dtype), draw(D), torch.ones(B, device=device)
-    total, normed, mean, rstd = residual.residual_layer_norm_forward(
-        x, branch, vector, factors, vector, vector, 1e-6, vector
-    )
+    total, normed, mean, rstd = residual.residual_norm(x, branch, vector, factors, vector, vector, 1e-6, vector)
     row_bucket = str(1 << (D - 1).bit_length())
     wide, wide_bias = draw(B, N, 4 * D, kind=dtype), draw(4 * D)
     M = B * max(1, (N - 1) * 3 // 8)
@@ -79,18 +77,18 @@ def subjects(
     found = [
         Subject(
             "residual_norm_forward", row_bucket,
-            lambda: residual.residual_layer_norm_forward(x, branch, vector, factors, vector, vector, 1e-6, vector),
+            lambda: residual.residual_norm(x, branch, vector, factors, vector, vector, 1e-6, vector),
             warps,
         ),
         Subject(
             "residual_norm_backward", row_bucket,
-            lambda: residual.residual_layer_norm_backward(
+            lambda: residual.residual_norm_backward(
                 x, normed, total, mean, rstd, vector, branch, vector, factors, vector, dtype, [True] * 6
             ),
             {"PROGRAMS": (256, 512, 1024), **warps},
         ),
         Subject(
-            "gelu_forward", None, lambda: gelu.bias_gelu_forward(wide, wide_bias),
+            "gelu_forward", None, lambda: gelu.bias_gelu(wide, wide_bias),
             {"ROWS": (1, 2, 4, 8), "COLS": (256, 512, 1024), "num_warps": (4, 8)},
         ),
         Subject(
@@ -106,7 +104,7 @@ def subjects(
         ),
         Subject(
             "gather_norm_backward", row_bucket,
-            lambda: loss.scatter_norm_backward(
+            lambda: loss.gather_norm_backward(
                 masked, factors[0], x.view(-1, D), rows, targets, row_mean, row_rstd, vector
             ),
             {"PROGRAMS": (128, 256, 512), **warps},
@@ -118,20 +116,19 @@ def subjects(
     ]  # fmt: skip
     qkv = draw(B, N, 3, heads, D // heads, kind=dtype)
     q, k, v = qkv.unbind(2)
-    padded = attention.prepare_bias(draw(heads, N, N), dtype, True)
+    padded = bias.prepare_bias(draw(heads, N, N), dtype, True)
     scale = (D // heads) ** -0.5
-    out, lse = attention.forward(q, k, v, padded, scale, True)
-    assert lse is not None
+    out, lse = forward.attention_forward(q, k, v, padded, scale, True)
 
-    def backward() -> object:
-        return attention.backward(out, q, k, v, padded, out, lse, scale, True)
+    def run_backward() -> object:
+        return backward.attention_backward(out, q, k, v, padded, out, lse, scale, True)
 
     tiles = {"ROWS": (32, 64, 128), "COLS": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
-    head_bucket = str(attention.block_of(D // heads))
+    head_bucket = str(forward.block_of(D // heads))
     runs: dict[str, Callable[[], object]] = {
-        "attention_forward": lambda: attention.forward(q, k, v, padded, scale, True)
+        "attention_forward": lambda: forward.attention_forward(q, k, v, padded, scale, True)
     }
-    runs |= dict.fromkeys(("attention_backward_query", "attention_backward_key"), backward)
+    runs |= dict.fromkeys(("attention_backward_query", "attention_backward_key"), run_backward)
     return found + [Subject(name, head_bucket, run, tiles) for name, run in runs.items()]
 
 

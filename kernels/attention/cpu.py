@@ -41,12 +41,13 @@ def _samples_at_once(q: Tensor) -> int:
     return max(1, min(batch, _CACHED_BYTES // one))
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """(B, N, H, K) three times -> (B, N, H, K), nothing kept."""
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(B, N, H, K) three times -> the output (B, N, H, K), and nothing kept."""
     mask = None if bias is None else bias.to(q.dtype).unsqueeze(0)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).contiguous()  # no copy: the fused kernel writes (B, N, H, K)
+    heads_first = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+    nothing = q.new_empty(0, dtype=compute_dtype(q.dtype))
+    return out.transpose(1, 2).contiguous(), nothing  # no copy: the fused kernel writes (B, N, H, K)
 
 
 def forward_train(
@@ -96,14 +97,14 @@ def backward(
     saved: Tensor,
     scale: float,
     need_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The packed gradient (B, N, 3, H, K) of q, k, v, and that of the bias (H, N, N) summed over the batch in order."""
+) -> tuple[Tensor, Tensor]:
+    """The packed gradient (B, N, 3, H, K) of q, k, v, and that of the bias (H, N, N) in order (or empty)."""
     if saved.dim() == 3 and not need_bias:
-        return _backward_fused(grad_out, q, k, v, bias, out, saved, scale), None
+        return _backward_fused(grad_out, q, k, v, bias, out, saved, scale), saved.new_empty(0)
     batch, num_tokens, num_heads, head_dim = q.shape
     compute = compute_dtype(q.dtype)
     grad_qkv = q.new_empty(batch, num_tokens, 3, num_heads, head_dim)
-    grad_bias = q.new_zeros(num_heads, num_tokens, num_tokens, dtype=compute) if need_bias else None
+    grad_bias = q.new_zeros((num_heads, num_tokens, num_tokens) if need_bias else 0, dtype=compute)
     added = None if bias is None else bias.to(compute)
     samples = _samples_at_once(q)
     step = max(1, min(num_heads, _SCRATCH_BYTES // (num_tokens * num_tokens * compute.itemsize)))
@@ -133,7 +134,7 @@ def backward(
             torch.bmm(grad, values.transpose(1, 2), out=grad_scores)
             # row by row: weights * (grad_scores - sum(weights * grad_scores)), in place
             torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, compute, grad_input=grad_scores)
-            if grad_bias is not None:
+            if need_bias:
                 for of_sample in grad_scores.unflatten(0, shape):  # one after the other, whatever `samples` is
                     grad_bias[heads].add_(of_sample)
             torch.baddbmm(product, grad_scores, keys, beta=0, alpha=scale, out=product)

@@ -1,4 +1,4 @@
-"""The operations `packed_attention`, `biased_attention` and `prepare_bias`: schema, dispatch and gradients."""
+"""The operations `packed_attention`, `biased_attention` and `prepare_bias`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from beit_fast.kernels import backend
 from beit_fast.kernels.attention import backends, cpu, reference
-from beit_fast.kernels.registration import differentiable_op, plain_op
+from beit_fast.kernels.backend import select
+from beit_fast.kernels.registration import fused_op
 
 
 class PreparedBias(NamedTuple):
@@ -30,17 +30,17 @@ def prepare_bias(bias: Tensor, dtype: torch.dtype) -> Tensor | PreparedBias:
         dtype: that of the queries, keys and values it will meet.
 
     Returns:
-        An object to hand to `packed_attention` or `biased_attention` in place of the bias; the gradient flows through
-        it to `bias`. Where our kernels do not run (on CPU, say) it is the bias itself.
+        What `packed_attention` and `biased_attention` take in place of the bias; the gradient flows through it to
+        `bias`. Where our kernels do not run (on CPU, say) it is the bias itself.
 
     Raises:
         ValueError: the bias is not floating (H, N, N).
     """
     if bias.dim() != 3 or bias.shape[1] != bias.shape[2] or not bias.is_floating_point():
         raise ValueError(f"bias must be floating (H, N, N), got {bias.dtype} {tuple(bias.shape)}")
-    if backends.choose(bias.device, dtype, 0, with_bias=True).name != "triton":
+    if select("biased_attention", bias, dtype) != "triton":
         return bias
-    return PreparedBias(bias, _prepare(bias.detach(), dtype, torch.is_grad_enabled()))
+    return PreparedBias(bias, _prepare_bias(bias.detach(), dtype, torch.is_grad_enabled()))
 
 
 def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None) -> Tensor:
@@ -66,14 +66,7 @@ def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None)
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3 or not qkv.is_floating_point():
         raise ValueError(f"qkv must be floating (B, N, 3, H, K), got {qkv.dtype} {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(2)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensor, padded, run = _check_bias(q, bias)
-    if run is not None:
-        return run(q, k, v, tensor, scale)
-    if _needs_gradient(qkv, tensor):
-        return _packed(qkv, tensor, padded, scale, _needs_gradient(tensor))[0]
-    return _attention(q, k, v, tensor, padded, scale)
+    return _run(qkv, None, None, bias, scale)
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: float | None = None) -> Tensor:
@@ -107,180 +100,128 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: 
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"q, k, v must have one dtype and one device, got {kinds}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    tensor, padded, run = _check_bias(q, bias)
-    if run is not None:
-        return run(q, k, v, tensor, scale)
-    if _needs_gradient(q, k, v, tensor):
-        return _biased(q, k, v, tensor, padded, scale, _needs_gradient(tensor))[0]
-    return _attention(q, k, v, tensor, padded, scale)
+    return _run(q, k, v, bias, scale)
 
 
-def _check_bias(q: Tensor, bias: Bias) -> tuple[Tensor | None, Tensor | None, Any]:
-    """The bias, its prepared form if our kernels run, and the function to call instead of our ops, if any."""
-    tensor, padded = (bias.bias, bias.padded) if isinstance(bias, PreparedBias) else (bias, None)
-    _, num_tokens, num_heads, head_dim = q.shape
-    if tensor is not None:
-        if tuple(tensor.shape) != (num_heads, num_tokens, num_tokens) or not tensor.is_floating_point():
+def _run(q: Tensor, k: Tensor | None, v: Tensor | None, given: Bias, scale: float | None) -> Tensor:
+    """The attention of the backend in force; without k and v, q is the packed (B, N, 3, H, K)."""
+    bias, padded = (given.bias, given.padded) if isinstance(given, PreparedBias) else (given, None)
+    num_tokens, num_heads, head_dim = q.shape[1], q.shape[-2], q.shape[-1]
+    if bias is not None:
+        if tuple(bias.shape) != (num_heads, num_tokens, num_tokens) or not bias.is_floating_point():
             raise ValueError(
                 f"bias must be floating (H, N, N) = ({num_heads}, {num_tokens}, {num_tokens}), "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
+                f"got {bias.dtype} {tuple(bias.shape)}"
             )
-        if tensor.device != q.device:
-            raise ValueError(f"bias is on {tensor.device} but the queries are on {q.device}")
-    name = backends.choose(q.device, q.dtype, head_dim, tensor is not None).name
-    if name == "reference":
-        return tensor, None, reference.biased_attention
-    if name in backends.OTHERS:
-        return tensor, None, backends.OTHERS[name]
-    if name == "triton" and tensor is not None and padded is None:
-        padded = _prepare(tensor.detach(), q.dtype, torch.is_grad_enabled())
-    return tensor, padded, None
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _runs_kernels(tensor: Tensor) -> bool:
-    """Within an op: whether the kernels or the CPU implementation serve it. The choice itself is made outside."""
-    return tensor.device.type != "cpu" or (backend.interpreting() and backend.chosen_backend() == "triton")
-
-
-def _prepare_impl(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    from beit_fast.kernels.attention import kernel
-
-    return kernel.prepare_bias(bias, dtype, transposed)
+        if bias.device != q.device:
+            raise ValueError(f"bias is on {bias.device} but the queries are on {q.device}")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    backend = select("attention" if bias is None else "biased_attention", q, head_dim=head_dim)
+    if backend not in ("cpu", "triton"):
+        attend = reference.biased_attention if backend == "reference" else backends.OTHERS[backend]
+        q, k, v = q.unbind(2) if k is None or v is None else (q, k, v)
+        return attend(q, k, v, bias, scale)
+    learned = torch.is_grad_enabled() and bias is not None and bias.requires_grad
+    saves = learned or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)))
+    if backend == "triton" and bias is not None and padded is None:
+        padded = _prepare_bias(bias.detach(), q.dtype, saves)
+    return _attention(q, k, v, bias, padded, scale, saves, learned, backend)[0]
 
 
 def _prepare_fake(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    from beit_fast.kernels.attention import kernel
+    from beit_fast.kernels.attention.bias import padded_width, prepared_dtype
 
     num_heads, num_tokens, _ = bias.shape
-    shape = (2 if transposed else 1, num_heads, num_tokens, kernel.padded_width(num_tokens))
-    return bias.new_empty(shape, dtype=kernel.prepared_dtype(dtype))
+    shape = (2 if transposed else 1, num_heads, num_tokens, padded_width(num_tokens))
+    return bias.new_empty(shape, dtype=prepared_dtype(dtype))
 
 
-def _attention_impl(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float
-) -> Tensor:
-    """Inference: nothing is saved."""
-    if _runs_kernels(q):
-        from beit_fast.kernels.attention import kernel
+@fused_op("beit_fast::prepare_bias", fake=_prepare_fake)
+def _prepare_bias(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    from beit_fast.kernels.attention.bias import prepare_bias
 
-        return kernel.forward(q, k, v, padded, scale, save=False)[0]
+    return prepare_bias(bias, dtype, transposed)
+
+
+def _fake(q: Tensor, k: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, saves, learned, backend = others
+    q = q.unbind(2)[0] if k is None else q
+    saved: tuple[int, ...] = (q.shape[0], q.shape[2], q.shape[1])
+    if backend == "cpu":
+        saved = cpu.saved_shape(q, learned)
+    return q.new_empty(q.shape), q.new_empty(saved if saves else 0, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@fused_op("beit_fast::attention", fake=_fake)
+def _attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    bias: Tensor | None,
+    padded: Tensor | None,
+    scale: float,
+    saves: bool,
+    learned: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, N, H, K), and what the gradient wants saved (empty unless `saves`).
+
+    That is log-sum-exp (B, H, N), on a CPU the probabilities (B, H, N, N) beside a bias that is `learned`.
+    """
+    q, k, v = q.unbind(2) if k is None or v is None else (q, k, v)
+    if backend == "triton":
+        from beit_fast.kernels.attention.forward import attention_forward
+
+        return attention_forward(q, k, v, padded, scale, saves)
+    if saves:
+        return cpu.forward_train(q, k, v, bias, scale, learned)
     return cpu.forward(q, k, v, bias, scale)
 
 
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float
-) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _biased_impl(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
-) -> tuple[Tensor, Tensor]:
-    """The output, and what the backward wants saved: log-sum-exp (B, H, N), on CPU the probabilities of a bias that is
-    `learned`."""
-    if _runs_kernels(q):
-        from beit_fast.kernels.attention import kernel
-
-        out, lse = kernel.forward(q, k, v, padded, scale, save=True)
-        assert lse is not None
-        return out, lse
-    return cpu.forward_train(q, k, v, bias, scale, learned)
-
-
-def _biased_fake(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
-) -> tuple[Tensor, Tensor]:
-    if _runs_kernels(q):
-        batch, num_tokens, num_heads, _ = q.shape
-        saved = q.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
-    else:
-        saved = q.new_empty(cpu.saved_shape(q, learned), dtype=cpu.compute_dtype(q.dtype))
-    return q.new_empty(q.shape), saved
-
-
-def _packed_impl(
-    qkv: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
-) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    return _biased_impl(q, k, v, bias, padded, scale, learned)
-
-
-def _packed_fake(
-    qkv: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, learned: bool
-) -> tuple[Tensor, Tensor]:
-    q, k, v = qkv.unbind(2)
-    return _biased_fake(q, k, v, bias, padded, scale, learned)
-
-
-def _backward_impl(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    padded: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    scale: float,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """The packed gradient (B, N, 3, H, K), and that of the bias: (H, N, N) in at least fp32, or empty."""
-    if _runs_kernels(q):
-        from beit_fast.kernels.attention import kernel
-
-        if bias is not None and (padded is None or padded.shape[0] < 2):  # prepared where no gradient was in sight
-            padded = kernel.prepare_bias(bias, q.dtype, transposed=True)
-        grad_qkv, grad_bias = kernel.backward(grad_out, q, k, v, padded, out, saved, scale, need_bias)
-    else:
-        grad_qkv, grad_bias = cpu.backward(grad_out, q, k, v, bias, out, saved, scale, need_bias)
-    return grad_qkv, saved.new_empty(0) if grad_bias is None else grad_bias
-
-
-def _backward_fake(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    padded: Tensor | None,
-    out: Tensor,
-    saved: Tensor,
-    scale: float,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, num_tokens, num_heads, head_dim = q.shape
-    grad_bias = saved.new_empty((num_heads, num_tokens, num_tokens) if need_bias else (0,))
+def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, saved, _, need_bias, _ = others
+    batch, num_tokens, num_heads, head_dim = grad_out.shape
+    grad_bias = saved.new_empty((num_heads, num_tokens, num_tokens) if need_bias else 0)
     return q.new_empty(batch, num_tokens, 3, num_heads, head_dim), grad_bias
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, _ = inputs
+@fused_op("beit_fast::attention_backward", fake=_backward_fake)
+def _attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    bias: Tensor | None,
+    padded: Tensor | None,
+    out: Tensor,
+    saved: Tensor,
+    scale: float,
+    need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The packed gradient (B, N, 3, H, K), and that of the bias: (H, N, N) in at least fp32, or empty."""
+    q, k, v = q.unbind(2) if k is None or v is None else (q, k, v)
+    if backend == "triton":
+        from beit_fast.kernels.attention.backward import attention_backward
+        from beit_fast.kernels.attention.bias import prepare_bias
+
+        if bias is not None and (padded is None or padded.shape[0] < 2):  # prepared where no gradient was in sight
+            padded = prepare_bias(bias, q.dtype, transposed=True)
+        return attention_backward(grad_out, q, k, v, padded, out, saved, scale, need_bias)
+    return cpu.backward(grad_out, q, k, v, bias, out, saved, scale, need_bias)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
 
-def _packed_autograd(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
-    qkv, bias, padded, out, saved = ctx.saved_tensors
-    need_bias = ctx.needs_input_grad[1]
-    q, k, v = qkv.unbind(2)
-    grad_qkv, grad_bias = _backward(grad_out, q, k, v, bias, padded, out, saved, ctx.scale, need_bias)
-    return grad_qkv, grad_bias.to(bias.dtype) if need_bias else None, None, None, None
-
-
-def _biased_autograd(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Any, ...]:
+@_attention.backward(_save)
+def _gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, bias, padded, out, saved = ctx.saved_tensors
     need_bias = ctx.needs_input_grad[3]
-    grad_qkv, grad_bias = _backward(grad_out, q, k, v, bias, padded, out, saved, ctx.scale, need_bias)
-    return *grad_qkv.unbind(2), grad_bias.to(bias.dtype) if need_bias else None, None, None, None
-
-
-_prepare = plain_op("prepare_bias", _prepare_impl, _prepare_fake)
-_attention = plain_op("attention", _attention_impl, _attention_fake)
-_backward = plain_op("attention_backward", _backward_impl, _backward_fake)
-_packed = differentiable_op("packed_attention", _packed_impl, _packed_fake, _setup, _packed_autograd)
-_biased = differentiable_op("biased_attention", _biased_impl, _biased_fake, _setup, _biased_autograd)
+    given = (grad_out, q, k, v, bias, padded, out, saved, ctx.scale, need_bias, ctx.backend)
+    grad_qkv, grad_bias = _attention_backward(*given)
+    grad_q, grad_k, grad_v = (grad_qkv, None, None) if k is None else grad_qkv.unbind(2)
+    return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype) if need_bias else None, None, None, None, None, None

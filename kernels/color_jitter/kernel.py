@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.launch_table import AotSpec, launch_config
-from beit_fast.kernels.rounding import narrow
+from beit_fast.kernels.launch_table import launch, launch_config
+from beit_fast.kernels.tiles import narrow
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def color_jitter_kernel(
 ):  # fmt: skip
     # Program (j, b): the pixels j of image b. The two images it works on are far apart only by whole pictures: int64.
     image = tl.program_id(1).to(tl.int64)
-    pixels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pixels = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], as all below
     inside = pixels < H * W
     brightness = tl.load(factors_ptr + 3 * image)
     contrast = tl.load(factors_ptr + 3 * image + 1)
@@ -65,21 +65,9 @@ def color_jitter(
     config = launch_config("color_jitter", crops.device)
     scales = [1 / (255 * s) for s in std]
     shifts = [-m / s for m, s in zip(mean, std, strict=True)]
-    color_jitter_kernel[(triton.cdiv(H * W, config["BLOCK"]), B)](
+    launch(
+        color_jitter_kernel, (triton.cdiv(H * W, config["BLOCK"]), B),
         crops.contiguous(), flips.contiguous().view(torch.uint8), factors.contiguous().float(),
         centers.contiguous().float(), out, H, W, *scales, *shifts, **config,
     )  # fmt: skip
     return out
-
-
-def aot_specs() -> list[AotSpec]:
-    """The configurations whose static costs are checked."""
-    config = dict(launch_config("color_jitter", "default"))
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    specs = []
-    for dtype in ("bf16", "fp32"):
-        signature = {"crops_ptr": "*u8", "flips_ptr": "*u8", "factors_ptr": "*fp32", "centers_ptr": "*fp32"}
-        signature |= {"out_ptr": f"*{dtype}", "H": "i32", "W": "i32"}
-        signature |= {name: "fp32" for name in color_jitter_kernel.arg_names if name.startswith(("scale_", "shift_"))}
-        specs.append(AotSpec(f"color_jitter {dtype}", color_jitter_kernel, signature, config, warps, stages))
-    return specs

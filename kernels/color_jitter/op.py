@@ -1,16 +1,14 @@
-"""`color_jitter`: schema and dispatch. It has no gradient: its input is bytes.
-
-On the CPU it is the plain formula: the data pipeline has `beit_fast._C.transform_views` there, one pass with threads.
-"""
+"""The operation `color_jitter`. It has no gradient: its input is bytes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.backend import chosen_backend, triton_runs
-from beit_fast.kernels.color_jitter import reference
-from beit_fast.kernels.registration import plain_op
+from beit_fast.kernels.backend import select
+from beit_fast.kernels.color_jitter import cpu, reference
+from beit_fast.kernels.registration import fused_op
 
 
 def color_jitter(
@@ -37,6 +35,9 @@ def color_jitter(
 
     Returns:
         (B, 3, H, W): (x / 255 - mean) / std.
+
+    Raises:
+        ValueError: a shape or the dtype of `crops` does not fit.
     """
     if crops.dim() != 4 or crops.shape[3] != 3 or crops.dtype != torch.uint8:
         raise ValueError(f"crops must be uint8 (B, H, W, 3), got {crops.dtype} {tuple(crops.shape)}")
@@ -46,12 +47,19 @@ def color_jitter(
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean and std must have three values each, got {len(mean)} and {len(std)}")
-    if chosen_backend() == "reference":
+    backend = select("color_jitter", crops)
+    if backend == "reference":
         return reference.color_jitter(crops, flips, factors, centers, mean, std, dtype)
-    return _color_jitter(crops, flips, factors, centers, list(mean), list(std), dtype)
+    return _color_jitter(crops, flips, factors, centers, list(mean), list(std), dtype, backend)
 
 
-def _impl(
+def _fake(crops: Tensor, flips: Tensor, factors: Tensor, centers: Tensor, *others: Any) -> Tensor:
+    B, H, W, _ = crops.shape
+    return crops.new_empty((B, 3, H, W), dtype=others[2])
+
+
+@fused_op("beit_fast::color_jitter", fake=_fake)
+def _color_jitter(
     crops: Tensor,
     flips: Tensor,
     factors: Tensor,
@@ -59,25 +67,10 @@ def _impl(
     mean: list[float],
     std: list[float],
     dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
-    if triton_runs(crops):
+    if backend == "triton":
         from beit_fast.kernels.color_jitter import kernel
 
         return kernel.color_jitter(crops, flips, factors, centers, mean, std, dtype)
-    return reference.color_jitter(crops, flips, factors, centers, mean, std, dtype).contiguous()
-
-
-def _fake(
-    crops: Tensor,
-    flips: Tensor,
-    factors: Tensor,
-    centers: Tensor,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    B, H, W, _ = crops.shape
-    return crops.new_empty((B, 3, H, W), dtype=dtype)
-
-
-_color_jitter = plain_op("color_jitter", _impl, _fake)
+    return cpu.color_jitter(crops, flips, factors, centers, mean, std, dtype)

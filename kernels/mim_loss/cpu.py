@@ -53,7 +53,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> tupl
     return losses.masked_fill_(~valid, 0), hits
 
 
-def scatter_norm_backward(
+def gather_norm_backward(
     grad_normed: Tensor,
     factor: Tensor,
     hidden: Tensor,

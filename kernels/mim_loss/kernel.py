@@ -10,19 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.launch_table import AotSpec, launch_config
-from beit_fast.kernels.rounding import narrow
+from beit_fast.kernels.launch_table import launch, launch_config
+from beit_fast.kernels.tiles import narrow
 
 IGNORED = tl.constexpr(-100)
 
 
 @triton.jit
-def gather_norm_forward(
+def gather_norm_kernel(
     hidden_ptr, rows_ptr, weight_ptr, bias_ptr, normed_ptr, mean_ptr, rstd_ptr, D, eps, BLOCK: tl.constexpr
 ):
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + index)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)  # [BLOCK]
     inside = cols < D
     x = tl.load(hidden_ptr + row * D + cols, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x, 0) / D
@@ -36,13 +36,92 @@ def gather_norm_forward(
     tl.store(rstd_ptr + index, rstd)
 
 
+def gather_norm(
+    hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of hidden[rows]: (M, D) as `dtype`; mean and 1/std (M,) fp32."""
+    M, D = rows.shape[0], hidden.shape[1]
+    normed = hidden.new_empty((M, D), dtype=dtype)
+    mean, rstd = (hidden.new_empty(M, dtype=torch.float32) for _ in range(2))
+    if M > 0:
+        block = triton.next_power_of_2(D)
+        launch(
+            gather_norm_kernel, (M,),
+            hidden.contiguous(), rows.contiguous(), weight, bias, normed, mean, rstd, D, eps, BLOCK=block,
+            **launch_config("gather_norm_forward", hidden.device, block),
+        )  # fmt: skip
+    return normed, mean, rstd
+
+
 @triton.jit
-def gather_norm_backward(
+def cross_entropy_kernel(
+    logits_ptr, targets_ptr, loss_ptr, hit_ptr, V, GRADIENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + index * V
+    target = tl.load(targets_ptr + index)
+    valid = target != IGNORED
+    cols = tl.arange(0, BLOCK)  # [BLOCK]
+    at_target = tl.load(row_ptr + target, mask=valid, other=0.0).to(tl.float32)
+    if WHOLE:  # the row stays in registers
+        inside = cols < V
+        x = tl.load(row_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
+        m_i = tl.max(x, 0)
+        best = tl.min(tl.where(x == m_i, cols, V), 0)  # ties: the lowest index, as torch
+        x = tl.exp(x - m_i)
+        l_i = tl.sum(x, 0)
+    else:
+        m_i = -float("inf")
+        l_i = 0.0
+        best = 0
+        for start in range(0, V, BLOCK):
+            inside = start + cols < V
+            x = tl.load(row_ptr + start + cols, mask=inside, other=-float("inf")).to(tl.float32)
+            m_block = tl.max(x, 0)
+            first = start + tl.min(tl.where(x == m_block, cols, BLOCK), 0)
+            best = tl.where(m_block > m_i, first, best)
+            m_new = tl.maximum(m_i, m_block)
+            alpha = tl.exp(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(tl.exp(x - m_new), 0)
+            m_i = m_new
+    tl.store(loss_ptr + index, tl.where(valid, m_i + tl.log(l_i) - at_target, 0.0))
+    tl.store(hit_ptr + index, (valid & (best == target)).to(tl.int32))
+    if GRADIENT:
+        tl.debug_barrier()  # the target's logit is read before any thread writes its gradient over it
+        scale = tl.where(valid, 1.0 / l_i, 0.0)
+        if WHOLE:
+            grad = x * scale - tl.where(cols == target, 1.0, 0.0)
+            tl.store(row_ptr + cols, narrow(grad, logits_ptr.dtype.element_ty), mask=inside)
+        else:
+            for start in range(0, V, BLOCK):
+                inside = start + cols < V
+                x = tl.load(row_ptr + start + cols, mask=inside, other=-float("inf")).to(tl.float32)
+                grad = tl.exp(x - m_i) * scale - tl.where(start + cols == target, 1.0, 0.0)
+                tl.store(row_ptr + start + cols, narrow(grad, logits_ptr.dtype.element_ty), mask=inside)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Per row of logits (M, V) the cross entropy fp32 and the hit int32; the gradient in place if `with_gradient`."""
+    M, V = logits.shape
+    loss, hit = logits.new_empty(M, dtype=torch.float32), logits.new_empty(M, dtype=torch.int32)
+    if M > 0:
+        config = dict(launch_config("cross_entropy", logits.device))
+        block = config.pop("BLOCK")
+        launch(
+            cross_entropy_kernel, (M,),
+            logits, targets.contiguous(), loss, hit, V, GRADIENT=with_gradient, WHOLE=block >= V,
+            BLOCK=min(block, triton.next_power_of_2(V)), **config,
+        )  # fmt: skip
+    return loss, hit
+
+
+@triton.jit
+def gather_norm_backward_kernel(
     grad_normed_ptr, factor_ptr, hidden_ptr, rows_ptr, targets_ptr, mean_ptr, rstd_ptr, weight_ptr,
     grad_hidden_ptr, partial_ptr, M, D, plane, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Rows p, p + P, ... of program p, in that order; padding rows write nothing, so no row of hidden is written twice.
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)  # [BLOCK]
     inside = cols < D
     factor = tl.load(factor_ptr).to(tl.float32)
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -68,83 +147,7 @@ def gather_norm_backward(
     tl.store(mine + plane, sum_bias, mask=inside)
 
 
-@triton.jit
-def cross_entropy(
-    logits_ptr, targets_ptr, loss_ptr, hit_ptr, V, GRADIENT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
-):
-    index = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + index * V
-    target = tl.load(targets_ptr + index)
-    valid = target != IGNORED
-    cols = tl.arange(0, BLOCK)
-    at_target = tl.load(row_ptr + target, mask=valid, other=0.0).to(tl.float32)
-    if WHOLE:  # the row stays in registers
-        inside = cols < V
-        x = tl.load(row_ptr + cols, mask=inside, other=-float("inf")).to(tl.float32)
-        largest = tl.max(x, 0)
-        best = tl.min(tl.where(x == largest, cols, V), 0)  # ties: the lowest index, as torch
-        x = tl.exp(x - largest)
-        total = tl.sum(x, 0)
-    else:
-        largest = -float("inf")
-        total = 0.0
-        best = 0
-        for start in range(0, V, BLOCK):
-            inside = start + cols < V
-            x = tl.load(row_ptr + start + cols, mask=inside, other=-float("inf")).to(tl.float32)
-            peak = tl.max(x, 0)
-            first = start + tl.min(tl.where(x == peak, cols, BLOCK), 0)
-            best = tl.where(peak > largest, first, best)
-            higher = tl.maximum(peak, largest)
-            total = total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher), 0)
-            largest = higher
-    tl.store(loss_ptr + index, tl.where(valid, largest + tl.log(total) - at_target, 0.0))
-    tl.store(hit_ptr + index, (valid & (best == target)).to(tl.int32))
-    if GRADIENT:
-        tl.debug_barrier()  # the target's logit is read before any thread writes its gradient over it
-        scale = tl.where(valid, 1.0 / total, 0.0)
-        if WHOLE:
-            grad = x * scale - tl.where(cols == target, 1.0, 0.0)
-            tl.store(row_ptr + cols, narrow(grad, logits_ptr.dtype.element_ty), mask=inside)
-        else:
-            for start in range(0, V, BLOCK):
-                inside = start + cols < V
-                x = tl.load(row_ptr + start + cols, mask=inside, other=-float("inf")).to(tl.float32)
-                grad = tl.exp(x - largest) * scale - tl.where(start + cols == target, 1.0, 0.0)
-                tl.store(row_ptr + start + cols, narrow(grad, logits_ptr.dtype.element_ty), mask=inside)
-
-
-def gather_norm(
-    hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of hidden[rows]: (M, D) as `dtype`; mean and 1/std (M,) fp32."""
-    M, D = rows.shape[0], hidden.shape[1]
-    normed = hidden.new_empty((M, D), dtype=dtype)
-    mean, rstd = (hidden.new_empty(M, dtype=torch.float32) for _ in range(2))
-    if M > 0:
-        block = triton.next_power_of_2(D)
-        gather_norm_forward[(M,)](
-            hidden.contiguous(), rows.contiguous(), weight, bias, normed, mean, rstd, D, eps, BLOCK=block,
-            **launch_config("gather_norm_forward", hidden.device, block),
-        )  # fmt: skip
-    return normed, mean, rstd
-
-
-def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Per row of logits (M, V) the cross entropy fp32 and the hit int32; the gradient in place if `with_gradient`."""
-    M, V = logits.shape
-    loss, hit = logits.new_empty(M, dtype=torch.float32), logits.new_empty(M, dtype=torch.int32)
-    if M > 0:
-        config = dict(launch_config("cross_entropy", logits.device))
-        block = config.pop("BLOCK")
-        cross_entropy[(M,)](
-            logits, targets.contiguous(), loss, hit, V, GRADIENT=with_gradient, WHOLE=block >= V,
-            BLOCK=min(block, triton.next_power_of_2(V)), **config,
-        )  # fmt: skip
-    return loss, hit
-
-
-def scatter_norm_backward(
+def gather_norm_backward(
     grad_normed: Tensor,
     factor: Tensor,
     hidden: Tensor,
@@ -163,36 +166,9 @@ def scatter_norm_backward(
     config = dict(launch_config("gather_norm_backward", hidden.device, block))
     programs = min(config.pop("PROGRAMS"), M)
     partial = hidden.new_empty((2, programs, D), dtype=torch.float32)
-    gather_norm_backward[(programs,)](
+    launch(
+        gather_norm_backward_kernel, (programs,),
         grad_normed.contiguous(), factor, hidden.contiguous(), rows.contiguous(), targets.contiguous(), mean, rstd,
         weight, grad_hidden, partial, M, D, programs * D, BLOCK=block, **config,
     )  # fmt: skip
     return grad_hidden, partial[0].sum(0), partial[1].sum(0)
-
-
-def aot_specs() -> list[AotSpec]:
-    """The configurations whose static costs are checked: BEiT-B and BEiT-L heads, V = 8192."""
-    specs = []
-    for D in (768, 1024):
-        block = triton.next_power_of_2(D)
-        config = launch_config("gather_norm_forward", "default", block)
-        common = {"hidden_ptr": "*fp32", "rows_ptr": "*i64", "weight_ptr": "*fp32", "mean_ptr": "*fp32"}
-        common |= {"rstd_ptr": "*fp32", "D": "i32"}
-        signature = common | {"bias_ptr": "*fp32", "normed_ptr": "*bf16", "eps": "fp32"}
-        label, warps, stages = f"gather_norm_forward D={D}", config["num_warps"], config["num_stages"]
-        specs.append(AotSpec(label, gather_norm_forward, signature, {"BLOCK": block}, warps, stages))
-        config = launch_config("gather_norm_backward", "default", block)
-        signature = common | {"grad_normed_ptr": "*bf16", "factor_ptr": "*fp32", "targets_ptr": "*i64"}
-        signature |= {"grad_hidden_ptr": "*fp32", "partial_ptr": "*fp32", "M": "i32", "plane": "i32"}
-        label, warps, stages = f"gather_norm_backward D={D}", config["num_warps"], config["num_stages"]
-        specs.append(
-            AotSpec(label, gather_norm_backward, signature, {"BLOCK": block}, warps, stages, unaligned=frozenset({"M"}))
-        )
-    signature = {"logits_ptr": "*bf16", "targets_ptr": "*i64", "loss_ptr": "*fp32", "hit_ptr": "*i32", "V": "i32"}
-    config = dict(launch_config("cross_entropy", "default"))
-    warps, stages, block = config["num_warps"], config["num_stages"], config["BLOCK"]
-    for gradient, whole in ((True, True), (False, True), (True, False)):
-        label = f"cross_entropy {'gradient' if gradient else 'value'} {'whole' if whole else 'looped'} {block}"
-        constants = {"GRADIENT": gradient, "WHOLE": whole, "BLOCK": block}
-        specs.append(AotSpec(label, cross_entropy, signature, constants, warps, stages))
-    return specs

@@ -81,7 +81,7 @@ def scatter_table_grad(grad_bias: Tensor, height: int, width: int) -> Tensor:
     grad = grad_bias.contiguous()
     if grad.element_size() < 4:
         grad = grad.float()
-    folded = grad.new_zeros(num_heads, table_rows((height, width)))
+    grad_table = grad.new_zeros(num_heads, table_rows((height, width)))
     index = _strip_index(height, width)
     strip = grad.new_zeros(num_heads, len(index))
     from_cls = len(index) - num_tokens - num_patches
@@ -97,4 +97,4 @@ def scatter_table_grad(grad_bias: Tensor, height: int, width: int) -> Tensor:
     )
     # one part after the other: on a CPU a _foreach_ is a plain loop, so that the windows may overlap
     torch._foreach_add_(sums, parts)
-    return folded.index_add_(1, index, strip).t().contiguous().to(grad_bias.dtype)
+    return grad_table.index_add_(1, index, strip).t().contiguous().to(grad_bias.dtype)

@@ -1,24 +1,24 @@
 # mypy: allow-untyped-defs
-"""Triton kernels of the relative position bias: the table spread over all pairs, and the gradient folded back.
+"""Triton kernels of the relative position bias: the table read for all pairs, and the gradient of the table.
 
-The fold gathers instead of scattering: a program owns some rows of the table and walks the queries, so every sum has
-one owner and one order. No atomics.
+The gradient gathers instead of scattering: a program owns some rows of the table and walks the queries, so every sum
+has one owner and one order. No atomics.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.launch_table import AotSpec, launch_config
+from beit_fast.kernels.launch_table import launch, launch_config
 from beit_fast.kernels.position_bias.reference import table_rows
-from beit_fast.kernels.rounding import narrow
+from beit_fast.kernels.tiles import narrow
 
 
 @triton.jit
-def spread_table_program(table_ptr, bias_ptr, h, w, H, N, R, BLOCK: tl.constexpr):
+def gather_bias_kernel(table_ptr, bias_ptr, h, w, H, N, R, BLOCK: tl.constexpr):
     """BLOCK pairs (query, key) of one head."""
     head = tl.program_id(1)
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], as all below
     inside = pair < N * N
     query = pair // N - 1  # -1 is CLS
     key = pair % N - 1
@@ -31,8 +31,29 @@ def spread_table_program(table_ptr, bias_ptr, h, w, H, N, R, BLOCK: tl.constexpr
     tl.store(bias_ptr + tl.cast(head, tl.int64) * N * N + pair, value, mask=inside)
 
 
+def gather_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """(R, H) -> (H, N, N)."""
+    num_rows, num_heads = table.shape
+    num_tokens = height * width + 1
+    bias = table.new_empty(num_heads, num_tokens, num_tokens)
+    config = dict(launch_config("gather_bias", table.device))
+    launch(
+        gather_bias_kernel,
+        (triton.cdiv(num_tokens**2, config["BLOCK"]), num_heads),
+        table.contiguous(),
+        bias,
+        height,
+        width,
+        num_heads,
+        num_tokens,
+        num_rows,
+        **config,
+    )
+    return bias
+
+
 @triton.jit
-def fold_bias_program(grad_ptr, folded_ptr, h, w, H, N, R, ROWS: tl.constexpr, QUERIES: tl.constexpr):
+def scatter_table_grad_kernel(grad_ptr, grad_table_ptr, h, w, H, N, R, ROWS: tl.constexpr, QUERIES: tl.constexpr):
     """ROWS rows of the table for one head; the last program of a head takes the three rows of CLS."""
     head = tl.program_id(1)
     base = grad_ptr + tl.cast(head, tl.int64) * N * N
@@ -41,64 +62,46 @@ def fold_bias_program(grad_ptr, folded_ptr, h, w, H, N, R, ROWS: tl.constexpr, Q
         from_cls = tl.zeros([QUERIES], tl.float32)
         to_cls = tl.zeros([QUERIES], tl.float32)
         for start in range(1, N, QUERIES):
-            token = start + local
+            token = start + local  # [QUERIES]
             from_cls += tl.load(base + token, mask=token < N, other=0.0).to(tl.float32)
             to_cls += tl.load(base + token * N, mask=token < N, other=0.0).to(tl.float32)
-        dtype: tl.constexpr = folded_ptr.dtype.element_ty
-        tl.store(folded_ptr + (R - 3) * H + head, narrow(tl.sum(from_cls, 0), dtype))
-        tl.store(folded_ptr + (R - 2) * H + head, narrow(tl.sum(to_cls, 0), dtype))
-        tl.store(folded_ptr + (R - 1) * H + head, tl.load(base))
+        dtype: tl.constexpr = grad_table_ptr.dtype.element_ty
+        tl.store(grad_table_ptr + (R - 3) * H + head, narrow(tl.sum(from_cls, 0), dtype))
+        tl.store(grad_table_ptr + (R - 2) * H + head, narrow(tl.sum(to_cls, 0), dtype))
+        tl.store(grad_table_ptr + (R - 1) * H + head, tl.load(base))
     else:
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
         down = row // (2 * w - 1) - (h - 1)
         right = row % (2 * w - 1) - (w - 1)
         total = tl.zeros([QUERIES, ROWS], tl.float32)
         for start in range(0, h * w, QUERIES):
             query = start + local
-            key_row = (query // w)[:, None] - down[None, :]
+            key_row = (query // w)[:, None] - down[None, :]  # [QUERIES, ROWS]
             key_column = (query % w)[:, None] - right[None, :]
             valid = (key_row >= 0) & (key_row < h) & (key_column >= 0) & (key_column < w)
             valid = valid & (query < h * w)[:, None] & (row < R - 3)[None, :]
             offset = (query + 1)[:, None] * N + key_row * w + key_column + 1
             total += tl.load(base + offset, mask=valid, other=0.0).to(tl.float32)
-        value = narrow(tl.sum(total, 0), folded_ptr.dtype.element_ty)
-        tl.store(folded_ptr + row * H + head, value, mask=row < R - 3)
-
-
-def gather_bias(table: Tensor, height: int, width: int) -> Tensor:
-    """(R, H) -> (H, N, N)."""
-    num_rows, num_heads = table.shape
-    num_tokens = height * width + 1
-    bias = table.new_empty(num_heads, num_tokens, num_tokens)
-    config = dict(launch_config("gather_bias", table.device))
-    spread_table_program[(triton.cdiv(num_tokens**2, config["BLOCK"]), num_heads)](
-        table.contiguous(), bias, height, width, num_heads, num_tokens, num_rows, **config
-    )
-    return bias
+        value = narrow(tl.sum(total, 0), grad_table_ptr.dtype.element_ty)
+        tl.store(grad_table_ptr + row * H + head, value, mask=row < R - 3)
 
 
 def scatter_table_grad(grad_bias: Tensor, height: int, width: int) -> Tensor:
     """(H, N, N) -> (R, H), summed in fp32."""
     num_heads, num_tokens, _ = grad_bias.shape
     num_rows = table_rows((height, width))
-    folded = grad_bias.new_empty(num_rows, num_heads)
+    grad_table = grad_bias.new_empty(num_rows, num_heads)
     config = dict(launch_config("scatter_table_grad", grad_bias.device))
-    fold_bias_program[(triton.cdiv(num_rows - 3, config["ROWS"]) + 1, num_heads)](
-        grad_bias.contiguous(), folded, height, width, num_heads, num_tokens, num_rows, **config
+    launch(
+        scatter_table_grad_kernel,
+        (triton.cdiv(num_rows - 3, config["ROWS"]) + 1, num_heads),
+        grad_bias.contiguous(),
+        grad_table,
+        height,
+        width,
+        num_heads,
+        num_tokens,
+        num_rows,
+        **config,
     )
-    return folded
-
-
-def aot_specs() -> list[AotSpec]:
-    """Both kernels on fp32 tables, the fold of a bf16 gradient as well."""
-    specs = []
-    sizes = dict.fromkeys(("h", "w", "H", "N", "R"), "i32")
-    for label, kernel, pointers in (
-        ("gather_bias fp32", spread_table_program, {"table_ptr": "*fp32", "bias_ptr": "*fp32"}),
-        ("scatter_table_grad fp32", fold_bias_program, {"grad_ptr": "*fp32", "folded_ptr": "*fp32"}),
-        ("scatter_table_grad bf16", fold_bias_program, {"grad_ptr": "*bf16", "folded_ptr": "*bf16"}),
-    ):
-        config = dict(launch_config(label.split()[0], "default"))
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
-        specs.append(AotSpec(label, kernel, pointers | sizes, config, warps, stages, unaligned=frozenset(sizes)))
-    return specs
+    return grad_table

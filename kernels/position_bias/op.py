@@ -1,4 +1,4 @@
-"""The operation `relative_position_bias`: schema, CPU implementation, dispatch and gradient."""
+"""The operation `relative_position_bias`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from beit_fast.kernels import backend
+from beit_fast.kernels.backend import select
 from beit_fast.kernels.position_bias import cpu, reference
-from beit_fast.kernels.registration import differentiable_op, plain_op, traced
+from beit_fast.kernels.registration import fused_op, is_traced
 
 
 def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -42,52 +42,45 @@ def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tenso
             f"table has {table.shape[0]} rows but a window of {height} x {width} needs {expected}; "
             "resize it with beit_fast.models.resize_relative_position_bias_table"
         )
-    if backend.chosen_backend() == "reference":
+    backend = select("relative_position_bias", table)
+    if backend in ("reference", "torch"):
         return reference.relative_position_bias(table, (height, width))
-    small_on_cpu = table.device.type == "cpu" and height * width <= cpu.FEW_PATCHES
-    if small_on_cpu and not traced(table) and not backend.triton_runs(table):
+    if backend == "cpu" and height * width <= cpu.FEW_PATCHES and not is_traced(table):
         return cpu.index_pairs(table, height, width)
-    return _spread(table, height, width)
+    return _relative_position_bias(table, height, width, backend)
 
 
-def _spread_impl(table: Tensor, height: int, width: int) -> Tensor:
-    if backend.triton_runs(table):
-        from beit_fast.kernels.position_bias import kernel
-
-        return kernel.gather_bias(table, height, width)
-    if table.device.type != "cpu":
-        return reference.relative_position_bias(table, (height, width))
-    return cpu.gather_bias(table, height, width)
-
-
-def _spread_fake(table: Tensor, height: int, width: int) -> Tensor:
+def _fake(table: Tensor, height: int, width: int, backend: str) -> Tensor:
     num_tokens = height * width + 1
     return table.new_empty(table.shape[1], num_tokens, num_tokens)
 
 
-def _fold_impl(grad_bias: Tensor, height: int, width: int) -> Tensor:
-    if backend.triton_runs(grad_bias):
+@fused_op("beit_fast::relative_position_bias", fake=_fake)
+def _relative_position_bias(table: Tensor, height: int, width: int, backend: str) -> Tensor:
+    if backend == "triton":
         from beit_fast.kernels.position_bias import kernel
 
-        return kernel.scatter_table_grad(grad_bias, height, width)
-    if grad_bias.device.type != "cpu":
-        index = reference.relative_position_index((height, width)).to(grad_bias.device)
-        folded = grad_bias.new_zeros(reference.table_rows((height, width)), grad_bias.shape[0])
-        return folded.index_put_((index,), grad_bias.permute(1, 2, 0), accumulate=True)
-    return cpu.scatter_table_grad(grad_bias, height, width)
+        return kernel.gather_bias(table, height, width)
+    return cpu.gather_bias(table, height, width)
 
 
-def _fold_fake(grad_bias: Tensor, height: int, width: int) -> Tensor:
+def _backward_fake(grad_bias: Tensor, height: int, width: int, backend: str) -> Tensor:
     return grad_bias.new_empty(reference.table_rows((height, width)), grad_bias.shape[0])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.height, ctx.width = inputs
+@fused_op("beit_fast::relative_position_bias_backward", fake=_backward_fake)
+def _relative_position_bias_backward(grad_bias: Tensor, height: int, width: int, backend: str) -> Tensor:
+    if backend == "triton":
+        from beit_fast.kernels.position_bias import kernel
+
+        return kernel.scatter_table_grad(grad_bias, height, width)
+    return cpu.scatter_table_grad(grad_bias, height, width)
 
 
-def _autograd(ctx: Any, grad_bias: Tensor) -> tuple[Tensor, None, None]:
-    return _fold(grad_bias, ctx.height, ctx.width), None, None
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.others = inputs
 
 
-_fold = plain_op("relative_position_bias_backward", _fold_impl, _fold_fake)
-_spread = differentiable_op("relative_position_bias", _spread_impl, _spread_fake, _setup, _autograd)
+@_relative_position_bias.backward(_save)
+def _gradients(ctx: Any, grad_bias: Tensor) -> tuple[Tensor, None, None, None]:
+    return _relative_position_bias_backward(grad_bias, *ctx.others), None, None, None

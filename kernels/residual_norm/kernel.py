@@ -11,19 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.launch_table import AotSpec, launch_config
-from beit_fast.kernels.rounding import narrow
+from beit_fast.kernels.launch_table import launch, launch_config
+from beit_fast.kernels.tiles import narrow
 
 
 @triton.jit
-def residual_norm_forward(
+def residual_norm_kernel(
     x_ptr, branch_ptr, gamma_ptr, drop_path_ptr, branch_bias_ptr, weight_ptr, bias_ptr,
     total_ptr, normed_ptr, mean_ptr, rstd_ptr, N, D, eps,
     HAS_GAMMA: tl.constexpr, HAS_DROP: tl.constexpr, HAS_BRANCH_BIAS: tl.constexpr, NORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)  # [BLOCK], as all below
     inside = cols < D
     x = tl.load(x_ptr + row * D + cols, mask=inside, other=0.0).to(tl.float32)
     read = inside
@@ -52,8 +52,38 @@ def residual_norm_forward(
         tl.store(normed_ptr + row * D + cols, narrow(normed, normed_ptr.dtype.element_ty), mask=inside)
 
 
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_path: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    branch_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum, normed (B, N, D), mean, 1/std (B, N, 1) fp32; the last three empty where weight is None."""
+    B, N, D = x.shape
+    x, branch = x.contiguous(), branch.contiguous()
+    norm = weight is not None
+    total = torch.empty_like(x)
+    normed = branch.new_empty(x.shape if norm else 0)
+    mean, rstd = (x.new_empty((B, N, 1) if norm else 0, dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return total, normed, mean, rstd
+    block = triton.next_power_of_2(D)
+    launch(
+        residual_norm_kernel, (B * N,),
+        x, branch, _or(gamma, x), _or(drop_path, x), _or(branch_bias, x), _or(weight, x), _or(bias, x),
+        total, normed, mean, rstd, N, D, eps,
+        HAS_GAMMA=gamma is not None, HAS_DROP=drop_path is not None, HAS_BRANCH_BIAS=branch_bias is not None,
+        NORM=norm, BLOCK=block, **launch_config("residual_norm_forward", x.device, block),
+    )  # fmt: skip
+    return total, normed, mean, rstd
+
+
 @triton.jit
-def residual_norm_backward(
+def residual_norm_backward_kernel(
     grad_total_ptr, grad_normed_ptr, total_ptr, mean_ptr, rstd_ptr, weight_ptr,
     branch_ptr, gamma_ptr, drop_path_ptr,
     grad_x_ptr, grad_branch_ptr, partial_ptr, R, N, D, plane,
@@ -61,7 +91,7 @@ def residual_norm_backward(
     NORM: tl.constexpr, NEED_BRANCH: tl.constexpr, NEED_GAMMA: tl.constexpr, NEED_NORM: tl.constexpr,
     NEED_BRANCH_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    cols = tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)  # [BLOCK], as all below
     inside = cols < D
     sum_weight = tl.zeros([BLOCK], tl.float32)
     sum_bias = tl.zeros([BLOCK], tl.float32)
@@ -112,14 +142,14 @@ def residual_norm_backward(
 
 
 @triton.jit
-def residual_norm_finish(
+def residual_norm_finish_kernel(
     partial_ptr, gamma_ptr, branch_bias_ptr, grad_weight_ptr, grad_bias_ptr, grad_gamma_ptr, grad_branch_bias_ptr,
     P, D, plane,
     HAS_GAMMA: tl.constexpr, HAS_BRANCH_BIAS: tl.constexpr, NEED_GAMMA: tl.constexpr, NEED_NORM: tl.constexpr,
     NEED_BRANCH_BIAS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     # Program (j, k) adds up the P rows of plane k in the columns j.
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)  # [COLS]
     kind = tl.program_id(1)
     inside = cols < D
     wanted = kind < 0
@@ -133,7 +163,7 @@ def residual_norm_finish(
         total = tl.zeros([ROWS, COLS], tl.float32)
         extra = tl.zeros([ROWS, COLS], tl.float32)
         for start in range(0, P, ROWS):
-            rows = start + tl.arange(0, ROWS)
+            rows = start + tl.arange(0, ROWS)  # [ROWS]
             read = (rows < P)[:, None] & inside[None, :]
             here = partial_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :]
             total += tl.load(here + kind * plane, mask=read, other=0.0)
@@ -155,46 +185,10 @@ def residual_norm_finish(
             tl.store(grad_branch_bias_ptr + cols, result, mask=inside)
 
 
-def residual_layer_norm_forward(
-    x: Tensor,
-    branch: Tensor,
-    gamma: Tensor | None,
-    drop_path: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    branch_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum, normed (B, N, D), mean, 1/std (B, N, 1) fp32; the last three empty where weight is None."""
-    B, N, D = x.shape
-    x, branch = x.contiguous(), branch.contiguous()
-    norm = weight is not None
-    total = torch.empty_like(x)
-    normed = branch.new_empty(x.shape if norm else 0)
-    mean, rstd = (x.new_empty((B, N, 1) if norm else 0, dtype=torch.float32) for _ in range(2))
-    if x.numel() == 0:
-        return total, normed, mean, rstd
-    block = triton.next_power_of_2(D)
-    residual_norm_forward[(B * N,)](
-        x, branch, _or(gamma, x), _or(drop_path, x), _or(branch_bias, x), _or(weight, x), _or(bias, x),
-        total, normed, mean, rstd, N, D, eps,
-        HAS_GAMMA=gamma is not None, HAS_DROP=drop_path is not None, HAS_BRANCH_BIAS=branch_bias is not None,
-        NORM=norm, BLOCK=block, **launch_config("residual_norm_forward", x.device, block),
-    )  # fmt: skip
-    return total, normed, mean, rstd
-
-
-def residual_add_forward(
-    x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, branch_bias: Tensor | None
-) -> Tensor:
-    """The sum alone, (B, N, D)."""
-    return residual_layer_norm_forward(x, branch, gamma, drop_path, None, None, 0.0, branch_bias)[0]
-
-
-def residual_layer_norm_backward(
+def residual_norm_backward(
     grad_total: Tensor | None,
     grad_normed: Tensor | None,
-    total: Tensor,
+    total: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
     weight: Tensor | None,
@@ -207,8 +201,12 @@ def residual_layer_norm_backward(
 ) -> list[Tensor]:
     """Gradients of (x, branch, gamma, weight, bias, branch_bias), those of parameters in fp32; empty if not needed.
 
-    Without grad_normed the sum alone was made: `total` then only tells the shape, and x has no gradient of its own.
+    Without grad_normed the sum alone was made, whose gradient is that of x.
     """
+    if grad_normed is None:
+        assert grad_total is not None
+        total = grad_total = grad_total.contiguous()  # tells the shape
+    assert total is not None
     _, need_branch, need_gamma, need_weight, need_bias, need_branch_bias = needs
     B, N, D = total.shape
     R, norm, need_norm = B * N, grad_normed is not None, need_weight or need_bias
@@ -229,7 +227,8 @@ def residual_layer_norm_backward(
     }  # fmt: skip
     gamma, branch_bias = _or(gamma, total), _or(branch_bias, total)
     if R > 0:
-        residual_norm_backward[(programs,)](
+        launch(
+            residual_norm_backward_kernel, (programs,),
             _or(grad_total, total), _or(grad_normed, total), total, _or(mean, total), _or(rstd, total),
             _or(weight, total), _or(branch, total), gamma, _or(drop_path, total),
             grad_x, grad_branch, partial, R, N, D, programs * D,
@@ -238,7 +237,8 @@ def residual_layer_norm_backward(
         )  # fmt: skip
         if sums:
             config = dict(launch_config("residual_norm_finish", total.device))
-            residual_norm_finish[(triton.cdiv(D, config["COLS"]), 4)](
+            launch(
+                residual_norm_finish_kernel, (triton.cdiv(D, config["COLS"]), 4),
                 partial, gamma, branch_bias, grad_weight, grad_bias, grad_gamma, grad_branch_bias,
                 programs, D, programs * D, **flags, **config,
             )  # fmt: skip
@@ -252,60 +252,6 @@ def residual_layer_norm_backward(
     ]
 
 
-def residual_add_backward(
-    grad: Tensor,
-    branch: Tensor | None,
-    gamma: Tensor | None,
-    drop_path: Tensor | None,
-    branch_bias: Tensor | None,
-    branch_dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of (branch, gamma, branch_bias)."""
-    need_branch, need_gamma, need_branch_bias = needs
-    grad = grad.contiguous()
-    _, grad_branch, grad_gamma, _, _, grad_branch_bias = residual_layer_norm_backward(
-        grad, None, grad, None, None, None, branch, gamma, drop_path, branch_bias, branch_dtype,
-        [False, need_branch, need_gamma, False, False, need_branch_bias],
-    )  # fmt: skip
-    return [grad_branch, grad_gamma, grad_branch_bias]
-
-
 def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
     """A pointer argument that the kernel never reads where the tensor is missing."""
     return stand_in if tensor is None else tensor.contiguous()
-
-
-def aot_specs() -> list[AotSpec]:
-    """The configurations whose static costs are checked: the widths of BEiT-B and larger, everything switched on."""
-    specs = []
-    vectors = dict.fromkeys(("gamma_ptr", "drop_path_ptr", "branch_bias_ptr", "weight_ptr", "bias_ptr"), "*fp32")
-    saved = {"mean_ptr": "*fp32", "rstd_ptr": "*fp32", "N": "i32", "D": "i32"}
-    given = dict.fromkeys(("HAS_GAMMA", "HAS_DROP", "HAS_BRANCH_BIAS", "NORM"), True)
-    asked = dict.fromkeys(("HAS_GRAD_TOTAL", "NEED_BRANCH", "NEED_GAMMA", "NEED_NORM", "NEED_BRANCH_BIAS"), True)
-    odd = frozenset({"N", "R"})
-    for stream, D in (("fp32", 768), ("bf16", 768), ("fp32", 1280)):
-        block = triton.next_power_of_2(D)
-        config = launch_config("residual_norm_forward", "default", block)
-        rows = {"x_ptr": f"*{stream}", "branch_ptr": "*bf16", "total_ptr": f"*{stream}", "normed_ptr": "*bf16"}
-        signature = rows | saved | vectors | {"eps": "fp32"}
-        label, flags, warps = f"residual_norm_forward {stream} D={D}", given | {"BLOCK": block}, config["num_warps"]
-        specs.append(
-            AotSpec(label, residual_norm_forward, signature, flags, warps, config["num_stages"], unaligned=odd)
-        )
-
-        config = launch_config("residual_norm_backward", "default", block)
-        rows = {"grad_total_ptr": f"*{stream}", "grad_normed_ptr": "*bf16", "grad_x_ptr": f"*{stream}"}
-        rows |= {"total_ptr": f"*{stream}", "branch_ptr": "*bf16", "grad_branch_ptr": "*bf16"}
-        signature = rows | saved | {"partial_ptr": "*fp32", "R": "i32", "plane": "i32"}
-        signature |= dict.fromkeys(("gamma_ptr", "drop_path_ptr", "weight_ptr"), "*fp32")
-        label, flags, warps = f"residual_norm_backward {stream} D={D}", flags | asked, config["num_warps"]
-        stages = config["num_stages"]
-        specs.append(AotSpec(label, residual_norm_backward, signature, flags, warps, stages, unaligned=odd))
-    config = dict(launch_config("residual_norm_finish", "default"))
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
-    names = [name for name in residual_norm_finish.arg_names if name.endswith("_ptr")]
-    signature = dict.fromkeys(names, "*fp32") | {"P": "i32", "D": "i32", "plane": "i32"}
-    flags = dict.fromkeys(("HAS_GAMMA", "HAS_BRANCH_BIAS", "NEED_GAMMA", "NEED_NORM", "NEED_BRANCH_BIAS"), True)
-    specs.append(AotSpec("residual_norm_finish", residual_norm_finish, signature, flags | config, warps, stages))
-    return specs

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from beit_fast.kernels import aot
-from beit_fast.kernels.aot import FOLDERS, Cost, all_specs, faults, measure, recorded_costs
-from beit_fast.kernels.launch_table import SHIPPED, AotSpec, forget, launch_config
+from beit_fast.kernels.aot import FOLDERS, AotSpec, Cost, all_specs, faults, measure, recorded_costs
+from beit_fast.kernels.launch_table import SHIPPED, forget, launch_config
 
 triton = pytest.importorskip("triton")
 

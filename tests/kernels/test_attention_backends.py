@@ -1,5 +1,7 @@
 """Which attention runs where, and that others under our signature compute the same."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,18 @@ from beit_fast.kernels import backend, packed_attention, use_backend
 from beit_fast.kernels.attention import backends, reference
 
 GPU = torch.device("cuda", 0)
+
+
+class Described(NamedTuple):
+    """What the choice asks of a tensor, on a device that need not exist."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def chosen(device: torch.device, dtype: torch.dtype, head_dim: int, with_bias: bool) -> str:
+    tensor: Any = Described(device, dtype)
+    return backend.select("biased_attention" if with_bias else "attention", tensor, head_dim=head_dim)
 
 
 @pytest.fixture
@@ -41,24 +55,38 @@ def test_choice_on_a_modern_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "_chosen", wanted)
-    choice = backends.choose(GPU, dtype, head_dim, with_bias)
-    assert choice.name == name
-    assert choice.why
+    assert chosen(GPU, dtype, head_dim, with_bias) == name
 
 
 def test_choice_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_installed", lambda: True)
     monkeypatch.setattr(backend, "device_runs_triton", lambda index: False)
-    old = backends.choose(GPU, torch.float16, 64, True)
-    assert old.name == "sdpa"
-    assert "8.0" in old.why
+    assert chosen(GPU, torch.float16, 64, True) == "sdpa"
+    assert "8.0" in backend.obstacle(0)
     monkeypatch.setattr(backend, "triton_installed", lambda: False)
-    assert backends.choose(GPU, torch.float16, 64, True) == ("sdpa", "Triton is not installed")
-    assert backends.choose(torch.device("mps"), torch.float16, 64, True).name == "sdpa"
+    assert chosen(GPU, torch.float16, 64, True) == "sdpa"
+    assert backend.obstacle(0) == "Triton is not installed"
+    assert chosen(torch.device("mps"), torch.float16, 64, True) == "sdpa"
     cpu = torch.device("cpu")
-    assert backends.choose(cpu, torch.float32, 64, True).name == "cpu"
-    with use_backend("flex"):
-        assert "no gradient on a CPU" in backends.choose(cpu, torch.float32, 64, True).why
+    assert chosen(cpu, torch.float32, 64, True) == "cpu"
+    with use_backend("flex"):  # which has no gradient on a CPU
+        assert chosen(cpu, torch.float32, 64, True) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "modern", "name"),
+    [("cuda", True, "triton"), ("cuda", False, "torch"), ("mps", True, "torch"), ("cpu", True, "cpu")],
+)
+def test_choice_of_the_other_ops(device: str, modern: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "triton_installed", lambda: True)
+    monkeypatch.setattr(backend, "device_runs_triton", lambda index: modern)
+    tensor: Any = Described(torch.device(device), torch.float32)
+    assert backend.select("bias_gelu", tensor) == name
+    with use_backend("sdpa"):
+        assert backend.select("bias_gelu", tensor) == name
+    with use_backend("reference"):
+        assert backend.select("bias_gelu", tensor) == "reference"
+    assert backend.select("bias_gelu", tensor._replace(dtype=torch.float64)) == ("cpu" if device == "cpu" else "torch")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "triton"])
@@ -66,7 +94,7 @@ def test_choice_is_traced_without_a_break(wanted: str, modern_gpu: None, monkeyp
     monkeypatch.setattr(backend, "_chosen", wanted)
 
     def count(x: Tensor) -> Tensor:
-        return x + len(backends.choose(GPU, torch.bfloat16, 64, True).name)
+        return x + len(chosen(GPU, torch.bfloat16, 64, True))
 
     torch._dynamo.reset()
     assert torch.compile(count, fullgraph=True, backend="eager")(torch.zeros(())) == len("triton")

@@ -74,7 +74,7 @@ def test_maps_pixels_for_a_tokenizer() -> None:
 
 def test_dispatch() -> None:
     views = make(2, 4, 6)
-    arguments = (*views.values(), list(MEAN), list(STD), torch.bfloat16)
+    arguments = (*views.values(), list(MEAN), list(STD), torch.bfloat16, "cpu")
     torch.library.opcheck(torch.ops.beit_fast.color_jitter, arguments)
     compiled = torch.compile(color_jitter, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*views.values(), MEAN, STD), color_jitter(*views.values(), MEAN, STD))

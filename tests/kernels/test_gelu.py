@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels import bias_gelu, use_backend
-from beit_fast.kernels.gelu import op
+from beit_fast.kernels.gelu import cpu
 
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
 Inputs = tuple[Tensor, Tensor | None]
@@ -64,8 +64,8 @@ def test_accuracy_on_cpu(
 
 def test_dispatch() -> None:
     x, b = (t.float().requires_grad_() for t in make((2, 3, 8), True))  # type: ignore[union-attr]
-    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x, b))
-    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x.detach().bfloat16().requires_grad_(), None))
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x, b, "cpu"))
+    torch.library.opcheck(torch.ops.beit_fast.bias_gelu, (x.detach().bfloat16().requires_grad_(), None, "cpu"))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -84,8 +84,8 @@ def test_compiles_without_a_break(bias: bool) -> None:
 def on_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Either way of the CPU; pieces of three rows of eight fp64 values, so that the last is a part."""
     if request.param == "pieces":
-        monkeypatch.setattr(op, "MAPPED_ANEW_BYTES", 0)
-        monkeypatch.setattr(op, "PIECE_BYTES", 3 * 8 * 8)
+        monkeypatch.setattr(cpu, "MAPPED_ANEW_BYTES", 0)
+        monkeypatch.setattr(cpu, "PIECE_BYTES", 3 * 8 * 8)
 
 
 def test_inputs_stay_as_they_were_and_a_second_backward_agrees(on_cpu: None) -> None:

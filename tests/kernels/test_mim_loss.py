@@ -1,4 +1,4 @@
-"""masked_cross_entropy against its definition: loss, accuracy, every gradient, padding, chunks."""
+"""masked_cross_entropy against its definition: loss, accuracy, every gradient, padding."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,16 +45,16 @@ def cast(inputs: Inputs, hidden: torch.dtype, head: torch.dtype) -> Inputs:
     return {k: v.to(dtypes[k]) if k in dtypes else v for k, v in inputs.items()}
 
 
-def run(inputs: Inputs, num_targets: Tensor | None = None, chunk_rows: int | None = None) -> dict[str, Tensor]:
+def run(inputs: Inputs, num_targets: Tensor | None = None) -> dict[str, Tensor]:
     i: Any = {k: v.detach().clone().requires_grad_(k in NAMES) for k, v in inputs.items()}
-    loss, correct = masked_cross_entropy(**i, num_targets=num_targets, chunk_rows=chunk_rows)
+    loss, correct = masked_cross_entropy(**i, num_targets=num_targets)
     (1.7 * loss).backward()
     return {"loss": loss.detach(), "num_correct": correct} | {f"d {name}": i[name].grad for name in NAMES}
 
 
-def compare(inputs: Inputs, head: torch.dtype, check: Check, chunk_rows: int | None = None) -> None:
+def compare(inputs: Inputs, head: torch.dtype, check: Check) -> None:
     low = cast(inputs, torch.float32, head)
-    ours = run(low, chunk_rows=chunk_rows)
+    ours = run(low)
     exact = by_hand(cast(low, torch.float64, torch.float64))
     eager = by_hand(low)
     assert ours.pop("num_correct") == exact.pop("num_correct")
@@ -75,43 +75,39 @@ def by_hand(inputs: Inputs) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("padding", [0, 2])
-@pytest.mark.parametrize("chunk_rows", [None, 1, 4, 100])
-def test_equals_a_plain_model_in_fp64(padding: int, chunk_rows: int | None) -> None:
+def test_equals_a_plain_model_in_fp64(padding: int) -> None:
     inputs = make(20, 7, 12, 33, padding)
     expected = by_hand(inputs)
-    for name, value in run(inputs, chunk_rows=chunk_rows).items():
+    for name, value in run(inputs).items():
         torch.testing.assert_close(value, expected[name])
     with use_backend("reference"):
         for name, value in run(inputs).items():
             torch.testing.assert_close(value, expected[name])
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 3])
-def test_gradients_in_fp64(chunk_rows: int | None) -> None:
+def test_gradients_in_fp64() -> None:
     i = make(6, 5, 4, 7, padding=2)
 
     def loss(*learned: Tensor) -> Tensor:
         given = dict(zip(NAMES, learned, strict=True))
-        return masked_cross_entropy(**given, rows=i["rows"], targets=i["targets"], chunk_rows=chunk_rows)[0]  # type: ignore[arg-type]
+        return masked_cross_entropy(**given, rows=i["rows"], targets=i["targets"])[0]  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(loss, [i[name].clone().requires_grad_() for name in NAMES])
 
 
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("chunk_rows", [None, 16])
-def test_accuracy_on_cpu(head: torch.dtype, chunk_rows: int | None, assert_accurate: Check) -> None:
-    compare(make(300, 60, 192, 2048, padding=3), head, assert_accurate, chunk_rows)
+def test_accuracy_on_cpu(head: torch.dtype, assert_accurate: Check) -> None:
+    compare(make(300, 60, 192, 2048, padding=3), head, assert_accurate)
 
 
 def test_without_gradient_and_global_count() -> None:
     inputs: Any = make(20, 9, 12, 33, padding=1)
     with_gradient = run(inputs)
     with torch.no_grad():
-        for chunk_rows in (None, 4):
-            loss, correct = masked_cross_entropy(**inputs, chunk_rows=chunk_rows)
-            torch.testing.assert_close(loss, with_gradient["loss"])
-            assert correct == with_gradient["num_correct"]
-            assert correct.dtype == torch.int64
+        loss, correct = masked_cross_entropy(**inputs)
+        torch.testing.assert_close(loss, with_gradient["loss"])
+        assert correct == with_gradient["num_correct"]
+        assert correct.dtype == torch.int64
     halved = run(inputs, num_targets=torch.tensor(16))  # 8 targets here
     for name in ("loss", "d hidden", "d head_weight"):
         torch.testing.assert_close(2 * halved[name], with_gradient[name])
@@ -148,19 +144,17 @@ def test_no_target_at_all() -> None:
 def test_dispatch() -> None:
     i = {k: v.requires_grad_(k in NAMES) for k, v in cast(make(9, 4, 8, 11, 1), *[torch.float32] * 2).items()}
     rest, light = (1e-6, torch.tensor(3), torch.float32), ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.beit_fast.masked_cross_entropy, (*i.values(), *rest, True))
-    torch.library.opcheck(torch.ops.beit_fast.chunked_masked_cross_entropy, (*i.values(), *rest, 3, True))
+    torch.library.opcheck(torch.ops.beit_fast.masked_cross_entropy, (*i.values(), *rest, True, "cpu"))
     given = [v.detach() for v in i.values()]
-    torch.library.opcheck(torch.ops.beit_fast.masked_cross_entropy, (*given, *rest, False), test_utils=light)
-    torch.library.opcheck(torch.ops.beit_fast.chunked_masked_cross_entropy, (*given, *rest, 3, False), test_utils=light)
+    arguments = (*given, *rest, False, "cpu")
+    torch.library.opcheck(torch.ops.beit_fast.masked_cross_entropy, arguments, test_utils=light)
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 3])
-def test_compiles_without_a_break(chunk_rows: int | None) -> None:
+def test_compiles_without_a_break() -> None:
     inputs = make(12, 5, 8, 11, padding=1)
     i: Any = {k: v.detach().clone().requires_grad_(k in NAMES) for k, v in inputs.items()}
     compiled = torch.compile(masked_cross_entropy, fullgraph=True, backend="aot_eager")
-    loss, correct = compiled(**i, chunk_rows=chunk_rows)
+    loss, correct = compiled(**i)
     (1.7 * loss).backward()
     expected = by_hand(inputs)
     torch.testing.assert_close(loss.detach(), expected["loss"])
@@ -175,18 +169,15 @@ def test_wrong_arguments_are_named() -> None:
         masked_cross_entropy(**i | {"targets": i["targets"][:2]})
     with pytest.raises(ValueError, match="head_weight"):
         masked_cross_entropy(**i | {"head_weight": i["head_weight"][:, :2]})
-    with pytest.raises(ValueError, match="chunk_rows"):
-        masked_cross_entropy(**i, chunk_rows=0)
     twice = i | {"rows": torch.tensor([1, 1, 2, 3])}
     with pytest.raises(ValueError, match="occurs twice"):
         run(twice)
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 3])
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_triton(triton_device: str, head: torch.dtype, chunk_rows: int | None, assert_accurate: Check) -> None:
+def test_triton(triton_device: str, head: torch.dtype, assert_accurate: Check) -> None:
     inputs = make(16, 7, 48, 40, padding=2, device=triton_device)
-    compare(inputs, head, assert_accurate, chunk_rows)
+    compare(inputs, head, assert_accurate)
     first, second = (run(cast(inputs, torch.float32, head)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -194,7 +185,6 @@ def test_triton(triton_device: str, head: torch.dtype, chunk_rows: int | None, a
 def test_triton_reads_nothing_unwritten(triton_device: str, dirty_memory: None, assert_accurate: Check) -> None:
     inputs = make(16, 7, 24, 40, padding=2, device=triton_device)
     compare(inputs, torch.float32, assert_accurate)
-    compare(inputs, torch.float32, assert_accurate, chunk_rows=3)
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])

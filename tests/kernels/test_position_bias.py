@@ -93,7 +93,7 @@ def test_autograd_contracts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "FEW_PATCHES", 0)
     table = table_of((2, 3), heads=2).requires_grad_()
     assert torch.autograd.gradcheck(lambda t: relative_position_bias(t, (2, 3)), (table,))
-    torch.library.opcheck(torch.ops.beit_fast.relative_position_bias.default, (table, 2, 3))
+    torch.library.opcheck(torch.ops.beit_fast.relative_position_bias.default, (table, 2, 3, "cpu"))
     compiled = torch.compile(lambda t: relative_position_bias(t, (2, 3)).square(), fullgraph=True, backend="aot_eager")
     (ours,) = torch.autograd.grad(compiled(table).sum(), table)
     (eager,) = torch.autograd.grad(relative_position_bias(table, (2, 3)).square().sum(), table)

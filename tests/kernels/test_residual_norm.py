@@ -125,11 +125,9 @@ def test_accuracy_on_cpu(
 def test_dispatch(stream: torch.dtype) -> None:
     i: Any = leaves(cast(make(2, 3, 8, True, True, True), stream, stream, torch.float32))
     norm = (i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], 1e-6, i["branch_bias"])
-    torch.library.opcheck(torch.ops.beit_fast.residual_layer_norm, norm)
-    torch.library.opcheck(torch.ops.beit_fast.residual_layer_norm, (*norm[:2], None, None, *norm[4:7], None))
-    torch.library.opcheck(
-        torch.ops.beit_fast.residual_add, (i["x"], i["branch"], i["gamma"], i["drop_path"], i["branch_bias"])
-    )
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm, "cpu"))
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm[:2], None, None, *norm[4:7], None, "cpu"))
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm[:4], None, None, 0.0, norm[7], "cpu"))
 
 
 @presets
