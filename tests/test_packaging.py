@@ -111,9 +111,9 @@ def build(source: Path, kind: str, into: Path) -> Path:
 
 
 def expected_modules(source: Path) -> set[str]:
-    ours = [*source.glob("beit_fast/**/*.py"), *source.glob("kernels/**/*.py")]
+    ours = [path for folder in ("beit_fast", "kernels", "recipes") for path in source.glob(f"{folder}/**/*.py")]
     names = {path.relative_to(source).as_posix() for path in ours}
-    return {f"beit_fast/{name}" if name.startswith("kernels/") else name for name in names}
+    return {name if name.startswith("beit_fast/") else f"beit_fast/{name}" for name in names}
 
 
 @pytest.mark.slow
@@ -124,10 +124,39 @@ def test_wheel(source: Path, environment: Environment, tmp_path: Path) -> None:
     assert {"beit_fast/py.typed", "beit_fast/_C.pyi", "beit_fast/kernels/static_costs.json"} <= names
     assert any(name.startswith("beit_fast/_C.") and name.endswith(".so") for name in names)
     assert any(name.startswith("beit_fast/tokenizers/weights/") for name in names)
+    assert {"beit_fast/recipes/README.md", "beit_fast/recipes/slurm/pretrain.sbatch"} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"beit_fast"}  # no top-level kernels, tests, ...
     installed = environment.pip_install(wheel)
     assert installed.returncode == 0, installed.stderr
     environment.check(WORKS + SAMPLES)
+
+
+@pytest.mark.slow
+def test_an_installed_package_trains_by_name(source: Path, tmp_path: Path) -> None:
+    """A wheel outside the checkout: the console script, its version, and three steps of a recipe on built-in images.
+
+    The dependencies are those of this environment; the wheel's files come first.
+    """
+    wheel = build(source, "wheel", tmp_path / "dist")
+    target = tmp_path / "target"
+    must(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(target), "OMP_NUM_THREADS": "2"}
+
+    def beit_fast(*arguments: str) -> str:
+        command = (sys.executable, target / "bin" / "beit-fast", *arguments)
+        return must(*command, cwd=tmp_path, env=environment)
+
+    where = must(sys.executable, "-c", "import beit_fast; print(beit_fast.__file__)", cwd=tmp_path, env=environment)
+    assert where.startswith(str(target))
+    assert beit_fast("--version").startswith("beit-fast 0.")
+    assert "pretrain_beit_large" in beit_fast("train")
+    options = ("--max-steps", "3", "--data.builtin-images", "64", "--evaluation.images", "8", "--device", "cpu")
+    output = beit_fast("train", "pretrain_tiny_builtin", *options)
+    assert "complete: step 3" in output
+    assert (tmp_path / "runs" / "pretrain_tiny_builtin" / "report.html").exists()
+    output = beit_fast("train", "pretrain_tiny_builtin", *options, "--gpus", "2", "--output-dir", "runs/two")
+    assert "complete: step 3" in output
+    assert "2 cpu" in output
 
 
 @pytest.mark.slow
@@ -137,7 +166,7 @@ def test_sdist(source: Path, environment: Environment, tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert expected_modules(source) <= names
     assert {"setup.py", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/philox.h", "LICENSE"} <= names
-    assert not any(name.startswith("kernels/") for name in names)  # once, under beit_fast/
+    assert not any(name.startswith(("kernels/", "recipes/")) for name in names)  # once, under beit_fast/
     installed = environment.pip_install(sdist, isolated=True)
     assert installed.returncode == 0, installed.stdout + installed.stderr
     environment.check(WORKS + SAMPLES)

@@ -44,6 +44,7 @@ def test_a_wrong_field_is_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_study_is_continued_and_its_record_grows(recipe, tmp_path, capsys):
     rows = ("blockwise_tokens", "pixels", "scratch")
     study = dataclasses.replace(

@@ -9,6 +9,7 @@ from benchmarks.evidence.finetune import Protocol, differences, gather, summary
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_arm_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
     protocol = Protocol(
         output=tmp_path / "runs", seeds=2, unlabelled_images=64, pretrain_steps=16, labelled_images=64,

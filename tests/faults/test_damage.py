@@ -160,6 +160,7 @@ def fill_a_disk(ranks, folder, count, background, how):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_full_disks(ranks, tmp_path, outcome):
     results = [fill_a_disk(ranks, tmp_path / str(i), *case) for i, case in enumerate(FULL)]
     if None in results:

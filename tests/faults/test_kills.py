@@ -53,6 +53,7 @@ def test_resume_is_bit_exact(ranks, tmp_path, state_of, unbroken, mode, stop):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resume_is_bit_exact_from_every_step(ranks, tmp_path, state_of, unbroken, outcome):
     """Every stop point with one process; every third with two, DDP and FSDP2."""
     cases = [("one", s) for s in range(1, STEPS)] + [(m, s) for m in ("ddp", "fsdp2") for s in range(2, STEPS, 3)]
@@ -110,6 +111,7 @@ def test_kill_9(ranks, tmp_path, state_of, unbroken, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_9_twenty_times(ranks, tmp_path, state_of, unbroken, kind, outcome):
     rng = random.Random(f"twenty {kind}")
@@ -142,6 +144,7 @@ def test_a_signal_saves_and_exits_75(ranks, tmp_path, state_of, unbroken):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_signals_at_random_steps(ranks, tmp_path, state_of, unbroken, outcome):
     rng = random.Random(5)
     passed, longest = 0, 0.0
@@ -180,6 +183,7 @@ def test_a_wrong_option_is_not_tried_again(ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_determinism(ranks, tmp_path, state_of, outcome):
     """R10: the same command twice."""
     cases = [("tiny", mode) for mode in MODES] + [("beit", "ddp"), ("beit", "fsdp2")]
@@ -229,6 +233,7 @@ def torchrun(tmp_path, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_restarts(tmp_path, ranks, state_of, outcome):
     """R8: a rank killed twice under torchrun --max-restarts 4, with the setting that recipes/slurm and docs name."""
     whole = ("--steps", 20, "--device", "cpu")
@@ -249,6 +254,7 @@ def test_torchrun_restarts(tmp_path, ranks, state_of, outcome):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_orphans_of_torchrun(tmp_path, survivors, ranks, outcome):
     """R9: SIGKILL to the agent, of torchrun and of our launcher."""
     passed = 0

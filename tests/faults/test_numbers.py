@@ -77,6 +77,7 @@ def test_a_step_that_is_not_finite_is_a_no_op(ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_steps_that_are_not_finite_wherever_they_come_from(ranks, tmp_path, outcome):
     cases = [
         (count, how, place, rank)
@@ -171,6 +172,7 @@ def test_more_anomalies_than_slots_are_counted():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_says_what_fits(program, tmp_path):
     """A real shortage: the address space is limited, and the model's batch does not fit in it."""
 

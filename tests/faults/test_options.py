@@ -71,6 +71,7 @@ def test_options(tiny, tmp_path_factory, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_options(tiny, tmp_path_factory, capsys, monkeypatch, outcome):
     tried = fuzz(tiny, tmp_path_factory, capsys, monkeypatch, 500)
     outcome("R14", "random options and values: a run, or one line that says what is wrong", tried, tried, "all")
@@ -97,6 +98,7 @@ def bad_images(folder, count):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bad_images(tmp_path, outcome):
     """R11: 40 files that are no images among 60 that are; none ends the run, and the count is exact."""
     import torch

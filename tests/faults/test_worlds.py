@@ -84,6 +84,7 @@ def test_a_run_moves_to_another_world(beit, one):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_moves_between_all_worlds(beit, one, outcome):
     worst = max(moved(beit, one, name) for name in MOVES)
     outcome("R7", "resumed at 1, 2, 3, 4 processes, DDP and FSDP2 both ways", len(MOVES), len(MOVES), "1e-6",
@@ -127,6 +128,7 @@ def test_split_weights_start_another_run(beit, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [(), FSDP], ids=["ddp", "fsdp2"])
 def test_compiled_blocks(beit, one, how):
     """Regional compilation under DDP and FSDP2: the same losses to rounding, one block compiled for all."""

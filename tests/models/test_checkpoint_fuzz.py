@@ -234,6 +234,7 @@ def test_damaged_and_mismatched_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_more_damaged_and_mismatched_checkpoints(tmp_path):
     run(range(80, 400), tmp_path)

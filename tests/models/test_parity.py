@@ -138,6 +138,7 @@ def test_timm_classifier_at_full_width():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("pool", ["avg", "token", ""])
 @pytest.mark.parametrize("side", [224, 384])
 @pytest.mark.parametrize("size", ["base", "large"])
@@ -174,6 +175,7 @@ def test_transformers_classifier(tables, pool, attention):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", [224, 384])
 def test_transformers_classifier_at_full_size(side, attention):
@@ -210,6 +212,7 @@ def test_masked_image_modeling(preset, attention):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("preset", ["plain", "plus"])
 @pytest.mark.parametrize("size", ["base", "large"])
 def test_masked_image_modeling_at_full_size(size, preset):
