@@ -38,13 +38,13 @@ bench: $(VENV)/.dev  ## beit_fast beside every peer that is installed; ARGS="--f
 report: $(VENV)/.dev  ## the tables of the documentation from benchmarks/records
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-SHOWN := runs/ablations/blockwise_tokens/pretrain
-gallery: $(VENV)/.train  ## the pictures of the documentation, from a small BEiT that is pre-trained first (ten minutes of a core)
-	$(BIN)/python -m benchmarks.evidence.ablation --rows blockwise_tokens --seeds 0
+SHOWN := runs/pretrain_tiny_builtin
+gallery: $(VENV)/.train  ## the pictures of the documentation, from a small BEiT that is pre-trained first (17 minutes of a core)
+	$(BIN)/python recipes/pretrain_tiny_builtin.py
 	$(BIN)/python -m beit_fast visualize reconstructions $(SHOWN) --output benchmarks/pictures/reconstructions.png
 	$(BIN)/python -m beit_fast visualize attention $(SHOWN) beit_fast/data/photographs/chelsea.jpg --image-size 240 \
-		--output-dir runs/ablations/attention
-	cp runs/ablations/attention/chelsea/sheet.png benchmarks/pictures/attention.png
+		--output-dir runs/gallery_attention
+	cp runs/gallery_attention/chelsea/sheet.png benchmarks/pictures/attention.png
 
 gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one table; needs no network (WHEELS=folder)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check \

@@ -1,10 +1,10 @@
 """Does pre-training help to segment? The same tiny model from our pre-training and from scratch, at one budget.
 
-    python -m benchmarks.evidence.segmentation --pretrained runs/evidence_finetune/pretrain --record RECORD.json
+    python -m benchmarks.evidence.segmentation --pretrained RUN_FOLDER --record RECORD.json
 
 Everything is drawn scenes of 64 x 64 pixels with their label maps, 11 classes: the ground, plain leaves of six shapes,
 and four textures. The BEiT has width 128 and depth 4, under UPerNet with 16 channels: a functional check of the method,
-not ADE20K. `benchmarks.evidence.finetune` makes the pre-training, on scenes of a set of its own without labels.
+not ADE20K. `benchmarks.evidence.ablation` makes the pre-training, on scenes of a set of its own without labels.
 Labelled training scenes differ from seed to seed; the validation scenes are always the same and never trained on.
 
 Both arms differ in their initial weights and, as fine-tuning and training from scratch do, in the layer-wise decay of
@@ -37,7 +37,7 @@ from beit_fast.train.tasks.segment import (
     SegmentConfig,
 )
 from benchmarks import machine
-from benchmarks.evidence.finetune import SHAPE, TUNING_SEED
+from benchmarks.evidence.protocol import SHAPE, TUNING_SEED
 
 METRICS = ("mean_iou_percent", "mean_accuracy_percent", "pixel_accuracy_percent")
 

@@ -1,49 +1,184 @@
-"""The evidence protocol at toy length: every arm runs, the record says what was run, a second call reuses it."""
+"""The evidence study: rows differ in what they say, the test set is never trained on, the table says what holds."""
 
+import dataclasses
 import json
+import math
+import statistics
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from benchmarks.evidence import finetune as evidence_finetune
-from benchmarks.evidence.finetune import Protocol, differences, gather, summary
+from benchmarks.evidence import ablation, protocol
+from benchmarks.evidence.ablation import Ablation, Job, choose, jobs, nearest_neighbours
+from benchmarks.evidence.protocol import BASE, ROWS, TIERS, TUNING_SEED, Protocol
+from benchmarks.evidence.record import Difference, Record, difference, report, t_quantile
+
+TINY = Protocol(
+    seeds=2, unlabelled_images=48, pretrain_steps=16, held_out=8, labelled_images=256, probe_images=256,
+    tuning_images=48, test_images=64, finetune_steps=6, probe_epochs=1, device="cpu", precision="fp32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def tiny(cache, tmp_path):
+    return dataclasses.replace(TINY, cache_dir=cache, output=tmp_path / "out")
+
+
+def test_rows_differ_from_the_first_in_what_they_say(tiny):
+    configs = {name: protocol.pretraining(tiny, name, 1) for name, row in ROWS.items() if row.length}
+    for name, config in configs.items():
+        named = {key.partition(".")[0] for key in ROWS[name].changes}
+        extra = {"steps", "optim"} if ROWS[name].length != 1 else set()
+        extra |= {"data"} if name == "pixels" else set()  # it keeps no tokens
+        fields = [field.name for field in dataclasses.fields(config)]
+        differing = {field for field in fields if getattr(config, field) != getattr(configs[BASE], field)}
+        assert differing - {"output_dir"} == named | extra
+    assert configs["shorter"].steps == round(tiny.pretrain_steps * 3 / 8)
+    fine = {name: protocol.finetuning(tiny, name, "scenes", 0, 1e-3) for name in ROWS}
+    for name in ("pixels", "scratch", "random_mask", "recover_all", "shorter"):
+        assert (fine[name].model, fine[name].data, fine[name].augment) == (
+            fine[BASE].model, fine[BASE].data, fine[BASE].augment,
+        )  # fmt: skip
+    assert fine["no_bias"].model.preset == "plain"
+    assert fine["layer_scale"].model.layer_scale_init == 0.1
+    assert [name for name in ROWS if fine[name].scratch] == ["scratch", "scratch_long"]
+
+
+def test_every_row_is_in_a_tier_and_seeds_come_in_order():
+    assert sorted(name for tier in TIERS for name in tier) == sorted(ROWS)
+    order = list(jobs(Protocol(tiers=3)))
+    assert len(set(order)) == len(order)
+    seed0 = [job for job in order if job.seed == 0 and job.row in TIERS[0]]
+    assert order[: len(seed0)] == seed0
+    for job in order:  # nothing is measured before its weights, and those its rate is chosen on, are there
+        if job.kind != "pretrain" and ROWS[job.row].length:
+            before = order[: order.index(job)]
+            assert Job("pretrain", job.row, job.seed) in before
+            assert Job("pretrain", job.row, 0) in before
+
+
+def test_no_image_of_tuning_or_training_is_in_the_test_set(tiny):
+    for labels in ("scenes", "hues"):
+        tested = protocol.hashes(protocol.evaluation_folder(tiny, labels))
+        assert len(tested) == tiny.test_images
+        seeds = [protocol.TRAINING_SEED + seed for seed in (*range(tiny.seeds), TUNING_SEED)]
+        seeds += [protocol.TUNING_VALIDATION_SEED, protocol.UNLABELLED_SEED, protocol.HELD_OUT_SEED]
+        for seed in seeds:
+            assert not tested & protocol.hashes(protocol.scene_folder(tiny, labels, seed, 64))
+
+
+def test_a_test_set_that_is_trained_on_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(protocol, "TRAINING_SEED", protocol.TEST_SEED)
+    with pytest.raises(ValueError, match=r"64 images of .* are in the test set"):
+        protocol.finetuning(tiny, "scratch", "scenes", 0, 1e-3)
+
+
+def test_tuning_is_measured_elsewhere_than_the_table(tiny):
+    tuning, table = (protocol.finetuning(tiny, BASE, "scenes", seed, 1e-3) for seed in (TUNING_SEED, 0))
+    assert tuning.data.validation_path != table.data.validation_path
+    assert tuning.data.path != table.data.path
+    assert tuning.weights == table.weights
+    assert protocol.finetuning(tiny, BASE, "scenes", 1, 1e-3).weights != table.weights
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_every_arm_runs_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
-    protocol = Protocol(
-        output=tmp_path / "runs", seeds=2, unlabelled_images=64, pretrain_steps=16, labelled_images=64,
-        validation_images=48, finetune_steps=3, scratch_steps=9, rates=(1e-3, 2e-3), probe_epochs=2, probe_images=64,
-        cache_dir=str(tmp_path / "cache"), device="cpu",
-    )  # fmt: skip
-    monkeypatch.setattr(evidence_finetune, "HELD_OUT", 32)
-    found = gather(protocol)
-    assert {"pretraining", "probe_pretrained", "probe_random", "finetune", "scratch"} <= set(found)
-    assert len(found["scratch"]["curves"]) == len(found["finetune"]["top1_percent"]) == 2
-    assert found["finetune_tuning"]["chosen"] in protocol.rates
-    assert found["scratch"]["steps"] == 9
-    assert {len(layers) for layers in found["probe_random"]["layers"]} == {4}
+def test_a_study_is_continued_and_its_record_grows(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(ablation, "choose", lambda top1_at, rates: max(rates[:1], key=top1_at))
+    monkeypatch.setattr(ablation, "TIERS", ((BASE, "scratch"),))
+    study = Ablation(dataclasses.replace(tiny, seeds=1))
+    plan = study.plan()
+    assert plan.splitlines()[-1].startswith("7 jobs left")
+    study.run()
+    lines = list(study.record.lines())
+    kinds = [line["kind"] for line in lines if line.get("set") != "tuning"]
+    assert {kind: kinds.count(kind) for kind in ("pretrain", "finetune", "probe", "knn")} == {
+        "pretrain": 1, "finetune": 4, "probe": 2, "knn": 2,
+    }  # fmt: skip
+    assert len(study.record.find(kind="finetune", set="test", row=BASE)["curve"]) == 6
+    before = study.record.path.read_text()
     capsys.readouterr()
-    again = gather(protocol)
-    assert again == found
-    assert "step 1/" not in capsys.readouterr().out
-    evidence_finetune.draw(found, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 5000
-    json.dumps(found)
+    again = Ablation(tiny)
+    again.run()
+    assert "seed 0" not in capsys.readouterr().out
+    assert again.record.path.read_text().startswith(before)
+    assert set(again.record.by_seed("finetune", "scratch", "hues")) == {0, 1}
+    assert Ablation(tiny).plan() == "0 jobs left, 0.0 h"
+    for name in ("table.md", "curves.png"):
+        assert (tiny.output / name).stat().st_size > 500
+    with pytest.raises(ValueError, match="other settings"):
+        Ablation(dataclasses.replace(tiny, finetune_steps=7))
 
 
-def test_the_two_arms_differ_only_in_what_they_compare():
-    protocol = Protocol()
-    fine, scratch = (evidence_finetune.classifying(protocol, weights, 1e-3, 0) for weights in ("x", None))
-    assert scratch.steps >= 3 * fine.steps
-    assert (fine.data, fine.model, fine.augment, fine.seed) == (scratch.data, scratch.model, scratch.augment, 0)
-    assert fine.optim.lr == scratch.optim.lr
-    assert evidence_finetune.classifying(protocol, None, 1e-3, 1).data != scratch.data
-    held = [evidence_finetune.classifying(protocol, None, 1e-3, s).data.builtin_seed for s in (0, 1, 2, 100)]
-    assert len(set(held)) == 4
+def test_nothing_is_started_that_does_not_fit(tiny, capsys):
+    study = Ablation(dataclasses.replace(tiny, budget_hours=1e-6))
+    study.record.append({"kind": "step_time", "row": BASE, "step_ms": 500.0})
+    study.run()
+    assert "more than is left" in capsys.readouterr().out
+    assert study.record.find(kind="pretrain") is None
 
 
-def test_sums_are_plain_statistics():
-    found = {"finetune": summary([30.0, 32.0, 34.0]), "scratch": summary([20.0, 20.0, 23.0])}
-    assert found["finetune"]["standard_deviation"] == 2.0
-    assert differences(found) == {"finetune_minus_scratch": 11.0}
+def test_a_rate_is_chosen_with_none_better_on_either_side():
+    assert choose(lambda rate: -abs(rate - 1e-3), (5e-4, 1e-3, 2e-3)) == 1e-3
+    assert choose(lambda rate: -abs(rate - 8e-3), (5e-4, 1e-3, 2e-3)) == 8e-3
+    assert choose(lambda rate: -rate, (5e-4, 1e-3, 2e-3)) == 5e-4 / 8
+
+
+def test_neighbours_of_separate_classes_are_found_and_noise_is_not(tmp_path):
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((3, 16))
+    for name, count in (("training", 90), ("validation", 60)):
+        labels = np.arange(count) % 3
+        features = generator.standard_normal((count, 2, 16)).astype(np.float32)
+        features[:, 1] = centres[labels] + 0.1 * features[:, 1]
+        folder = tmp_path / "features" / name
+        folder.mkdir(parents=True)
+        np.save(folder / "features.npy", features)
+        np.save(folder / "labels.npy", labels)
+    noise, separate = nearest_neighbours(tmp_path)
+    assert separate == 100
+    assert noise < 60
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 9, 40])
+def test_quantiles_are_students(freedom):
+    for level in (0.8, 0.975):
+        assert t_quantile(level, freedom) == pytest.approx(stats.t.ppf(level, freedom), rel=1e-3)
+
+
+def test_the_verdict_follows_the_interval():
+    found = difference({0: 20.0, 1: 21.2, 2: 21.8}, {0: 30.0, 1: 31.0, 2: 32.0, 3: 0.0})
+    assert (found.mean, found.seeds) == (pytest.approx(-10), 3)
+    assert found.half == pytest.approx(4.303 * 0.2 / 3**0.5, rel=1e-3)
+    assert (found.verdict(-1.8), found.verdict(1.8), found.verdict(None)) == ("confirmed", "refuted", "")
+    unclear = Difference(1.0, 1.0, 3)
+    n = unclear.seeds_needed()
+    assert unclear.verdict(1.0) == f"open: {n} seeds needed"
+    powers = [
+        (stats.t.ppf(0.975, m - 1) + stats.t.ppf(0.8, m - 1)) * unclear.sd / math.sqrt(m) <= 1 for m in range(2, n + 1)
+    ]
+    assert powers == [False] * (n - 2) + [True]
+    assert Difference(1.0, 0.0, 1).verdict(1.0).startswith("open")
+
+
+def test_the_report_says_what_the_record_holds(tmp_path):
+    record = Record(tmp_path / "record.jsonl", {})
+    for seed, (ours, theirs) in enumerate([(30.0, 20.0), (31.0, 21.2), (32.0, 21.8)]):
+        for row, value in ((BASE, ours), ("scratch", theirs)):
+            curve = [[100, value / 2], [200, value]]
+            record.append({"kind": "finetune", "row": row, "seed": seed, "labels": "scenes", "set": "test",
+                           "top1_percent": value, "curve": curve})  # fmt: skip
+    record.append({"kind": "finetune", "row": "pixels", "seed": None, "labels": "scenes", "set": "tuning",
+                   "top1_percent": 99.0})  # fmt: skip
+    text = report(record)
+    assert "| BEiT: blockwise masks, visual tokens | 31.00 ± 1.00, 3 |" in text
+    assert "| from scratch | 21.00 ± 0.92, 3 | -10.00 ± 0.50 | -1.06 | confirmed |" in text
+    assert "99" not in text
+    mean = statistics.mean([(a - b) * 0.75 for a, b in ((30, 20), (31, 21.2), (32, 21.8))])
+    assert f"{mean:+.2f}" in text
+    json.loads(record.path.read_text().splitlines()[0])

@@ -28,7 +28,7 @@ from beit_fast.train.tasks.pretrain import (
     TokenizerConfig,
 )
 from beit_fast.visualize.reconstructions import guesses, reconstruct
-from benchmarks.evidence import scene_protocol, study
+from benchmarks.evidence import protocol
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +179,13 @@ def test_missing_words_are_asked_for(command, capsys):
 @pytest.mark.slow
 def test_predicted_tokens_of_scenes_beat_random_ones_and_the_mode(tmp_path):
     """The margin that the README states for 1,500 steps, with room for a fifth of them (three minutes of a core)."""
-    shared = scene_protocol.common(tmp_path / "run", "cpu", 50)
-    model = ModelConfig(**study.BASE_MODEL)
-    config = scene_protocol.pretraining(
-        shared, model, steps=300, images=4000, held_out=200, cache_dir=str(tmp_path), threads=1
-    )
+    study = protocol.Protocol(
+        output=tmp_path, pretrain_steps=300, unlabelled_images=4000, held_out=200, cache_dir=str(tmp_path),
+        precision="fp32", device="cpu",
+    )  # fmt: skip
+    config = protocol.pretraining(study, protocol.BASE, 0)
     engine.run(MaskedImageModeling(config), config)
-    task, trained = open_pretraining(tmp_path / "run", "cpu", images=200)
+    task, trained = open_pretraining(config.output_dir, "cpu", images=200)
     try:
         parts = []
         for start in range(0, 200, 40):
