@@ -13,10 +13,11 @@ import torch
 from tyro.conf import Positional
 
 from beit_fast.cli.options import errors_in_one_line, fail, parse
+from beit_fast.data import reading
 from beit_fast.data.classification import centre_view
-from beit_fast.data.decoding import Crop, PilDecoder
+from beit_fast.data.decoding import Crop
 from beit_fast.data.loader import NORMALIZATION
-from beit_fast.data.screening import Rejection, screen
+from beit_fast.data.screening import Rejection
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import resolve_device
 from beit_fast.train.evaluation.classifiers import Classifier, open_classifier
@@ -169,14 +170,7 @@ def readable(
 
 def read_picture(path: Path) -> Crop | str:
     """Pixels uint8 (H, W, 3) of an image file, or why there are none."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return error.strerror or str(error)
-    header = screen(data)
-    if isinstance(header, Rejection):
-        return header.reason
-    picture = PilDecoder().decode([data], np.array([(0, 0, header.height, header.width)], np.int32))[0]
+    picture = reading.read_picture(path)
     return picture.reason if isinstance(picture, Rejection) else picture
 
 

@@ -19,7 +19,7 @@ from beit_fast.data.augmentation.erasing import RandomErasing
 from beit_fast.data.augmentation.rand_augment import Augmenter, RandAugment
 from beit_fast.data.decoding import Crop, open_decoder
 from beit_fast.data.loader import Loader, Request
-from beit_fast.data.reading import Sample
+from beit_fast.data.reading import Sample, decode
 from beit_fast.data.resizing import resize
 from beit_fast.data.sampling import CropSampler, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
@@ -79,6 +79,7 @@ class ClassificationLoader(Loader):
         image_size: side of the views in pixels.
         mean, std: normalise the views.
         decoder: "dali", "pil" or "auto".
+        value_range: values of float pixels that become black and white; None refuses such images.
         device, bad_images, threads, prefetch: see `Loader`.
 
     Raises:
@@ -91,12 +92,13 @@ class ClassificationLoader(Loader):
         seed: int, image_size: int = 224, mean: Triple = (0.5, 0.5, 0.5), std: Triple = (0.5, 0.5, 0.5),
         device: str | torch.device = "cpu", decoder: Literal["auto", "dali", "pil"] = "auto",
         bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
+        value_range: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(source, seed=seed, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch)
         self.labels = _checked(labels, source, image_size)
         self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
         self.augmentation = augmentation
-        self._decoder = open_decoder(decoder, self.threads)
+        self._decoder = open_decoder(decoder, self.threads, value_range)
         self._sampler = CropSampler(augmentation.scale, augmentation.ratio, augmentation.flip_probability, 0, 0, 0)
         self._augmenter = Augmenter(self.threads) if augmentation.rand_augment is not None else None
 
@@ -122,7 +124,7 @@ class ClassificationLoader(Loader):
                 windows[alike], flips[alike], _ = self.draw(
                     self._sampler, int(view_epoch), [samples[row] for row in alike]
                 )
-            crops = self._decoder.decode([samples[row].data for row in rows], windows[rows])
+            crops = decode(self._decoder, [samples[row] for row in rows], windows[rows])
             list(self.workers.map(resize_row, rows, crops))
             return {row: crop for row, crop in zip(rows, crops, strict=True) if isinstance(crop, Rejection)}
 
@@ -156,11 +158,12 @@ class EvaluationLoader(Loader):
         mean: Triple = (0.5, 0.5, 0.5), std: Triple = (0.5, 0.5, 0.5),
         device: str | torch.device = "cpu", decoder: Literal["auto", "dali", "pil"] = "auto",
         bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
+        value_range: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(source, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch)
         self.labels = _checked(labels, source, image_size)
         self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
-        self._decoder = open_decoder(decoder, self.threads)
+        self._decoder = open_decoder(decoder, self.threads, value_range)
         self.crop_share = default_crop_share(image_size) if crop_share is None else crop_share
         if not 0 < self.crop_share <= 1:
             raise ValueError(f"crop_share must be in (0, 1], got {crop_share}")
@@ -175,8 +178,8 @@ class EvaluationLoader(Loader):
         decoded = self.decode_whole(self._decoder, places)
         if not decoded:
             return None
-        views = torch.stack(list(self.workers.map(self._centre, [pixels for _, _, pixels in decoded])))
-        indices = np.array([index for index, _, _ in decoded], np.int64)
+        views = torch.stack(list(self.workers.map(self._centre, [pixels for _, pixels in decoded])))
+        indices = np.array([sample.index for sample, _ in decoded], np.int64)
         images = self.normalise(views, np.zeros(len(views), np.bool_), self.mean, self.std)
         keys = torch.zeros(len(views), dtype=torch.int64, device=self.device)
         labels = self.send(torch.from_numpy(self.labels[indices]))

@@ -1,7 +1,7 @@
 """Decoding windows of images: DALI where it is installed, Pillow otherwise or on request.
 
-Both decoders give the same pixels on the CPU (JPEG bit for bit; transparency is dropped, gray becomes RGB, EXIF
-rotation is applied). Only the window is kept, and DALI decodes little more than that of it.
+Both decoders give the same pixels on the CPU, those of docs/data.md: what one of them reads otherwise than meant goes
+to the other (`Header.decoder`), what DALI fails on is tried with Pillow, and the EXIF rotation is applied here.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.screening import Rejection
+from beit_fast.data.screening import Header, Rejection, without_orientation
 
 Crop = NDArray[np.uint8]
 Windows = NDArray[np.int32]
 
 DAMAGED = "cannot be decoded (damaged data)"
+_FLIPS = ((False, False), (False, True), (True, True), (True, False))  # of rows and columns, by (orientation - 1) % 4
 
 
 class Decoder(Protocol):
-    def decode(self, encoded: Sequence[bytes], windows: Windows) -> list[Crop | Rejection]:
+    def decode(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> list[Crop | Rejection]:
         """Pixels of the windows (B, 4: top, left, height, width; after EXIF rotation): uint8 (height, width, 3) each.
 
         An image that cannot be decoded yields a Rejection; the others are unharmed. The pixels may lie in buffers of
@@ -32,25 +33,71 @@ class Decoder(Protocol):
 
 
 class PilDecoder:
-    """Pillow, one image after the other: the slow way for machines without DALI, and the yardstick in tests."""
+    """Pillow, one image after the other: the slow way for machines without DALI, and the yardstick in tests.
 
-    def decode(self, encoded: Sequence[bytes], windows: Windows) -> list[Crop | Rejection]:
-        return [self._decode(data, *window) for data, window in zip(encoded, windows.tolist(), strict=True)]
+    Args:
+        value_range: values of float and 32-bit pixels that become 0 and 255; None refuses such images.
+    """
 
-    def _decode(self, data: bytes, top: int, left: int, height: int, width: int) -> Crop | Rejection:
-        from PIL import Image, ImageOps
+    def __init__(self, value_range: tuple[float, float] | None = None) -> None:
+        if value_range is not None and not value_range[0] < value_range[1]:
+            raise ValueError(f"value range: the first value must be below the second, got {value_range}")
+        self.value_range = value_range
+        self._dali: DaliDecoder | None = None
 
+    def decode(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> list[Crop | Rejection]:
+        return [
+            self._decode(data, header, window) for data, header, window in zip(encoded, headers, windows, strict=True)
+        ]
+
+    def _decode(self, data: bytes, header: Header, window: NDArray[np.int32]) -> Crop | Rejection:
+        from PIL import Image
+
+        if header.decoder == "dali":
+            if not has_dali():
+                return Rejection("16-bit colours need NVIDIA DALI: pip install 'beit-fast[train]'")
+            self._dali = self._dali or DaliDecoder(1, self.value_range)
+            pixels = self._dali.decode([data], [header], window[None])[0]
+            return pixels if isinstance(pixels, Rejection) else np.array(pixels)
+        top, left, height, width = stored_window(window, header).tolist()
         try:
-            image: Image.Image = Image.open(io.BytesIO(data))
-            if image.mode.startswith("I;16"):  # convert("RGB") would clip instead of scaling
-                gray = (np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535
-                exif = image.getexif()
-                image = Image.fromarray(gray.astype(np.uint8))
-                image.getexif().update(exif)
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.array(image.crop((left, top, left + width, top + height)))
+            image: Image.Image = Image.open(io.BytesIO(without_orientation(data) if header.format == "tiff" else data))
+            gray = image.mode in ("I", "F") or image.mode.startswith("I;16")
+            image = image.crop((left, top, left + width, top + height)) if gray else image.convert("RGB")
+            if not gray:
+                return oriented(np.array(image.crop((left, top, left + width, top + height))), header)
+            values, is_wide = np.asarray(image), image.mode == "F" or (image.mode == "I" and header.format != "pnm")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return Rejection(DAMAGED)
+        low, high = (0, 65535) if not is_wide else self.value_range or (np.nan, np.nan)
+        if np.isnan(low):
+            kind = "float" if image.mode == "F" else "signed or 32-bit"
+            return Rejection(f"{kind} pixels; --data.value-range LOW HIGH says which values are black and white")
+        levels = np.clip((values.astype(np.float64) - low) * (255 / (high - low)), 0, 255)
+        gray8 = np.rint(np.nan_to_num(levels)).astype(np.uint8)
+        return oriented(np.repeat(gray8[..., None], 3, axis=2), header)
+
+
+def stored_window(window: NDArray[np.int32], header: Header) -> NDArray[np.int32]:
+    """The window (4,) of an image as seen, in the image as stored: before the EXIF rotation."""
+    if header.orientation == 1:
+        return window
+    top, left, height, width = window.tolist()
+    flip_rows, flip_columns = _FLIPS[(header.orientation - 1) % 4]
+    top = header.height - top - height if flip_rows else top
+    left = header.width - left - width if flip_columns else left
+    turned = (left, top, width, height) if header.orientation >= 5 else (top, left, height, width)
+    return np.array(turned, np.int32)
+
+
+def oriented(crop: Any, header: Header) -> Any:
+    """The crop (h, w, 3), array or tensor, of an image as stored, turned as the image is seen."""
+    if header.orientation == 1:
+        return crop
+    if header.orientation >= 5:
+        crop = crop.swapaxes(0, 1)
+    turned = [axis for axis, flip in enumerate(_FLIPS[(header.orientation - 1) % 4]) if flip]
+    return crop.flip(turned) if hasattr(crop, "is_cuda") else np.flip(crop, tuple(turned))
 
 
 def resolve_cpu_decoder(name: str) -> str:
@@ -58,7 +105,7 @@ def resolve_cpu_decoder(name: str) -> str:
     return ("dali" if has_dali() else "pil") if name == "auto" else name
 
 
-def open_decoder(name: str, threads: int) -> Decoder:
+def open_decoder(name: str, threads: int, value_range: tuple[float, float] | None = None) -> Decoder:
     """Open the decoder "dali", "pil" or "auto" (DALI where it is installed), all on the CPU.
 
     Raises:
@@ -68,7 +115,7 @@ def open_decoder(name: str, threads: int) -> Decoder:
     name = resolve_cpu_decoder(name)
     if name not in ("dali", "pil"):
         raise ValueError(f"decoder must be auto, dali or pil, got {name!r}")
-    return DaliDecoder(threads) if name == "dali" else PilDecoder()
+    return DaliDecoder(threads, value_range) if name == "dali" else PilDecoder(value_range)
 
 
 def require_dali() -> Any:
@@ -156,6 +203,7 @@ class DaliPipeline:
                 axes=(0, 1),
                 device="mixed" if mixed else "cpu",
                 output_type=types.RGB,
+                adjust_orientation=False,  # it has a reading of its own of some EXIF data
                 jpeg_fancy_upsampling=True,  # the GPU decoder then upsamples chroma as libjpeg-turbo does
             )
             pipe.set_outputs(*self.graph(crops))
@@ -164,12 +212,24 @@ class DaliPipeline:
 
 
 class DaliDecoder(DaliPipeline):
-    """DALI's CPU decoder (libjpeg-turbo and others through nvImageCodec), several threads."""
+    """DALI's CPU decoder (libjpeg-turbo and others through nvImageCodec), several threads; Pillow where it fails."""
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, value_range: tuple[float, float] | None = None) -> None:
         super().__init__(threads, device_id=None)
+        self._pillow = PilDecoder(value_range)
 
-    def decode(self, encoded: Sequence[bytes], windows: Windows) -> list[Crop | Rejection]:
-        outputs, damaged = self.run_undamaged(encoded, windows)
-        crops = iter(outputs[0] if outputs else ())
-        return [Rejection(DAMAGED) if number in damaged else np.asarray(next(crops)) for number in range(len(encoded))]
+    def decode(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> list[Crop | Rejection]:
+        chosen = [number for number, header in enumerate(headers) if header.decoder != "pillow"]
+        pixels: dict[int, Crop | Rejection] = {}
+        if chosen:
+            stored = np.stack([stored_window(windows[number], headers[number]) for number in chosen])
+            outputs, damaged = self.run_undamaged([encoded[number] for number in chosen], stored)
+            whole = [number for place, number in enumerate(chosen) if place not in damaged]
+            for number, crop in zip(whole, outputs[0] if outputs else (), strict=True):
+                pixels[number] = oriented(np.asarray(crop), headers[number])
+        for number, (data, header) in enumerate(zip(encoded, headers, strict=True)):
+            if number not in pixels and header.decoder == "dali":
+                pixels[number] = Rejection(DAMAGED)
+            elif number not in pixels:
+                pixels[number] = self._pillow.decode([data], [header], windows[[number]])[0]
+        return [pixels[number] for number in range(len(encoded))]

@@ -18,9 +18,9 @@ from torch import Tensor
 from beit_fast.data.augmentation.color_jitter import gray_means
 from beit_fast.data.decoding import Crop, Decoder
 from beit_fast.data.prefetch import Prefetcher
-from beit_fast.data.reading import NOTHING_USABLE, Sample, ScreenedReader
+from beit_fast.data.reading import NOTHING_USABLE, Sample, ScreenedReader, decode
 from beit_fast.data.sampling import CropSampler, Views, compiled_module
-from beit_fast.data.screening import BadImages, Header, Rejection
+from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
 from beit_fast.kernels import color_jitter
 
@@ -159,20 +159,16 @@ class Loader:
                 return np.array([sample.index for sample in samples], np.int64)
         raise ValueError(NOTHING_USABLE)
 
-    def decode_whole(self, decoder: Decoder, indices: Sequence[int]) -> list[tuple[int, Header, Crop]]:
+    def decode_whole(self, decoder: Decoder, indices: Sequence[int]) -> list[tuple[Sample, Crop]]:
         """Read and decode whole images; what cannot be used is reported and left out."""
-        read = [(index, *found) for index, found in self.reader.read_all(indices) if found is not None]
-        if not read:
-            return []
-        windows = np.array([(0, 0, header.height, header.width) for _, _, header in read], np.int32)
+        samples = [sample for sample in self.reader.read_all(indices) if sample is not None]
+        windows = np.array([(0, 0, s.header.height, s.header.width) for s in samples], np.int32).reshape(-1, 4)
         decoded = []
-        for (index, _, header), pixels in zip(
-            read, decoder.decode([data for _, data, _ in read], windows), strict=True
-        ):
+        for sample, pixels in zip(samples, decode(decoder, samples, windows), strict=True):
             if isinstance(pixels, Rejection):
-                self.bad_images.add(self.source.name(index), pixels.reason)
+                self.bad_images.add(self.source.name(sample.index), pixels.reason)
             else:
-                decoded.append((index, header, pixels))
+                decoded.append((sample, pixels))
         return decoded
 
     def gray_means(self, views: Tensor) -> Tensor:

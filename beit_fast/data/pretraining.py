@@ -75,6 +75,7 @@ class PretrainLoader(Loader):
             epoch.
         token_store: brings the tokens of views it knows (its cycle is `view_cycle`); tokenizer views are made of the
             others.
+        value_range: values of float pixels that become black and white; None refuses such images.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -89,6 +90,7 @@ class PretrainLoader(Loader):
         jitter_center: Literal["view", "image"] = "view", bad_images: BadImages | None = None,
         threads: int | None = None, prefetch: int = 2,
         view_cycle: int | None = None, token_store: TokenStore | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         for name, size in (("image_size", image_size), ("token_image_size", token_image_size)):
             if size < 1 or size % masking.grid[0] or size % masking.grid[1]:
@@ -105,19 +107,18 @@ class PretrainLoader(Loader):
         super().__init__(source, seed=seed, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch)
         self.masking, self.sampler, self.mean, self.std = masking, sampler, tuple(mean), tuple(std)
         self.view_cycle, self.token_store = view_cycle, token_store
-        sizes, whole_image = (image_size, token_image_size), jitter_center == "image"
         if jitter_center not in ("view", "image"):
             raise ValueError(f"jitter_center must be view or image, got {jitter_center!r}")
         self.decoder = resolve_decoder(decoder, self.device)
+        if self.decoder == "dali-gpu" and (self.device.type != "cuda" or jitter_center == "image"):
+            raise ValueError(
+                f"decoder dali-gpu needs device cuda and jitter_center view, got {self.device} and {jitter_center}"
+            )
+        on_cpu = open_decoder("pil" if self.decoder == "dali-gpu" else self.decoder, self.threads, value_range)
         self._resizer: Resizer
+        self._resizer = CpuResizer(on_cpu, self.workers, image_size, token_image_size, jitter_center == "image")
         if self.decoder == "dali-gpu":
-            if self.device.type != "cuda":
-                raise ValueError(f"decoder dali-gpu needs device cuda, got {self.device}")
-            if whole_image:
-                raise ValueError("jitter_center image needs decoder dali or pil")
-            self._resizer = GpuResizer(self.device, self.threads, *sizes)
-        else:
-            self._resizer = CpuResizer(open_decoder(self.decoder, self.threads), self.workers, *sizes, whole_image)
+            self._resizer = GpuResizer(self.device, self.threads, self._resizer)
         self._lock = threading.Lock()  # a decoder has one set of buffers
 
     def batches(self, requests: Iterable[Request]) -> Iterator[PretrainBatch]:

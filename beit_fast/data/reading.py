@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from beit_fast.data.decoding import Crop, Decoder, PilDecoder, Windows
 from beit_fast.data.sampling import epoch_order
 from beit_fast.data.screening import BadImages, Header, Rejection, screen
-from beit_fast.data.sources import ImageSource
+from beit_fast.data.sources import FolderSource, ImageSource
 
 NOTHING_USABLE = "source: not one of its images can be used"
 
@@ -22,11 +25,18 @@ class Sample:
     """An image that passed the screening."""
 
     position: int
-    """Its place in the order of the epoch."""
+    """Its place in the order of the epoch; -1 where there is none."""
     index: int
     """Its place in the source."""
     data: bytes
     header: Header
+
+
+def decode(decoder: Decoder, samples: Sequence[Sample], windows: Windows) -> list[Crop | Rejection]:
+    """Decode the windows (len(samples), 4) of samples."""
+    if not samples:
+        return []
+    return decoder.decode([sample.data for sample in samples], [sample.header for sample in samples], windows)
 
 
 class ScreenedReader:
@@ -74,9 +84,9 @@ class ScreenedReader:
         for step in range(length):
             place = position if step == 0 else (position + step) % length  # a first place out of range is an error
             index = int(epoch_order([place], length, self.seed, epoch)[0])
-            screened = self.read(index)
-            if screened is not None:
-                return Sample(place, index, *screened)
+            sample = self.read(index, place)
+            if sample is not None:
+                return sample
         raise ValueError(NOTHING_USABLE)
 
     def after(self, epoch: int, sample: Sample, reason: str) -> Sample:
@@ -84,22 +94,32 @@ class ScreenedReader:
         self.bad_images.add(self.source.name(sample.index), reason)
         return self.find(epoch, (sample.position + 1) % len(self.source))
 
-    def read(self, index: int) -> tuple[bytes, Header] | None:
-        """Return bytes and header of image `index`; None, and reported, where it is bad."""
+    def read(self, index: int, position: int = -1) -> Sample | None:
+        """Return image `index`, found at `position` of an order; None, and reported, where it is bad."""
         screened = read_screened(self.source, index)
         self.bad_images.looked_at(1)
         if isinstance(screened, Rejection):
             self.bad_images.add(self.source.name(index), screened.reason)
             return None
-        return screened
+        return Sample(position, index, *screened)
 
-    def read_all(self, indices: Sequence[int]) -> Iterator[tuple[int, tuple[bytes, Header] | None]]:
-        """Read images by their place in the source; with each its place, and None for a bad one."""
-        return zip(indices, self._pool.map(self.read, indices), strict=True)
+    def read_all(self, indices: Sequence[int]) -> Iterator[Sample | None]:
+        """Read images by their place in the source; None for a bad one."""
+        return self._pool.map(self.read, indices)
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def read_picture(path: Path, value_range: tuple[float, float] | None = None) -> Crop | Rejection:
+    """Read a whole image file, uint8 (H, W, 3), as the loaders do."""
+    screened = read_screened(FolderSource(Path(), [os.fspath(path)]), 0)
+    if isinstance(screened, Rejection):
+        return screened
+    data, header = screened
+    window = np.array([(0, 0, header.height, header.width)], np.int32)
+    return PilDecoder(value_range).decode([data], [header], window)[0]
 
 
 def read_screened(source: ImageSource, index: int) -> tuple[bytes, Header] | Rejection:

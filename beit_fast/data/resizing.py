@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from beit_fast.data.decoding import DAMAGED, Crop, DaliPipeline, Decoder, Windows
-from beit_fast.data.reading import Sample
+from beit_fast.data.decoding import Crop, DaliPipeline, Decoder, Windows, oriented, stored_window
+from beit_fast.data.reading import Sample, decode
 from beit_fast.data.sampling import compiled_module
 from beit_fast.data.screening import Rejection
 
@@ -103,7 +103,7 @@ class CpuResizer:
         decoded = windows
         if self.whole_image:
             decoded = np.array([(0, 0, sample.header.height, sample.header.width) for sample in samples], np.int32)
-        crops = self.decoder.decode([sample.data for sample in samples], decoded)
+        crops = decode(self.decoder, samples, decoded)
 
         def work(row: int, crop: Crop | Rejection, window: list[int]) -> None:
             if isinstance(crop, Rejection):
@@ -124,10 +124,10 @@ class CpuResizer:
 class GpuResizer(DaliPipeline):
     """nvJPEG and DALI's resize on the GPU. Written without a GPU at hand: unverified."""
 
-    def __init__(self, device: torch.device, threads: int, image_size: int, token_image_size: int) -> None:
+    def __init__(self, device: torch.device, threads: int, on_cpu: CpuResizer) -> None:
         index = device.index if device.index is not None else torch.cuda.current_device()
         super().__init__(threads, device_id=index)
-        self.device, self.sizes = device, (image_size, token_image_size)
+        self.device, self.sizes, self._on_cpu = device, on_cpu.sizes, on_cpu
 
     def graph(self, crops: Any) -> tuple[Any, ...]:
         return resize_with_dali(crops, *self.sizes)
@@ -146,17 +146,25 @@ class GpuResizer(DaliPipeline):
         windows: Windows,
         known: Flags,
     ) -> dict[int, Rejection]:
-        """The graph makes both views of all samples, `known` or not."""
-        outputs, damaged = self.run_undamaged([sample.data for sample in samples], windows)
-        rejected = {rows[number]: Rejection(DAMAGED) for number in damaged}
-        made = [row for row in rows if row not in rejected]
-        if len(made) == len(views.images):
+        """The graph makes both views of all samples, `known` or not; what it cannot decode is made on the CPU."""
+        chosen = [place for place, sample in enumerate(samples) if sample.header.decoder != "pillow"]
+        stored = np.array([stored_window(windows[place], samples[place].header) for place in chosen], np.int32)
+        outputs, damaged = self.run_undamaged([samples[place].data for place in chosen], stored) if chosen else ((), {})
+        whole = [place for number, place in enumerate(chosen) if number not in damaged]
+        if len(whole) == len(views.images):
             _copy_from_dali(outputs, views[:2])
-        elif made:
-            parts = self.empty(len(made))
+        elif whole:
+            parts = self.empty(len(whole))
             _copy_from_dali(outputs, parts[:2])
-            views.images[made], views.token_images[made] = parts[:2]
-        return rejected
+            index = torch.tensor([rows[place] for place in whole]).to(self.device, non_blocking=True)
+            views.images[index], views.token_images[index] = parts[:2]
+        for place in whole:
+            header = samples[place].header
+            for view in views[:2] if header.orientation != 1 else ():
+                view[rows[place]] = oriented(view[rows[place]].clone(), header)
+        rest = sorted(set(range(len(rows))) - set(whole))
+        left = [samples[place] for place in rest]
+        return self._on_cpu.resize_into(views, [rows[place] for place in rest], left, windows[rest], known)
 
 
 def resize_with_dali(crops: Any, image_size: int, token_image_size: int) -> tuple[Any, Any]:

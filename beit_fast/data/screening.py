@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import struct
 import threading
 from dataclasses import dataclass
+from typing import Literal
 
 logger = logging.getLogger("beit_fast.data")
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: at three bytes a pixel, one in a batch of hundreds is a memory fault."""
-_TAIL = 4096  # cameras and editors append some bytes to an image, but not many
+_TAIL = 4096  # most images end there; only where they do not, the end is looked for in all of the data
+_JPEG_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd7\xff]")  # not the escapes and restarts within a scan
+
+
+Route = Literal["any", "dali", "pillow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,9 @@ class Header:
     height: int
     width: int
     orientation: int = 1
-    """EXIF orientation, 1 to 8; 5 to 8 exchange height and width."""
+    """EXIF orientation, 1 to 8; 5 to 8 exchange height and width. The only reading of it: decoders are told."""
+    decoder: Route = "any"
+    """Who reads it right: DALI and Pillow to the same bits, or one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +73,20 @@ def screen(data: bytes) -> Header | Rejection:
     return header
 
 
-def _header(kind: str, height: int, width: int, orientation: int = 1) -> Header:
-    if not 1 <= orientation <= 8:
-        orientation = 1
-    return Header(kind, width, height, orientation) if orientation >= 5 else Header(kind, height, width, orientation)
+def _header(kind: str, height: int, width: int, orientation: int = 1, decoder: Route = "any") -> Header:
+    orientation = orientation if 1 <= orientation <= 8 else 1
+    height, width = (width, height) if orientation >= 5 else (height, width)
+    return Header(kind, height, width, orientation, decoder)
 
 
 def _jpeg(data: bytes) -> Header:
     size: tuple[int, int] | None = None
     orientation, offset = 1, 2
+    route: Route = "any"
     while True:
-        if data[offset] != 0xFF:
-            raise _Broken("JPEG with a damaged header")
+        if data[offset] != 0xFF:  # Pillow looks for the next marker, as libjpeg does; DALI gives up
+            offset, route = data.index(b"\xff", offset), "pillow"
+            continue
         marker = data[offset + 1]
         if marker == 0xFF:  # fill byte
             offset += 1
@@ -104,26 +114,36 @@ def _jpeg(data: bytes) -> Header:
     if size is None:
         raise _Broken("JPEG without a frame header")
     # A thumbnail in the header has an end marker of its own: only one behind the scan counts.
-    if data.rfind(b"\xff\xd9", max(offset, len(data) - _TAIL)) < 0:
+    if data.rfind(b"\xff\xd9", max(offset, len(data) - _TAIL)) < 0 and not _has_end(data, offset):
         raise _Broken("JPEG cut off (no end marker)")
-    return _header("jpeg", *size, orientation)
+    return _header("jpeg", *size, orientation, route)
+
+
+def _has_end(data: bytes, offset: int) -> bool:
+    """Whether the scans that begin at `offset` end, whatever lies behind (the film of a motion photo)."""
+    while offset < len(data) and data[offset + 1] != 0xD9:
+        (length,) = struct.unpack_from(">H", data, offset + 2)
+        marker = _JPEG_MARKER.search(data, offset + 2 + length)
+        if marker is None:
+            return False
+        offset = marker.end() - 2
+    return offset < len(data)
 
 
 def _png(data: bytes) -> Header:
-    width, height = struct.unpack_from(">II", data, 16)
+    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     if data[12:16] != b"IHDR":
         raise _Broken("PNG with a damaged header")
-    if data.rfind(b"IEND", max(0, len(data) - _TAIL)) < 0:
-        raise _Broken("PNG cut off (no end chunk)")
-    orientation, offset = 1, 8
-    while offset + 8 <= len(data):
+    orientation, offset, kind = 1, 8, b""
+    while kind != b"IDAT" and offset + 8 <= len(data):
         (length,), kind = struct.unpack_from(">I", data, offset), data[offset + 4 : offset + 8]
         if kind == b"eXIf":
             orientation = _exif_orientation(data[offset + 8 : offset + 8 + length])
-        if kind == b"IDAT":
-            break
         offset += 12 + length
-    return _header("png", height, width, orientation)
+    if data.rfind(b"IEND", max(0, len(data) - _TAIL)) < 0 and data.find(b"\0\0\0\0IEND\xae\x42\x60\x82", offset) < 0:
+        raise _Broken("PNG cut off (no end chunk)")
+    # Of 16-bit colours Pillow keeps the higher byte; gray ones it gives whole.
+    return _header("png", height, width, orientation, "dali" if depth == 16 and colour != 0 else "any")
 
 
 def _webp(data: bytes) -> Header:
@@ -165,7 +185,7 @@ def _bmp(data: bytes) -> Header:
         width, height, _, bits, compression = struct.unpack_from("<iiHHI", data, 18)
     if compression == 0 and pixels_at + (abs(width) * bits + 31) // 32 * 4 * abs(height) > len(data):
         raise _Broken("BMP cut off")
-    return _header("bmp", abs(height), width)
+    return _header("bmp", abs(height), width, decoder="any" if compression == 0 and bits in (8, 24) else "pillow")
 
 
 def _tiff(data: bytes) -> Header:
@@ -177,7 +197,17 @@ def _tiff(data: bytes) -> Header:
         for start, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False):
             if start + length > len(data):
                 raise _Broken("TIFF cut off")
-    return _header("tiff", tags[257][0], tags[256][0], tags.get(274, (1,))[0])
+    return _header("tiff", tags[257][0], tags[256][0], tags.get(274, (1,))[0], _tiff_route(tags))
+
+
+def _tiff_route(tags: dict[int, tuple[int, ...]]) -> Route:
+    """Who reads the pixels as they are meant: DALI takes every TIFF for unsigned RGB or gray."""
+    bits, photometric = set(tags.get(258, (1,))), tags.get(262, (0,))[0]
+    if set(tags.get(339, (1,))) != {1} or photometric not in (1, 2) or tags.get(284, (1,))[0] != 1:
+        return "pillow"  # signed or float, palette, CMYK, Lab, YCbCr, white is 0, planes
+    if bits == {8}:
+        return "any"
+    return "dali" if bits == {16} and photometric == 2 else "pillow"
 
 
 def _pnm(data: bytes) -> Header:
@@ -195,7 +225,10 @@ def _pnm(data: bytes) -> Header:
     size = width * height * (3 if data[1:2] == b"6" else 1) * (2 if largest > 255 else 1)
     if offset + 1 + size > len(data):
         raise _Broken("PNM cut off")
-    return _header("pnm", height, width)
+    return _header("pnm", height, width, decoder="any" if largest == 255 else "pillow")
+
+
+_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # of TIFF
 
 
 def _ifd(data: bytes, order: str, offset: int) -> dict[int, tuple[int, ...]]:
@@ -204,13 +237,24 @@ def _ifd(data: bytes, order: str, offset: int) -> dict[int, tuple[int, ...]]:
     tags: dict[int, tuple[int, ...]] = {}
     for entry in range(offset + 2, offset + 2 + 12 * count, 12):
         tag, kind, number = struct.unpack_from(order + "HHI", data, entry)
-        letter = {1: "B", 3: "H", 4: "I"}.get(kind)
+        letter = _INTEGERS.get(kind)
         if letter is None or number > 1_000_000:
             continue
         layout = f"{order}{number}{letter}"
         place = entry + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
         tags[tag] = struct.unpack_from(layout, data, place)
     return tags
+
+
+def without_orientation(tiff: bytes) -> bytes:
+    """Return the TIFF with its orientation set to 1, for a decoder that would apply its own reading of it."""
+    order = "<" if tiff.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    for entry in range(start + 2, start + 2 + 12 * count, 12):
+        if struct.unpack_from(order + "H", tiff, entry)[0] == 274:
+            return tiff[:entry] + struct.pack(order + "HHIHH", 274, 3, 1, 1, 0) + tiff[entry + 12 :]
+    return tiff
 
 
 def _exif_orientation(exif: bytes) -> int:

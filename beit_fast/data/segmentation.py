@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit_fast.data import builtin, scenes
-from beit_fast.data.screening import Header, Rejection
+from beit_fast.data.decoding import oriented
+from beit_fast.data.screening import Header, Rejection, screen
 from beit_fast.data.sources import FolderSource, ImageSource, open_source
 
 IGNORE = -1
@@ -78,7 +79,7 @@ class SegmentationImages:
         return len(self.labels)
 
     def read_label(self, index: int, header: Header) -> NDArray[np.int64] | Rejection:
-        """The label map int64 (H, W) of image `index`, whose size is `header`'s.
+        """Return the label map int64 (H, W) of image `index`, whose size is `header`'s.
 
         A file that is missing or damaged gives a Rejection, like a damaged image.
 
@@ -119,6 +120,9 @@ def read_numbers(data: bytes, name: str) -> NDArray[np.integer]:
         raise OSError("no picture") from None
     except (SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(str(error)) from None
+    header = screen(data)
+    if isinstance(header, Header) and header.format != "tiff":  # of TIFF Pillow has applied it
+        numbers = oriented(numbers, header)
     return numbers.astype(np.uint8) if numbers.dtype == np.bool_ else numbers
 
 

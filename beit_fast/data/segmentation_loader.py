@@ -19,7 +19,7 @@ from torch import Tensor
 from beit_fast.data.augmentation.photometric import PhotometricDistortion, distort
 from beit_fast.data.decoding import Crop, open_decoder
 from beit_fast.data.loader import Loader, Request
-from beit_fast.data.reading import Sample
+from beit_fast.data.reading import Sample, decode
 from beit_fast.data.resizing import resize
 from beit_fast.data.sampling import sample_keys, uniforms
 from beit_fast.data.screening import BadImages, Rejection
@@ -135,6 +135,7 @@ class SegmentationLoader(Loader):
         seed: of everything that is random, together with epoch and sample.
         mean, std: normalise the crops.
         decoder: "dali", "pil" or "auto".
+        value_range: values of float pixels that become black and white; None refuses such images.
         device, bad_images, threads, prefetch: see `Loader`.
     """
 
@@ -142,13 +143,13 @@ class SegmentationLoader(Loader):
         self, data: SegmentationImages, sampler: SegmentationCropSampler, photometric: PhotometricDistortion | None, *,
         seed: int, mean: Sequence[float], std: Sequence[float], device: str | torch.device = "cpu",
         decoder: Literal["auto", "dali", "pil"] = "auto", bad_images: BadImages | None = None,
-        threads: int | None = None, prefetch: int = 2,
+        threads: int | None = None, prefetch: int = 2, value_range: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(data.source, seed=seed, device=device, bad_images=bad_images, threads=threads,
                          prefetch=prefetch)  # fmt: skip
         self.data, self.sampler, self.photometric = data, sampler, photometric
         self.mean, self.std = tuple(mean), tuple(std)
-        self._decoder = open_decoder(decoder, self.threads)
+        self._decoder = open_decoder(decoder, self.threads, value_range)
 
     def batches(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch]:
         """Yield one batch per request, in order."""
@@ -166,7 +167,7 @@ class SegmentationLoader(Loader):
             failed = {row: d for row, d in zip(rows, drawn, strict=True) if isinstance(d, Rejection)}
             placed = [(row, *d) for row, d in zip(rows, drawn, strict=True) if not isinstance(d, Rejection)]
             windows = np.array([placement.window for _, placement, _ in placed], np.int32).reshape(-1, 4)
-            pictures = self._decoder.decode([samples[row].data for row, _, _ in placed], windows) if placed else []
+            pictures = decode(self._decoder, [samples[row] for row, _, _ in placed], windows)
             list(self.workers.map(fill, placed, pictures))
             return failed | {
                 row: p for (row, _, _), p in zip(placed, pictures, strict=True) if isinstance(p, Rejection)
@@ -227,10 +228,11 @@ class WholeImages(Loader):
     def __init__(
         self, data: SegmentationImages, *, decoder: Literal["auto", "dali", "pil"] = "auto",
         bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
+        value_range: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(data.source, bad_images=bad_images, threads=threads, prefetch=prefetch)
         self.data = data
-        self._decoder = open_decoder(decoder, self.threads)
+        self._decoder = open_decoder(decoder, self.threads, value_range)
 
     def images(self, rank: int = 0, size: int = 1) -> Iterator[WholeImage]:
         """Yield this rank's share: `rank`, `rank + size`, ..."""
@@ -239,10 +241,13 @@ class WholeImages(Loader):
     def _read(self, own: range) -> Iterator[WholeImage]:
         for first in range(0, len(own), self.threads):
             decoded = self.decode_whole(self._decoder, own[first : first + self.threads])
-            labels = self.workers.map(self.data.read_label, *zip(*((i, h) for i, h, _ in decoded), strict=True))
-            for (index, _, picture), label in zip(decoded, labels, strict=True):
+            labels = self.workers.map(self._label, [sample for sample, _ in decoded])
+            for (sample, picture), label in zip(decoded, labels, strict=True):
                 if isinstance(label, Rejection):
-                    self.bad_images.add(self.source.name(index), label.reason)
+                    self.bad_images.add(self.source.name(sample.index), label.reason)
                     continue
                 pixels = torch.from_numpy(np.array(picture))  # a copy: the decoder's buffer is used again
-                yield WholeImage(index, pixels, torch.from_numpy(label))
+                yield WholeImage(sample.index, pixels, torch.from_numpy(label))
+
+    def _label(self, sample: Sample) -> NDArray[np.int64] | Rejection:
+        return self.data.read_label(sample.index, sample.header)

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from beit_fast.data import resizing
 from beit_fast.data.decoding import DaliDecoder, PilDecoder
-from beit_fast.data.screening import Rejection, screen
+from beit_fast.data.screening import Header, Rejection, screen
 
 
 def pillow(data):
@@ -19,6 +19,9 @@ def pillow(data):
     return np.asarray(image.convert("RGB"))
 
 
+HEADERS = [Header("jpeg", 120, 160)] * 3
+
+
 def whole(data):
     header = screen(data)
     return (0, 0, header.height, header.width)
@@ -27,7 +30,7 @@ def whole(data):
 @pytest.mark.parametrize("decoder", [PilDecoder(), DaliDecoder(2)], ids=["pil", "dali"])
 def test_good_files_decode_as_pillow_does(decoder, good_files):
     windows = np.array([whole(data) for data in good_files.values()], np.int32)
-    crops = decoder.decode(list(good_files.values()), windows)
+    crops = decoder.decode(list(good_files.values()), [screen(data) for data in good_files.values()], windows)
     for (kind, data), crop in zip(good_files.items(), crops, strict=True):
         assert crop.dtype == np.uint8
         assert crop.shape == (*whole(data)[2:], 3), kind
@@ -43,7 +46,8 @@ def test_a_window_is_that_part_of_the_whole(decoder, good_files):
         height, width = whole(data)[2:]
         top, left = int(rng.integers(height)), int(rng.integers(width))
         windows.append((top, left, int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1))))
-    crops = decoder.decode(list(good_files.values()), np.array(windows, np.int32))
+    headers = [screen(data) for data in good_files.values()]
+    crops = decoder.decode(list(good_files.values()), headers, np.array(windows, np.int32))
     for (kind, data), crop, (top, left, height, width) in zip(good_files.items(), crops, windows, strict=True):
         part = pillow(data)[top : top + height, left : left + width].astype(int)
         assert np.abs(crop - part).max() <= (1 if "16_bit" in kind else 0), kind
@@ -55,12 +59,14 @@ def test_damaged_images_are_singled_out(decoder, good_files, damaged_files, brok
     """Also those that the screening refuses first: a decoder meets them if the screening is wrong one day."""
     jpeg = good_files["jpeg"]
     for kind, data in {**damaged_files, **broken_files}.items():
-        crops = decoder.decode([jpeg, data, jpeg], np.array([(0, 0, 110, 150)] * 3, np.int32))
+        crops = decoder.decode([jpeg, data, jpeg], HEADERS, np.array([(0, 0, 110, 150)] * 3, np.int32))
         assert np.array_equal(crops[0], pillow(jpeg)[:110, :150]), kind
         assert np.array_equal(crops[2], crops[0])
         if kind in damaged_files or kind in ("empty", "web_page", "random_bytes", "jpeg_of_100_bytes"):
             assert isinstance(crops[1], Rejection), kind
-    assert all(isinstance(crop, Rejection) for crop in decoder.decode([b"a", b"b"], np.ones((2, 4), np.int32)))
+    assert all(
+        isinstance(crop, Rejection) for crop in decoder.decode([b"a", b"b"], HEADERS[:2], np.ones((2, 4), np.int32))
+    )
 
 
 def test_flipped_bytes_never_end_a_batch(good_files):
@@ -71,7 +77,7 @@ def test_flipped_bytes_never_end_a_batch(good_files):
         content = bytearray(jpeg)
         for place in rng.integers(700, len(content) - 2, 200):
             content[place] = int(rng.integers(256))
-        crops = decoder.decode([jpeg, bytes(content)], np.array([(0, 0, 120, 160)] * 2, np.int32))
+        crops = decoder.decode([jpeg, bytes(content)], HEADERS[:2], np.array([(0, 0, 120, 160)] * 2, np.int32))
         assert np.array_equal(crops[0], pillow(jpeg))
 
 
