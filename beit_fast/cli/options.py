@@ -13,10 +13,17 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from beit_fast.data.screening import TooManyBadImages
+from beit_fast.data.sources.source import SourceUnavailable
 
 Options = TypeVar("Options")
 
-USER_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, ModuleNotFoundError, TooManyBadImages)
+USER_ERRORS: tuple[type[Exception], ...] = (
+    ValueError,
+    OSError,
+    ModuleNotFoundError,
+    TooManyBadImages,
+    SourceUnavailable,
+)
 """Errors whose message is written for the user; any other is a bug and shows its traceback."""
 
 

@@ -73,7 +73,8 @@ def test_wrong_paths_are_said_in_one_line(tmp_path):
         tmp_path / "texts": r"no images in .*texts .*found 2 \.txt, 1 \.csv",
         tmp_path / "x.tar": r"no such file: .*x\.tar",
         str(tmp_path / "x-{0..3}.tar"): r"no such file: .*x-0\.tar \(4 of the 4 shards",
-        "s3://bucket/data": "only local paths",
+        "s3://bucket/data": "of remote data, tar shards can be read",
+        "pipe:cat x.tar": "runs a command; set BEIT_FAST_ALLOW_PIPE=1",
     }.items():
         with pytest.raises(ValueError, match=message) as failure:
             open_source(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from beit_fast.data.sources.files import LocalFiles
 from beit_fast.data.sources.source import Names, first_level_classes, is_image, readable_suffixes
 
 _HEADER = struct.Struct("<4s5H3L2H")  # the local header in front of a member (APPNOTE.TXT, section 4.3.7)
@@ -49,18 +50,18 @@ class ZipSource:
         self._names = Names(names[i][1] for i in order)
         self._members = np.array([rows[i] for i in order], np.int64)
         self._labels = first_level_classes([names[i][1] for i in order], "/")
-        self._files = [os.open(path, os.O_RDONLY) for path in self.archives]
+        self._files = LocalFiles(self.archives)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
         archive, offset, packed, size, method, checksum = (int(value) for value in self._members[index])
-        head = os.pread(self._files[archive], _HEADER.size, offset)
+        head = self._files.read(archive, offset, _HEADER.size)
         if len(head) < _HEADER.size or head[:4] != b"PK\x03\x04":
             raise OSError(f"no member at byte {offset}")
         *_, name_length, extra_length = _HEADER.unpack(head)
-        data = os.pread(self._files[archive], packed, offset + _HEADER.size + name_length + extra_length)
+        data = self._files.read(archive, offset + _HEADER.size + name_length + extra_length, packed)
         if method == _DEFLATED:
             try:
                 # the directory's size bounds what a damaged or hostile member can unpack to
@@ -76,10 +77,6 @@ class ZipSource:
 
     def label(self, index: int) -> int | None:
         return None if self._labels is None else int(self._labels[index])
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", ()):
-            os.close(file)
 
 
 def _members(path: Path) -> list[zipfile.ZipInfo]:

@@ -8,9 +8,10 @@ import re
 from itertools import product
 from pathlib import Path
 
+from beit_fast.data.sources.files import spooled
 from beit_fast.data.sources.folders import open_folder
 from beit_fast.data.sources.shards import TarSource
-from beit_fast.data.sources.source import ImageSource
+from beit_fast.data.sources.source import ImageSource, default_cache_dir
 
 
 def open_source(path: str | os.PathLike[str]) -> ImageSource:
@@ -18,13 +19,22 @@ def open_source(path: str | os.PathLike[str]) -> ImageSource:
 
     - a folder with images at any depth. Where every image lies below a first-level folder, those folders, sorted by
       name, are the classes;
-    - a folder with `.tar` shards, one shard, or a pattern of them: `/data/train-{0000..0146}.tar`, `/data/*.tar`.
+    - a folder with `.tar` shards, one shard, or a pattern of them: `/data/train-{0000..0146}.tar`, `/data/*.tar`;
+    - remote shards: `https://host/train-{0000..0146}.tar`, `s3://...`, or whatever fsspec knows;
+    - `pipe:COMMAND`, whose output is a shard; it is kept in the cache folder.
 
     Files whose name starts with a dot are left out. ValueError, in one line, where there is nothing to train on.
     """
     text = os.path.expanduser(os.fspath(path))
+    if text.startswith("pipe:"):
+        if os.environ.get("BEIT_FAST_ALLOW_PIPE") != "1":
+            raise ValueError(f"{text}: runs a command; set BEIT_FAST_ALLOW_PIPE=1 where that is intended")
+        return TarSource([spooled(c, default_cache_dir() / "pipes") for c in _expand_braces(text[len("pipe:") :])])
     if "://" in text:
-        raise ValueError(f"{text}: only local paths can be read; mount or copy the data first")
+        urls = _expand_braces(text)
+        if not all(url.endswith(".tar") for url in urls) or any(sign in text for sign in "*?["):
+            raise ValueError(f"{text}: of remote data, tar shards can be read: https://host/train-{{000..146}}.tar")
+        return TarSource(urls)
     if not os.path.isdir(text) and (text.endswith(".tar") or any(sign in text for sign in "*?[{")):
         shards = [Path(name) for pattern in _expand_braces(text) for name in sorted(glob.glob(pattern)) or [pattern]]
         missing = [shard for shard in shards if not shard.is_file()]

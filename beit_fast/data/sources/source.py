@@ -34,6 +34,10 @@ class ImageSource(Protocol):
         """The class, or None where the source has none."""
 
 
+class SourceUnavailable(RuntimeError):
+    """A source as a whole cannot be reached: the run ends with this one line, no image is skipped for it."""
+
+
 class Names:
     """Many strings in one block of memory: 14 million paths are 0.6 GB here and 1.6 GB as a list of `str`."""
 
