@@ -168,7 +168,7 @@ def test_a_source_that_disappears_ends_the_run_and_skips_no_image(server):
     source = open_source(f"{server.url}/train-000.tar")
     bad = BadImages(len(source), None, 1.0)
     reader = ScreenedReader(source, seed=0, bad_images=bad, threads=2)
-    assert reader.read(3)[0] == png(3)
+    assert reader.read(3).data == png(3)
     server.drop_every = 1
     with pytest.raises(SourceUnavailable):
         reader.read(4)
