@@ -64,6 +64,17 @@ def option_names(config: object, prefix: str = "--") -> list[str]:
     return names
 
 
+def typed_options(config: object, arguments: Sequence[str]) -> set[str]:
+    """Names of the fields of `config` that a command line sets, dotted: `--model.image-size 64` is model.image_size."""
+    words = {word.split("=")[0].replace("_", "-") for word in arguments if word.startswith("--")}
+    names = {}
+    for option in option_names(config):
+        head, _, last = option.rpartition(".")
+        negated = f"{head}.no-{last}" if head else f"--no-{last.removeprefix('--')}"
+        names[option] = names[negated] = option.removeprefix("--").replace("-", "_")
+    return {names[word] for word in words if word in names}
+
+
 def nearest_options(wrong: str, options: Sequence[str]) -> list[str]:
     """Up to three options that `wrong` may stand for: that of the same last name, else the nearest ones."""
     last = wrong.rsplit(".", 1)[-1].lstrip("-")

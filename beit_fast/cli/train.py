@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from beit_fast.cli.demo import banner, demo_of
-from beit_fast.cli.options import did_you_mean, errors_in_one_line, fail, parse
+from beit_fast.cli.options import did_you_mean, errors_in_one_line, fail, parse, typed_options
 from beit_fast.train import engine
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed import launch
 from beit_fast.train.distributed.world import LostRank
 from beit_fast.train.memory import OutOfMemory
 from beit_fast.train.task import Task
+from beit_fast.train.tasks.weights import with_weights
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -57,6 +58,8 @@ def main(
         if os.environ.get("RANK", "0") == "0":
             print(banner(config, chosen, f"torchrun --nproc-per-node 8 {_for_torchrun(program)}"), flush=True)
     with errors_in_one_line(lambda: _keep_traceback(chosen), RUN_ERRORS):
+        if getattr(chosen, "weights", None) is not None and not getattr(chosen, "scratch", False):
+            chosen = with_weights(chosen, typed_options(chosen, arguments))
         if chosen.dry_run:
             from beit_fast.cli.plan import plan
 

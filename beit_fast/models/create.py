@@ -123,6 +123,20 @@ def create_model(
     return model
 
 
+def published_as(name: str) -> str:
+    """Where timm publishes the weights of this name, with or without a tag, as "hf-hub:timm/...".
+
+    Raises:
+        ValueError: no weights of this name are published.
+    """
+    base, _, tag = name.partition(".")
+    tags = _TAGS.get(base, ())
+    if not tags or (tag and tag not in tags):
+        known = ", ".join(f"{base}.{t}" for t in tags) or ", ".join(_TAGS)
+        raise ValueError(f"no weights are published as {name!r}; there are {known}")
+    return f"hf-hub:timm/{base}.{tag or tags[0]}"
+
+
 def _tag_of(pretrained_cfg: Any, tag: str) -> str:
     """The tag of the weights: timm passes the one it has cut off a registered name as `pretrained_cfg`."""
     if pretrained_cfg is None:

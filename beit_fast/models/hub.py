@@ -63,6 +63,23 @@ def weights_at(source: str | Path, **download: Any) -> Path:
     return _fetched(repository, "pytorch_model.bin", download)
 
 
+def config_at(source: str | Path) -> tuple[BeitConfig | None, Path | None]:
+    """The architecture that a folder or a repository of the hub describes, and the local folder of its `config.json`.
+
+    Both are None where `source` is a file, or a folder without that file.
+
+    Raises:
+        CheckpointError: it cannot be fetched, or describes no BEiT.
+    """
+    text = str(source)
+    if text.startswith(_PREFIX):
+        repository, _, revision = text.removeprefix(_PREFIX).partition("@")
+        file = _fetched(repository, "config.json", {"revision": revision or None})
+    else:
+        file = Path(source) / "config.json"
+    return (_read_config(file, classifier=True), file.parent) if file.is_file() else (None, None)
+
+
 def _fetched(repository: str, file: str, download: Mapping[str, Any]) -> Path:
     try:
         from huggingface_hub import hf_hub_download

@@ -1,26 +1,57 @@
-"""Initial weights of a run: from a file, or from another run of this library."""
+"""Initial weights of a run: from another run, a file, the hub or timm; and what they say of the model to make."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from beit_fast.data.loader import NORMALIZATION
 from beit_fast.models.checkpoints import LoadReport, load_checkpoint
+from beit_fast.models.configs import BeitConfig
+from beit_fast.models.create import list_models, published_as
+from beit_fast.models.hub import config_at, weights_at
+from beit_fast.models.reading import read_state_dict
 from beit_fast.train.checkpoint.format import newest_checkpoint, opened, write_tensors
 from beit_fast.train.checkpoint.resharding import whole_tensors
+from beit_fast.train.evaluation.classifiers import architecture_of, read_description
+
+ARCHITECTURE = (
+    "size", "preset", "width", "depth", "num_heads", "patch_size", "use_abs_pos_emb", "layer_scale_init"
+)  # fmt: skip
+"""Fields of `ModelConfig` that weights decide."""
+
+
+@dataclass(frozen=True)
+class WeightsDescription:
+    """What weights say of the model that takes them."""
+
+    model: dict[str, Any]
+    """Values of the fields `ARCHITECTURE` and `image_size` of a `ModelConfig`."""
+    normalization: str | None
+    """Name of the mean and deviation of the pixels they were trained with, where that is known and has a name."""
 
 
 def resolve_weights(path: str | Path) -> Path:
-    """The file or folder of weights that `path` means; of a run folder that is its newest sound checkpoint.
+    """The local file or folder of weights that `path` means: of a run folder its newest sound checkpoint.
+
+    Args:
+        path: a run folder, a file or folder of weights, "hf-hub:owner/name", or a name of timm
+            (`beit_base_patch16_224.in22k_ft_in22k`), which is fetched.
 
     Raises:
-        ValueError: a run folder without a checkpoint; the rest is up to `load_checkpoint`.
+        ValueError: a run folder without a checkpoint, or what cannot be fetched; the rest is up to `load_checkpoint`.
     """
     root = Path(path)
+    if not root.exists():
+        name = str(path)
+        return weights_at(published_as(name) if name.partition(".")[0] in list_models() else name)
     if not (root / "checkpoints").is_dir():
-        return root
+        return root / "model" if (root / "model" / "config.json").is_file() else root
     found, rejected = newest_checkpoint(root / "checkpoints")
     if found is None:
         reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in rejected)
@@ -29,11 +60,114 @@ def resolve_weights(path: str | Path) -> Path:
 
 
 def load_weights(model: nn.Module, path: str | Path, verbose: bool = True) -> LoadReport:
-    """Load what `path` means (`resolve_weights`) into `model`, as `models.load_checkpoint` does; prints its report."""
-    place = resolve_weights(path)
-    if not (place / "model").is_dir():
-        return load_checkpoint(model, place, verbose=verbose)
-    with tempfile.TemporaryDirectory() as folder:  # FSDP2 wrote parts: they are joined first
+    """Load what `path` means (`resolve_weights`) into `model`, as `models.load_checkpoint` does; prints its report.
+
+    Of a checkpoint that keeps averaged weights, those are loaded.
+    """
+    source = resolve_weights(path)
+    if not (source / "manifest.json").is_file() or not (checkpoint := opened(source)).has("ema"):
+        name = "model"
+        if not (source / name).is_dir():
+            return load_checkpoint(model, source, verbose=verbose)
+        checkpoint = opened(source)
+    else:
+        name = "ema"
+    with tempfile.TemporaryDirectory() as folder:  # parts that FSDP2 wrote are joined
         whole = Path(folder) / "model.safetensors"
-        write_tensors(whole, dict(whole_tensors(opened(place), "model")))
+        write_tensors(whole, dict(whole_tensors(checkpoint, name)))
         return load_checkpoint(model, whole, verbose=verbose)
+
+
+def describe_weights(path: str | Path) -> WeightsDescription:
+    """Read the architecture and the normalisation of what `path` means, as `resolve_weights` takes it.
+
+    Raises:
+        ValueError: they cannot be read, or describe a model that `ModelConfig` cannot: another MLP ratio, images that
+            are not square.
+    """
+    run = _run_config(Path(path))
+    if "model" in run:
+        values = {name: run["model"][name] for name in (*ARCHITECTURE, "image_size") if name in run["model"]}
+        return WeightsDescription(values, run.get("data", {}).get("normalization"))
+    name = str(path)
+    if not Path(path).exists() and name.partition(".")[0] in list_models():
+        name = published_as(name)
+    config, folder = config_at(name)
+    if config is None:
+        config = architecture_of(read_state_dict(resolve_weights(path)), name, classifier=False)
+    described = read_description(folder) if folder is not None else {}
+    known = {tuple(map(tuple, value)): key for key, value in NORMALIZATION.items()}
+    pixels = tuple(tuple(described.get(key) or ()) for key in ("mean", "std"))
+    return WeightsDescription(_model_fields(config, name), known.get(pixels))
+
+
+def _run_config(root: Path) -> dict[str, Any]:
+    """The configuration of a run folder; empty where it is none."""
+    try:
+        saved = json.loads((root / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    config = saved.get("config") if isinstance(saved, dict) and "task" in saved else None
+    return config if isinstance(config, dict) else {}
+
+
+def _model_fields(config: BeitConfig, source: str) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that make this architecture."""
+    height, width = config.image_hw
+    if height != width or config.mlp_ratio != 4.0:
+        raise ValueError(
+            f"{source}: a model for {height} x {width} pixels with MLP ratio {config.mlp_ratio:g}; training knows "
+            "square images and ratio 4"
+        )
+    preset: Any = "plain" if config.relative_position_bias == "none" else "plus"
+    sizes: tuple[Any, ...] = ("tiny", "small", "base", "large")
+    shape = {name: getattr(config, name) for name in ("width", "depth", "num_heads")}
+    usual = {size: BeitConfig.from_preset(size, preset) for size in sizes}
+    size = next((s for s in sizes if all(getattr(usual[s], n) == v for n, v in shape.items())), None)
+    like = usual[size or "base"]
+    scaled = config.layer_scale_init is not None
+    return {
+        "size": size or "base",
+        "preset": preset,
+        **{name: None if size else value for name, value in shape.items()},
+        "patch_size": config.patch_size,
+        "use_abs_pos_emb": None if config.use_abs_pos_emb == like.use_abs_pos_emb else config.use_abs_pos_emb,
+        "layer_scale_init": None if scaled == (like.layer_scale_init is not None) else 0.1 if scaled else 0.0,
+        "image_size": height,
+    }
+
+
+def with_weights(config: Any, typed: set[str]) -> Any:
+    """`config` with the architecture, the image size and the normalisation of its `weights`.
+
+    An image size that the recipe sets, or the user, stays: position tables are resized.
+
+    Args:
+        config: of a task that has `weights`, `model` and `data`.
+        typed: names of the fields that the user set, dotted (`model.size`); they stay as they are.
+
+    Raises:
+        ValueError: the weights cannot be read, or fields in `typed` contradict them; all are named.
+    """
+    found = describe_weights(config.weights)
+    model = replace(config.model, **{name: value for name, value in found.model.items() if name in ARCHITECTURE})
+    mine = {name: getattr(config.model, name) for name in ARCHITECTURE if f"model.{name}" in typed}
+    wrong = []
+    if mine and model.architecture(8192) != replace(model, **mine).architecture(8192):
+        wrong = [
+            f"--model.{name.replace('_', '-')} {value} (there: {found.model.get(name)})"
+            for name, value in mine.items()
+            if value != found.model.get(name)
+        ]
+    default_size = next(field.default for field in fields(type(config.model)) if field.name == "image_size")
+    kept = "model.image_size" in typed or config.model.image_size != default_size
+    data = config.data
+    if not hasattr(config, "crops"):  # segmentation: crops and normalisation are its own
+        model = model if kept else replace(model, image_size=found.model["image_size"])
+        if found.normalization is not None and found.normalization != data.normalization:
+            if "data.normalization" in typed:
+                wrong.append(f"--data.normalization {data.normalization} (there: {found.normalization})")
+            data = replace(data, normalization=found.normalization)
+    if wrong:
+        raise ValueError(f"these options contradict --weights {config.weights}: {', '.join(wrong)}; leave them out")
+    return replace(config, model=model, data=data)
