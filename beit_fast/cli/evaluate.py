@@ -8,13 +8,12 @@ from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tyro.conf import Positional
 
 from beit_fast.cli.options import errors_in_one_line, fail, parse
 from beit_fast.cli.predict import ClassifierOptions, autocast, open_prepared
 from beit_fast.data.classification import EvaluationLoader
-from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evaluation
+from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evaluation, with_classes
 from beit_fast.data.screening import BadImages
 from beit_fast.train.distributed.world import end_world, start_world
 from beit_fast.train.evaluation.classification import evaluate_classifier
@@ -37,6 +36,11 @@ class EvaluationDataConfig:
     """Who decodes JPEGs."""
     threads: int | None = None
     """Threads that make views; None: the cores of this process, at most 8."""
+    class_map: str | None = None
+    """File that says which class of the images is which of the classifier, a line each: folder or number, tab, name or
+    number of the class; or the folders alone, in the order of the classifier's outputs."""
+    value_range: tuple[float, float] | None = None
+    """Values of float and 32-bit pixels that are black and white; without it such images are refused."""
     max_bad_share: float = 0.01
     """Stop when more than this share of the images is unreadable."""
 
@@ -71,6 +75,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
                 images.source, images.labels, image_size=classifier.image_size, crop_share=classifier.crop_share,
                 mean=classifier.mean, std=classifier.std, device=world.device, decoder=chosen.data.decoder,
                 bad_images=BadImages(len(images), None, chosen.data.max_bad_share), threads=chosen.data.threads,
+                value_range=chosen.data.value_range,
             )  # fmt: skip
             try:
                 model = classifier.model.to(world.device)
@@ -94,17 +99,9 @@ def evaluate_command(arguments: Sequence[str]) -> int:
 
 
 def _images(data: EvaluationDataConfig, classifier: Classifier) -> LabelledImages:
-    """Images whose labels are numbered as the classifier's outputs are: by name, or by their order."""
+    """Images whose labels are numbered as the classifier's outputs are."""
     if data.path is None:
         images = builtin_labelled("scenes", data.cache_dir, data.builtin_images, data.builtin_size, train=False)
     else:
         images = open_evaluation(data.path)
-    if set(images.classes) <= set(classifier.classes):
-        numbers = np.array([classifier.classes.index(name) for name in images.classes], np.int64)
-        return LabelledImages(images.source, numbers[images.labels], classifier.classes)
-    if len(images.classes) != len(classifier.classes):
-        raise ValueError(
-            f"{data.path or 'built-in scenes'} has {len(images.classes)} classes, the classifier has "
-            f"{len(classifier.classes)}"
-        )
-    return LabelledImages(images.source, images.labels, classifier.classes)
+    return with_classes(images, classifier.classes, data.path or "built-in scenes", data.class_map)

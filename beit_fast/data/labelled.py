@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from beit_fast.data import builtin, scenes
-from beit_fast.data.sources import ArraySource, FolderSource, ImageSource, open_source
+from beit_fast.data.sources import (
+    VALIDATION_FOLDERS,
+    ArraySource,
+    Contents,
+    FolderSource,
+    ImageSource,
+    local_path,
+    open_source,
+)
 from beit_fast.data.sources.cifar import is_cifar100, read_cifar100
 
-VALIDATION_FOLDERS = ("val", "validation", "test")
 VALIDATION_SEED = 2_000_003
 """Set of built-in scenes that is never trained on."""
 BuiltinSet = Literal["scenes", "hues", "digits"]
@@ -34,6 +41,13 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.source)
 
+    def contents(self) -> Contents:
+        """What the source holds, with the number of images of each class."""
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+        known = self.source.contents
+        folders = {name: 0 for name in known.classes if name not in self.classes}  # those without an image
+        return replace(known, classes=folders | dict(zip(self.classes, counts, strict=True)))
+
 
 def open_training(path: str | os.PathLike[str]) -> LabelledImages:
     """The training images that `path` names.
@@ -44,21 +58,27 @@ def open_training(path: str | os.PathLike[str]) -> LabelledImages:
     cifar = _cifar_folder(path)
     if cifar is not None:
         return _cifar(cifar, train=True)
-    inner = Path(path) / "train"
-    return _labelled(inner if inner.is_dir() else path)
+    root = local_path(path)
+    if not (root / "train").is_dir():
+        return _labelled(path)
+    images = _labelled(root / "train")
+    others = [name for name in VALIDATION_FOLDERS if (root / name).is_dir()]
+    images.source.contents.notes.append(f"train of {root}" + (f"; beside it: {', '.join(others)}" if others else ""))
+    return images
 
 
 def open_validation(
-    path: str | os.PathLike[str], classes: Sequence[str], validation_path: str | os.PathLike[str] | None = None
-) -> LabelledImages:
-    """The validation images beside the training images `path`, or those of `validation_path`.
+    path: str | os.PathLike[str], classes: Sequence[str], validation_path: str | os.PathLike[str] | None = None,
+    class_map: str | os.PathLike[str] | None = None,
+) -> LabelledImages:  # fmt: skip
+    """Open the validation images beside the training images `path`, or those of `validation_path`.
 
-    `classes` are the training classes, which the validation set has to share.
+    `classes` are the training classes, which the validation set has to share: see `with_classes`.
     """
     if validation_path is not None or _cifar_folder(path) is not None:
         found = open_evaluation(validation_path if validation_path is not None else path)
     else:
-        root = Path(path)
+        root = local_path(path)
         homes = [root, root.parent] if root.name == "train" else [root]
         folder = next((h / name for h in homes for name in VALIDATION_FOLDERS if (h / name).is_dir()), None)
         if folder is None:
@@ -67,7 +87,7 @@ def open_validation(
                 "--data.validation-path, or --data.no-validate to train without"
             )
         found = _labelled(folder)
-    return _with_classes(found, classes, validation_path if validation_path is not None else path)
+    return with_classes(found, classes, str(validation_path if validation_path is not None else path), class_map)
 
 
 def open_evaluation(path: str | os.PathLike[str]) -> LabelledImages:
@@ -75,7 +95,7 @@ def open_evaluation(path: str | os.PathLike[str]) -> LabelledImages:
     cifar = _cifar_folder(path)
     if cifar is not None:
         return _cifar(cifar, train=False)
-    inner = [Path(path) / name for name in VALIDATION_FOLDERS]
+    inner = [local_path(path) / name for name in VALIDATION_FOLDERS]
     return _labelled(next((folder for folder in inner if folder.is_dir()), path))
 
 
@@ -123,21 +143,63 @@ def _labels(source: ImageSource, path: str) -> NDArray[np.int64]:
     return labels
 
 
-def _with_classes(found: LabelledImages, classes: Sequence[str], path: str | os.PathLike[str]) -> LabelledImages:
-    """`found` with its labels numbered as the training classes are."""
-    unknown = [name for name in found.classes if name not in set(classes)]
-    if unknown:
+def with_classes(
+    images: LabelledImages, classes: Sequence[str], path: str, class_map: str | os.PathLike[str] | None = None
+) -> LabelledImages:
+    """Number the labels of `images` as `classes` are: by a class map, by name, or names that are numbers by number.
+
+    Args:
+        images: with classes of their own.
+        classes: those of the training or of the model.
+        path: of the images, for messages.
+        class_map: file with a line per class of the images: its name, a tab or blank, and the name or number of the
+            class in `classes`; or the names alone, in the order of `classes`.
+
+    Raises:
+        ValueError: the names disagree and nothing says which class is which.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    if class_map is not None:
+        moved = _read_class_map(local_path(class_map), images.classes, numbers)
+    elif set(images.classes) <= set(classes):
+        moved = [numbers[name] for name in images.classes]
+    elif all(name.isdecimal() and int(name) < len(classes) for name in images.classes):
+        moved = [int(name) for name in images.classes]
+    else:
+        here = [name for name in images.classes if name not in numbers]
+        there = [name for name in classes if name not in set(images.classes)]
         raise ValueError(
-            f"validation images of {path}: {len(unknown)} of {len(found.classes)} classes do not occur in training, "
-            f"e.g. {unknown[0]!r}; classes need the same names (in tar shards: numbers) in both"
+            f"{path}: {len(here)} of {len(images.classes)} classes do not occur in training, e.g. "
+            f"{', '.join(map(repr, here[:3]))} (only in training: {', '.join(map(repr, there[:3])) or 'none'}); give "
+            "them the same names (in tar shards: numbers), or --data.class-map FILE with a line for each: class here, "
+            "tab, class in training"
         )
-    number = {name: place for place, name in enumerate(classes)}
-    moved = np.array([number[name] for name in found.classes], np.int64)
-    return LabelledImages(found.source, moved[found.labels], tuple(classes))
+    if len(set(moved)) < len(moved):
+        raise ValueError(f"{path}: two of its classes stand for the same class of training")
+    return LabelledImages(images.source, np.array(moved, np.int64)[images.labels], tuple(classes))
+
+
+def _read_class_map(path: Path, names: Sequence[str], numbers: dict[str, int]) -> list[int]:
+    """The number of the class of each of `names`."""
+    text = path.read_text(errors="surrogateescape")
+    lines = [line.strip("\r").split("\t") if "\t" in line else line.split(None, 1) for line in text.split("\n")]
+    pairs = [[word.strip() for word in line] for line in lines if line]
+    known: dict[str, int] = {}
+    for place, (name, *target) in enumerate(pairs):
+        number = place if not target else numbers.get(target[0])
+        if number is None and target[0].isdecimal():
+            number = int(target[0])
+        if number is None or number >= len(numbers):
+            raise ValueError(f"{path}: {name!r} stands for {target[0] if target else place!r}, which is no class")
+        known[name] = number
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"{path}: {len(missing)} of {len(names)} classes are not in it, e.g. {missing[0]!r}")
+    return [known[name] for name in names]
 
 
 def _cifar_folder(path: str | os.PathLike[str]) -> Path | None:
-    root = Path(path)
+    root = local_path(path)
     candidates = (root, root / "cifar-100-binary", root / "cifar-100-python")
     return next((folder for folder in candidates if folder.is_dir() and is_cifar100(folder)), None)
 

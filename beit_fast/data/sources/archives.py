@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import os
+import stat
 import struct
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from beit_fast.data.sources.contents import Contents, readable_suffixes
 from beit_fast.data.sources.files import LocalFiles
-from beit_fast.data.sources.source import Names, first_level_classes, is_image, readable_suffixes
+from beit_fast.data.sources.source import (
+    Names,
+    check_size,
+    first_level_classes,
+    is_helper,
+    is_image,
+    suffix_kind,
+)
 
 _HEADER = struct.Struct("<4s5H3L2H")  # the local header in front of a member (APPNOTE.TXT, section 4.3.7)
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -32,31 +39,38 @@ class ZipSource:
         self.archives = list(archives)
         names: list[tuple[int, str]] = []
         rows: list[tuple[int, int, int, int, int, int]] = []
-        others: Counter[str] = Counter()
+        self.contents = Contents(str(self.archives[0]), "zip archives")
         for number, path in enumerate(self.archives):
             for info in _members(path):
                 base = info.filename.rsplit("/", 1)[-1]
-                if not is_image(base) or any(part.startswith((".", "__MACOSX")) for part in info.filename.split("/")):
-                    others[os.path.splitext(base)[1] or base] += 1
+                shown = f"{path.name}:{info.filename}"
+                if any(is_helper(part) for part in info.filename.split("/")[:-1]):
+                    self.contents.skip("file in a helper folder", shown)
+                    continue
+                if stat.S_ISLNK(info.external_attr >> 16) or not is_image(base):
+                    self.contents.skip(suffix_kind(base) if not is_image(base) else "link", shown)
                     continue
                 names.append((number, info.filename))
                 rows.append(
                     (number, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
                 )
         if not rows:
-            found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "nothing"
-            raise ValueError(f"no images in {self.archives[0]} ({readable_suffixes()}; found {found})")
+            raise ValueError(
+                f"no images in {self.archives[0]} ({readable_suffixes()}; found {self.contents.skipped_counts()})"
+            )
         order = sorted(range(len(names)), key=lambda i: (names[i][0], tuple(names[i][1].split("/"))))
         self._names = Names(names[i][1] for i in order)
         self._members = np.array([rows[i] for i in order], np.int64)
         self._labels = first_level_classes([names[i][1] for i in order], "/")
         self._files = LocalFiles(self.archives)
+        self.contents.images, self.contents.shards = len(rows), len(self.archives)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
         archive, offset, packed, size, method, checksum = (int(value) for value in self._members[index])
+        check_size(max(packed, size))
         head = self._files.read(archive, offset, _HEADER.size)
         if len(head) < _HEADER.size or head[:4] != b"PK\x03\x04":
             raise OSError(f"no member at byte {offset}")

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from beit_fast.data.sources.contents import Contents
+
 
 class ArraySource:
     """Images in memory: uint8 (n, H, W, 3) or (n, H, W), or a list of such arrays of different sizes."""
@@ -16,6 +18,7 @@ class ArraySource:
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"labels: {len(labels)} for {len(images)} images")
         self._images = images
+        self.contents = Contents("arrays", "arrays", len(images))
         self._labels = labels
 
     def __len__(self) -> int:
@@ -56,6 +59,7 @@ class DatasetSource:
         if labels is not None and len(labels) != len(dataset):
             raise ValueError(f"labels: {len(labels)} for {len(dataset)} images")
         self.dataset = dataset
+        self.contents = Contents(name, "dataset", len(dataset))
         self._labels = labels
         self._name = name
 

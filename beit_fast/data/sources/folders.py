@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.sources.source import Names, first_level_classes, is_image, readable_suffixes
+from beit_fast.data.sources.contents import Contents, readable_suffixes
+from beit_fast.data.sources.source import Names, is_helper, is_image, read_file, suffix_kind
 
 
 class FolderSource:
-    """Image files under a root. `names` are paths relative to it, `labels` one class per file or None."""
+    """Image files under a root.
 
-    def __init__(self, root: Path, names: Iterable[str], labels: NDArray[np.int32] | None = None) -> None:
+    Args:
+        root: the folder.
+        names: paths relative to it.
+        labels: one class per file; None: there are none.
+        contents: what was found in the folder; None: just these images.
+    """
+
+    def __init__(
+        self, root: Path, names: Iterable[str], labels: NDArray[np.int32] | None = None,
+        contents: Contents | None = None,
+    ) -> None:  # fmt: skip
         self.root = root
         self._names = Names(names)
         self._labels = labels
+        self.contents = contents or Contents(str(root), "folders")
+        self.contents.images = len(self._names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
-        with open(os.path.join(self.root, self._names[index]), "rb", buffering=0) as file:
-            return file.read()
+        return read_file(os.path.join(self.root, self._names[index]))
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._names[index])
@@ -36,28 +47,58 @@ class FolderSource:
 
 
 def open_folder(root: Path) -> FolderSource:
-    names: list[str] = []
-    others: Counter[str] = Counter()
+    """Open the images of a folder, at any depth, ordered by their paths.
 
-    def refuse(error: OSError) -> None:
-        raise error
+    Where every image lies below a first-level folder, those folders, ordered by name, are the classes.
 
-    entered = {os.path.realpath(root)}
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in [name for name in subfolders if os.path.islink(os.path.join(folder, name))]:
-            target = os.path.realpath(os.path.join(folder, name))
-            if target in entered or str(root.resolve()).startswith(target + os.sep):  # a link in a circle
-                subfolders.remove(name)
-            entered.add(target)
-        relative = os.path.relpath(folder, root)
-        for name in sorted(files):
-            if is_image(name):
-                names.append(name if relative == "." else os.path.join(relative, name))
-            else:
-                others[os.path.splitext(name)[1] or name] += 1
+    Raises:
+        ValueError: there is no image.
+    """
+    contents = Contents(str(root), "folders")
+    names = list(_images_of(root, "", contents, {os.path.realpath(root)}))
     if not names:
-        found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3))
-        raise ValueError(f"no images in {root} ({readable_suffixes()}; found {found or 'nothing'})")
-    names.sort(key=lambda name: tuple(name.split(os.sep)))
-    return FolderSource(root, names, first_level_classes(names, os.sep))
+        raise ValueError(f"no images in {root} ({readable_suffixes()}; found {contents.skipped_counts()})")
+    tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in names]
+    if None in tops:
+        return FolderSource(root, names, None, contents)
+    contents.classes |= {top: 0 for top in tops if top is not None}
+    contents.classes = dict(sorted(contents.classes.items()))
+    for top in tops:
+        contents.classes[str(top)] += 1
+    numbers = {name: number for number, name in enumerate(n for n, count in contents.classes.items() if count)}
+    return FolderSource(root, names, np.array([numbers[str(top)] for top in tops], np.int32), contents)
+
+
+def first_image(root: Path) -> str | None:
+    """Path below `root` of an image; None where there is none."""
+    return next(_images_of(root, "", Contents(str(root), "folders"), {os.path.realpath(root)}), None)
+
+
+def _images_of(root: Path, folder: str, contents: Contents, entered: set[str]) -> Iterator[str]:
+    """Paths below `root` of the images of a folder, ordered by name at every depth."""
+    with os.scandir(os.path.join(root, folder)) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        name = os.path.join(folder, entry.name)
+        if entry.is_dir():
+            if is_helper(entry.name):
+                contents.skip("helper folder", name)
+            elif entry.is_symlink() and _is_circle(entry.path, root, entered):
+                contents.skip("link to a folder that is read already", name)
+            else:
+                if not folder:
+                    contents.classes[entry.name] = 0
+                yield from _images_of(root, name, contents, entered)
+        elif not is_image(entry.name):
+            contents.skip(suffix_kind(entry.name), name)
+        elif entry.is_file() or entry.is_symlink():  # where a link leads nowhere, reading says so
+            yield name
+        else:
+            contents.skip("pipe, socket or device", name)
+
+
+def _is_circle(path: str, root: Path, entered: set[str]) -> bool:
+    target = os.path.realpath(path)
+    circle = target in entered or str(root.resolve()).startswith(target + os.sep)
+    entered.add(target)
+    return circle

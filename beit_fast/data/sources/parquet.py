@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from beit_fast.data.sources.contents import IMAGE_SUFFIXES
 from beit_fast.data.sources.shards import TarSource
-from beit_fast.data.sources.source import IMAGE_SUFFIXES, default_cache_dir, is_image
+from beit_fast.data.sources.source import default_cache_dir, is_image
 
 _ROWS_AT_ONCE = 64
 
@@ -39,6 +40,7 @@ class ParquetSource(TarSource):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = list(files)
         super().__init__([_unpacked(path, folder) for path in self.files])
+        self.contents.path, self.contents.form = str(self.files[0].parent), "parquet files"
 
     def name(self, index: int) -> str:
         shard, _, member = super().name(index).rpartition(".tar:")

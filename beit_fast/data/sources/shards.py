@@ -1,4 +1,4 @@
-"""Images in tar shards, as webdataset writes them."""
+"""Images in tar shards, as webdataset writes them: `key.jpg` and, optionally, `key.cls` beside it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,33 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from beit_fast.data.sources.contents import IMAGE_SUFFIXES, Contents, readable_suffixes
 from beit_fast.data.sources.files import Files, LocalFiles, RemoteFiles
-from beit_fast.data.sources.source import Names, default_cache_dir, is_image, readable_suffixes
+from beit_fast.data.sources.source import Names, check_size, default_cache_dir, is_image, suffix_kind
+from beit_fast.data.sources.tar import Member, members_of
+
+_LABEL_BYTES = 32
 
 
 class TarSource:
-    """Images in (uncompressed) tar shards as webdataset writes them: `key.jpg` and, optionally, `key.cls` beside it.
+    """Images in (uncompressed) tar shards, read in place.
+
+    The key of an image and of its class is the name up to `.jpg` or `.cls`; webdataset's ends at the first dot, and
+    where that groups otherwise `contents` says so.
 
     Args:
         shards: paths, or URLs that fsspec knows. A remote shard is read once as a whole to list its members; the list
             is kept in the cache folder. Afterwards each image is one request for a range of bytes.
+
+    Raises:
+        ValueError: a shard is damaged, or bears two classes for one image; in one line that names it.
     """
 
     def __init__(self, shards: Sequence[Path | str]) -> None:
@@ -32,56 +43,82 @@ class TarSource:
         # Walking the headers waits on the disk or the network much more than on the processor.
         with ThreadPoolExecutor(min(8, len(self.shards))) as pool:
             indices = list(pool.map(lambda number: listing(self._files, number), range(len(self.shards))))
-        members = [(number, *member) for number, index in enumerate(indices) for member in index]
-        if not members:
-            raise ValueError(f"no images in {self.shards[0]} (of {len(self.shards)} shards): {readable_suffixes()}")
-        self._names = Names(member[1] for member in members)
-        self._where = np.array([(member[0], member[2], member[3]) for member in members], np.int64)
-        labels = [member[4] for member in members]
-        known = [label for label in labels if label is not None]
-        self._labels = np.array(known, np.int32) if len(known) == len(labels) else None
+        first = str(self.shards[0])
+        self.contents = Contents(first if len(self.shards) == 1 else os.path.dirname(first), "tar shards")
+        for kind, name in (entry for index in indices for entry in index.skipped):
+            self.contents.skip(kind, name)
+        images = [(number, *image) for number, index in enumerate(indices) for image in index.images]
+        if not images:
+            many = f" (of {len(self.shards)} shards)" if len(self.shards) > 1 else ""
+            found = self.contents.skipped_counts()
+            raise ValueError(f"no images in {first}{many} ({readable_suffixes()}; found {found})")
+        self._names = Names(name for _, name, _, _, _ in images)
+        self._where = np.array([(number, offset, size) for number, _, offset, size, _ in images], np.int64)
+        self._labels = np.array([label for *_, label in images], np.int64)
+        self.contents.images, self.contents.shards = len(images), len(self.shards)
+        self._note_labels(int((self._labels >= 0).sum()))
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, index: int) -> bytes:
         shard, offset, size = (int(value) for value in self._where[index])
+        check_size(size)
         return self._files.read(shard, offset, size)
 
     def name(self, index: int) -> str:
         return f"{self.shards[int(self._where[index, 0])]}:{self._names[index]}"
 
     def label(self, index: int) -> int | None:
-        return None if self._labels is None else int(self._labels[index])
+        return None if self._labels[index] < 0 else int(self._labels[index])
+
+    def _note_labels(self, labelled: int) -> None:
+        count = len(self)
+        if 0 < labelled < count:
+            self.contents.notes.append(f"{count - labelled:,} of {count:,} images have no .cls entry")
+        dotted = [name for name in map(self._names.__getitem__, range(count)) if "." in os.path.basename(_key(name))]
+        if dotted and labelled:
+            self.contents.notes.append(
+                f"{len(dotted):,} names have a dot before their suffix, e.g. {dotted[0]}: image and class belong "
+                "together where the names up to the suffix agree; webdataset would compare them up to the first dot"
+            )
 
 
-Member = tuple[str, int, int, int | None]
-"""Name, offset, size and label of an image."""
+def _key(name: str) -> str:
+    """The name of an image or class entry without its suffix."""
+    lower = name.lower()
+    return name[: -len(next(suffix for suffix in (".cls", *IMAGE_SUFFIXES) if lower.endswith(suffix)))]
 
 
-def _index_shard(files: Files, number: int) -> list[Member]:
-    """The images of one shard."""
+class _Index(NamedTuple):
+    """What one shard holds."""
+
+    images: list[tuple[str, int, int, int]]
+    """Name, offset, size and class of each; -1 where it has no class."""
+    skipped: list[tuple[str, str]]
+    """Kind and name of each member that is left out."""
+
+
+def _index_shard(files: Files, number: int) -> _Index:
     path = files.names[number]
-    images: list[tuple[str, int, int]] = []
-    classes: dict[str, int] = {}
-
-    def read(offset: int, size: int) -> bytes:
-        return files.read(number, offset, size)
-
-    for name, offset, size in _tar_members(read, files.size(number), path):
-        folder, base = os.path.split(name)
-        key = os.path.join(folder, base.split(".", 1)[0])
-        if base.endswith(".cls") and not base.startswith("."):
-            text = read(offset, size).strip()
-            if not text.isdigit():
-                raise ValueError(f"{path}:{name}: a class must be a number, found {text[:20]!r}")
-            classes[key] = int(text)
-        elif is_image(base):
-            images.append((name, offset, size))
-    return [
-        (name, offset, size, classes.get(os.path.join(os.path.dirname(name), os.path.basename(name).split(".", 1)[0])))
-        for name, offset, size in images
-    ]
+    members, skipped = members_of(lambda offset, size: files.read(number, offset, size), files.size(number), path)
+    images: list[Member] = []
+    classes: dict[str, tuple[str, int]] = {}
+    for member in members:
+        base = os.path.basename(member.name)
+        if is_image(base):
+            images.append(member)
+        elif base.lower().endswith(".cls") and not base.startswith("."):
+            text = files.read(number, member.offset, min(member.size, _LABEL_BYTES)).strip()
+            if not text.isdigit() or member.size > _LABEL_BYTES:
+                raise ValueError(f"{path}:{member.name}: a class must be a number, found {text[:20]!r}")
+            key = _key(member.name)
+            if key in classes:
+                raise ValueError(f"{path}: two classes for {key}: {classes[key][0]} and {member.name}")
+            classes[key] = member.name, int(text)
+        else:
+            skipped.append((suffix_kind(base), f"{os.path.basename(path)}:{member.name}"))
+    return _Index([(*image, classes.get(_key(image.name), ("", -1))[1]) for image in images], skipped)
 
 
 class _Blocks:
@@ -105,58 +142,16 @@ class _Blocks:
         return self._block[offset - self._start : offset - self._start + size]
 
 
-def _listed_remotely(files: Files, number: int) -> list[Member]:
+def _listed_remotely(files: Files, number: int) -> _Index:
     """The images of a remote shard, from the list in the cache folder where the shard is still the same."""
     key = hashlib.sha256(f"{files.names[number]}\0{files.version(number)}".encode()).hexdigest()[:32]
-    path = default_cache_dir() / "shards" / f"{key}.json"
+    path = default_cache_dir() / "shards-2" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError):
-        return [(str(name), int(at), int(size), label) for name, at, size, label in json.loads(path.read_text())]
-    members = _index_shard(_Blocks(files, number), 0)
+        images, skipped = json.loads(path.read_text())
+        return _Index([tuple(image) for image in images], [tuple(entry) for entry in skipped])
+    index = _index_shard(_Blocks(files, number), 0)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(members))
+    partial.write_text(json.dumps(index))
     os.replace(partial, path)
-    return members
-
-
-def _tar_members(read: Callable[[int, int], bytes], end: int, path: str) -> Iterator[tuple[str, int, int]]:
-    """Regular files of a POSIX or GNU tar. `tarfile` does the same at a tenth of the speed."""
-    offset, long_name, long_size = 0, None, None
-    while offset < end:
-        head = read(offset, 512)
-        if not head.strip(b"\0"):
-            return
-        if len(head) < 512 or head[257:262] != b"ustar":
-            raise ValueError(f"{path}: not an (uncompressed) tar archive, or damaged, at byte {offset} of {end}")
-        size = int.from_bytes(head[125:136], "big") if head[124] & 0x80 else int(head[124:136].strip(b"\0 ") or b"0", 8)
-        kind = head[156:157]
-        data = offset + 512
-        if kind in b"0\0":
-            size = size if long_size is None else long_size
-        if data + size > end:
-            raise ValueError(f"{path}: cut off at byte {end} (a member needs {data + size}); fetch the shard again")
-        if kind == b"L":
-            long_name = os.fsdecode(read(data, size).rstrip(b"\0"))
-        elif kind == b"x":
-            records = _pax_records(read(data, size))
-            long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if "size" in records else long_size
-        elif kind in b"0\0":
-            name, prefix = head[:100].rstrip(b"\0"), head[345:500].rstrip(b"\0")
-            if long_name is None:
-                posix = head[262:263] == b"\0"
-                long_name = os.fsdecode(prefix + b"/" + name if posix and prefix else name)
-            yield long_name, data, size
-            long_name, long_size = None, None
-        offset = data + (size + 511) // 512 * 512
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """Records `length key=value\\n` of a pax extended header."""
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        record, data = data[: int(length)], data[int(length) :]
-        key, _, value = record[len(length) + 1 : -1].partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "surrogateescape")
-    return records
+    return index

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+from beit_fast.data.sources.contents import IMAGE_SUFFIXES, Contents
+
+MAX_BYTES = 1 << 30
+"""Larger files are refused: no image that is decoded is so large."""
+HELPERS = frozenset(
+    ("@eaDir", "#recycle", "#snapshot", "__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+)
+"""Folders that systems put between the data; like hidden ones they are skipped."""
 
 
-@runtime_checkable
 class ImageSource(Protocol):
     """A fixed sequence of encoded images. Implementations may be used from several threads at once."""
+
+    contents: Contents
+    """What the source was made of."""
 
     def __len__(self) -> int: ...
 
@@ -71,12 +81,44 @@ def first_level_classes(names: Sequence[str], separator: str) -> NDArray[np.int3
     return np.array([numbers[top] for top in tops], np.int32)
 
 
-def readable_suffixes() -> str:
-    return f"looking for {', '.join(IMAGE_SUFFIXES)}"
-
-
 def is_image(name: str) -> bool:
+    """Whether the name of a file says that it is an image."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def suffix_kind(name: str) -> str:
+    """What a file that is no image is counted as."""
+    if name.startswith("."):
+        return "hidden file"
+    suffix = os.path.splitext(name)[1].lower()
+    return f"suffix {suffix}" if suffix else "file without a suffix"
+
+
+def check_size(size: int) -> None:
+    """Refuse to read what is too large for an image, with an OSError."""
+    if size > MAX_BYTES:
+        raise OSError(f"{size / 2**20:,.0f} MiB; images have at most {MAX_BYTES // 2**20:,} MiB")
+
+
+def is_helper(folder: str) -> bool:
+    """Whether a folder of this name is hidden or made by a system."""
+    return folder.startswith(".") or folder in HELPERS
+
+
+def read_file(path: str) -> bytes:
+    """Read a regular file; a pipe or device, which might never end, and a huge file are an OSError."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        state = os.fstat(file)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError("a folder" if stat.S_ISDIR(state.st_mode) else "a pipe, socket or device, not a file")
+        check_size(state.st_size)
+        parts = []
+        while part := os.read(file, state.st_size + 1):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(file)
 
 
 def fingerprint(source: ImageSource) -> str:
