@@ -72,7 +72,7 @@ class AotSpec:
     architectures: tuple[int, ...] = field(default=(80, 90))
 
 
-FLOATS = ("eps", "scale", "scale_log2", "log2e")
+FLOATS = ("eps", "scale", "shift", "scale_log2", "log2e", "slack", "sum_error")
 
 
 def _spec(
@@ -199,9 +199,24 @@ def _attention() -> Iterator[AotSpec]:
         yield _spec(label, kernel, values, pointers, "N H samples")
 
 
+def _conv() -> Iterator[AotSpec]:
+    """DALL-E's encoder in fp16 and, for cards whose users prefer it, bf16."""
+    from beit_fast.kernels.conv import kernel
+
+    for dtype in ("fp16", "bf16"):
+        pointers = {"": dtype, "bias": "fp32", "images": "fp32"}
+        yield _spec(f"bias_relu {dtype}", kernel.bias_relu_kernel, _row("bias_relu"), pointers)
+        yield _spec(f"pool_bias_relu {dtype}", kernel.pool_bias_relu_kernel, _row("pool_bias_relu"), pointers, "W")
+        values = _row("pixel_conv", CHANNELS=3, SIZE=7, TAPS=160)
+        yield replace(_spec(f"pixel_conv {dtype}", kernel.pixel_conv_kernel, values, pointers), has_matmul=True)
+        pointers = {"": "fp32", "rows": dtype, "ids": "i64"}
+        yield _spec(f"exact_argmax {dtype}", kernel.exact_argmax_kernel, _row("exact_argmax", BLOCK_C=2048), pointers)
+
+
 SPECS = {
     "attention": _attention,
     "color_jitter": _color_jitter,
+    "conv": _conv,
     "gelu": _gelu,
     "mim_loss": _mim_loss,
     "position_bias": _position_bias,

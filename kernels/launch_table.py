@@ -46,6 +46,10 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "gather_norm_forward": {"num_warps": 4, "num_stages": 1},
         "gather_norm_backward": {"PROGRAMS": 256, "num_warps": 8, "num_stages": 1},
         "color_jitter": {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        "bias_relu": {"ROWS": 8, "COLS": 256, "num_warps": 4, "num_stages": 1},
+        "pool_bias_relu": {"ROWS": 4, "COLS": 256, "num_warps": 4, "num_stages": 1},
+        "pixel_conv": {"ROWS": 64, "COLS": 256, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+        "exact_argmax": {"BLOCK": 8192, "num_warps": 8, "num_stages": 1},
     },
     "sm_80": {},
     "sm_90": {
@@ -68,6 +72,10 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "residual_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},
         "residual_norm_finish": {"ROWS": 2, "COLS": 512, "num_warps": 4, "num_stages": 1},
         "gather_norm_backward": {"PROGRAMS": 3, "num_warps": 4, "num_stages": 1},
+        "bias_relu": {"ROWS": 64, "COLS": 16, "num_warps": 4, "num_stages": 1},
+        "pool_bias_relu": {"ROWS": 64, "COLS": 16, "num_warps": 4, "num_stages": 1},
+        "pixel_conv": {"ROWS": 128, "COLS": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
+        "exact_argmax": {"BLOCK": 512, "num_warps": 4, "num_stages": 1},
     },
 }
 

@@ -1,10 +1,16 @@
 """What every tokenizer offers: images in [0, 1] to visual tokens and back."""
 
 import copy
+import sys
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from beit_fast.kernels.backend import select
+from beit_fast.kernels.conv import ExactHead, exact_argmax
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
@@ -12,6 +18,7 @@ __all__ = ["Tokenizer", "TokenizerError"]
 # On a CPU the buffer then stays in the cache and is never handed back to the operating system between batches.
 _LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 _ACTIVATION_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+_WORTH_COMPILING = 128  # channels; below, compiling takes longer than it saves in a run of some hours
 
 
 class TokenizerError(ValueError):
@@ -33,6 +40,9 @@ class Tokenizer(nn.Module):
     width: int
     name: str = "untrained"
     sha256: str = ""
+    _exact_head: ExactHead | None = None
+    _fused: Callable[[Tensor], Tensor] | None = None
+    _compiled: Callable[[Tensor], Tensor] | None = None
 
     def features(self, images: Tensor) -> Tensor:
         """Give the input (B, C, h, w) of the 1x1 output convolution for images (B, 3, H, W) in [0, 1]."""
@@ -41,6 +51,42 @@ class Tokenizer(nn.Module):
     def head(self) -> tuple[Tensor, Tensor]:
         """Give weight (V, C) and bias (V,) of the 1x1 output convolution."""
         raise NotImplementedError
+
+    def prepare(self) -> Self:
+        """Prepare fast inference with the weights, the precision and the device as they are; their change undoes it.
+
+        On a GPU with Triton half-precision rows go through `exact_argmax`; wide features are compiled.
+        """
+        weight, bias = self.head()
+        if self._dtype() != torch.float32 and select("exact_argmax", weight) == "triton":
+            self._exact_head = ExactHead.of(weight, bias, self._dtype())
+        if weight.is_cuda and self.width >= _WORTH_COMPILING:
+            self._compiled = torch.compile(self.features)
+        return self
+
+    def _dtype(self) -> torch.dtype:
+        """Precision of the convolutions but the output one."""
+        raise NotImplementedError
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert the module, as `to` and its kin do."""
+        self._exact_head = self._fused = self._compiled = None
+        return super()._apply(*args, **kwargs)
+
+    def _fast_features(self, images: Tensor) -> Tensor:
+        """As `features`, by fused passes or compiled where that was prepared and works here."""
+        if self._fused is not None:
+            return self._fused(images)
+        if self._compiled is not None:
+            try:
+                return self._compiled(images)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a missing or broken compiler raises: uncompiled it works as well
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                print(f"tokenizer {self.name} runs uncompiled: {reason}", file=sys.stderr)
+                self._compiled = None
+        return self.features(images)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Give images (B, 3, H, W) in [0, 1] for ids int64 (B, h, w)."""
@@ -78,7 +124,7 @@ class Tokenizer(nn.Module):
         step = max(1, _ACTIVATION_BYTES.get(images.device.type, 1 << 30) // bytes_per_image)
         parts = []
         for part in images.split(step):
-            rows = self.features(part).permute(0, 2, 3, 1).flatten(0, 2)  # (b, h, w, C) -> (b*h*w, C)
+            rows = self._fast_features(part).permute(0, 2, 3, 1).flatten(0, 2)  # (b, h, w, C) -> (b*h*w, C)
             parts.append(self._ids(rows) if masked_indices is None else rows)
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         if masked_indices is None:
@@ -88,7 +134,10 @@ class Tokenizer(nn.Module):
 
     def _ids(self, rows: Tensor) -> Tensor:
         """Give the tokens, int64 (P,), of rows (P, C) of `features`."""
-        return _argmax_rows(rows, *self.head(), _LOGIT_BYTES.get(rows.device.type, 128 << 20))
+        logit_bytes = _LOGIT_BYTES.get(rows.device.type, 128 << 20)
+        if self._exact_head is not None and rows.dtype == self._exact_head.half.dtype:
+            return exact_argmax(rows, self._exact_head, logit_bytes)
+        return _argmax_rows(rows, *self.head(), logit_bytes)
 
     def multiply_adds(self, height: int, width: int, positions: int | None = None) -> int:
         """Count the multiply-adds of encoding one image, the output convolution at `positions` (all where None)."""

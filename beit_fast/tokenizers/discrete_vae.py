@@ -4,6 +4,8 @@ State-dict keys are those of their `pytorch_model.bin`: `codebook.weight`, `enco
 `encoder.{1,3,5}.net.{0,2,4}.*`, `encoder.6.*`, and the mirror of them under `decoder`.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +53,7 @@ class DiscreteVAE(Tokenizer):
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(hidden_dim, num_tokens, 1))
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden_dim, 3, 1))
 
-    def to_precision(self, dtype: torch.dtype) -> "DiscreteVAE":
+    def to_precision(self, dtype: torch.dtype) -> Self:
         """Run every convolution but the encoder's output in `dtype`, channels last."""
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.encoder[:-1].to(dtype)

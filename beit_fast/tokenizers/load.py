@@ -96,7 +96,7 @@ def load_tokenizer(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float16 if isinstance(tokenizer, DalleTokenizer) and device.type == "cuda" else torch.float32
-    return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False)
+    return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False).prepare()
 
 
 def _hash(path: Path) -> str:
