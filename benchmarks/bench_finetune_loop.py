@@ -85,10 +85,10 @@ def shape(case: Case) -> dict[str, Any]:
 
 
 def ours(case: Case) -> Rival:
-    from beit_fast.train.batching import requests_of
     from beit_fast.train.config import OptimConfig
     from beit_fast.train.distributed.world import World
     from beit_fast.train.optim import build_optimizer, optimizer_step, set_learning_rate
+    from beit_fast.train.schedules import requests_of
     from beit_fast.train.tasks.finetune import ClassifierModelConfig, Finetune, FinetuneConfig, LabelledDataConfig
 
     config = FinetuneConfig(
@@ -98,7 +98,7 @@ def ours(case: Case) -> Rival:
         optim=OptimConfig(lr=1e-4, clip_grad=None),
     )  # fmt: skip
     task, world = Finetune(config), World(0, 1, torch.device(case.device))
-    model = task.build(config, world).train()
+    model = task.build(world).train()
     optimizer = build_optimizer(task.parameter_groups(model, 0.05), config.optim)
     info: dict[str, Any] = {}
     requests = requests_of(0, 10**6, task.num_samples() // case.batch, config, 0, 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from beit_fast.models import BeitConfig, BeitForSemanticSegmentation, convert_state_dict
 from beit_fast.models.segmentation import segmentation_config
 from beit_fast.models.segmentation_windows import sliding_logits, window_starts
-from beit_fast.train.tasks.finetune import multiply_adds
+from beit_fast.train.tasks.model import multiply_adds
 from beit_fast.train.tasks.segment import head_flops
 from benchmarks.baselines.libraries import transformers_beit
 from benchmarks.harness import OURS, Comparison, Rival

@@ -110,7 +110,7 @@ def trace_step() -> Trace:
             evaluation=dataclasses.replace(config.evaluation, images=8),
             log=dataclasses.replace(config.log, progress="none"),
         )  # fmt: skip
-        engine.run(Traced(small), small)
+        engine.run(Traced(small))
     return trace
 
 

@@ -91,7 +91,7 @@ config = PretrainConfig(
     model=ModelConfig(width=32, depth=1, num_heads=2, image_size=32, patch_size=8),
     masking=MaskingConfig(num_masked=6, min_num_patches=2), tokenizer=TokenizerConfig(name="demo"),
     optim=OptimConfig(warmup_steps=0), log=LogConfig(every_steps=1, progress="none"))
-print("DONE", engine.run(MaskedImageModeling(config), config).exit_code)
+print("DONE", engine.run(MaskedImageModeling(config)).exit_code)
 """
 
 

@@ -42,7 +42,9 @@ def parse(default: Options, arguments: Sequence[str], program: str | None = None
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        fail(_one_line(captured.getvalue()), code=2)
+        message = _one_line(captured.getvalue())
+        reason = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", message)  # from a dataclass that checks itself
+        fail(reason, code=2 if reason == message else 1)
     options, unknown = parsed
     if unknown:
         wrong = unknown[0].split("=")[0].replace("_", "-")
@@ -91,13 +93,10 @@ def did_you_mean(names: Sequence[str]) -> str:
 
 
 def _one_line(box: str) -> str:
-    """tyro's error box as one line: the text up to its first rule."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    text = []
-    for line in lines:
-        if re.fullmatch("─+", line):
-            break
-        text.append(line)
+    """tyro's error box, drawn with or without Unicode, as one line: the text between its first two rules."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    rules = [number for number, line in enumerate(lines) if re.search("(─|-){5,}$", line)]
+    text = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else []
     return " ".join(text) or " ".join(box.split()) or "wrong command line; --help lists the options"
 
 

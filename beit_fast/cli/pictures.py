@@ -24,7 +24,7 @@ from beit_fast.train.config import from_plain
 from beit_fast.train.distributed.world import World, resolve_device
 from beit_fast.train.evaluation.classifiers import architecture_of, open_classifier
 from beit_fast.train.tasks.pretrain import MaskedImageModeling, PretrainConfig
-from beit_fast.train.tasks.tokenizer import held_out_images, measure
+from beit_fast.train.tasks.tokenizer import held_out_images, reconstruction_metrics
 from beit_fast.train.tasks.weights import load_weights, resolve_weights
 from beit_fast.visualize import pictures
 from beit_fast.visualize.attention_maps import MASS, attention_maps, attention_sheet, save_attention
@@ -273,7 +273,7 @@ def open_backbone(checkpoint: str, device: str) -> tuple[BeitBackbone, Tensor, T
 def _codes(name: str, options: CodesOptions) -> int:
     tokenizer = load_tokenizer(name, decoder=True)
     images = held_out_images(options.images, options.size)
-    found = measure(tokenizer, images)
+    found = reconstruction_metrics(tokenizer, images)
     ids = torch.cat([tokenizer.encode(part) for part in images.split(32)])
     counts = torch.bincount(ids.flatten(), minlength=tokenizer.vocab_size)
     order = counts.argsort(descending=True)[: min(options.count, int((counts > 0).sum()))]

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from beit_fast.cli.gpus import ASSUMED_UTILISATION, measured_images_per_s, named
-from beit_fast.train.batching import accumulation, requests_of
 from beit_fast.train.checkpoint.format import mib, tensor_bytes
-from beit_fast.train.config import RunConfig, check
+from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import World, check_world, end_world, start_world
 from beit_fast.train.memory import capacity_bytes, largest_micro_batch, state_memory
 from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.progress import duration
-from beit_fast.train.schedules import run_length
+from beit_fast.train.schedules import accumulation, requests_of, run_length
 from beit_fast.train.task import Task
 
 
@@ -50,9 +49,9 @@ class SavedForBackward:
         self._hooks.__exit__(*error)
 
 
-def plan(task: Task, config: RunConfig) -> dict[str, float]:
+def plan(task: Task) -> dict[str, float]:
     """Print parameters, FLOPs, memory, steps, disk and time of a run, and return the numbers printed."""
-    check(config)
+    config = task.config
     world = start_world(config.device)
     try:
         check_world(config, world)
@@ -68,7 +67,7 @@ def plan(task: Task, config: RunConfig) -> dict[str, float]:
 def _measure(task: Task, config: RunConfig, world: World) -> dict[str, float]:
     device = world.device
     torch.manual_seed(config.seed)
-    model = task.build(config, world).train()
+    model = task.build(world).train()
     steps_per_epoch, total, _ = run_length(config, task.num_samples())
     target = min(total, config.max_steps or total)
     groups = task.parameter_groups(model, config.optim.weight_decay)
@@ -108,7 +107,7 @@ def _measure(task: Task, config: RunConfig, world: World) -> dict[str, float]:
     moments, averages = held.moments, held.averages
     saved_bytes = weights + moments + averages
     step_s = (max(seconds["data"], seconds["prepare"] + seconds["train"])) * local / share
-    extras = task.plan(config)
+    extras = task.plan()
     prepared_steps = min(target, extras.get("prepared_epochs", 2**62) * steps_per_epoch)
     later_s = max(seconds["data"], seconds["train"]) * local / share  # once what `prepare` gives is kept
     return {

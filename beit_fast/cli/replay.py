@@ -14,32 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beit_fast.train.batching import accumulation, requests_of
 from beit_fast.train.checkpoint import format as checkpoint
 from beit_fast.train.checkpoint.format import Checkpoint
 from beit_fast.train.checkpoint.run_folder import RunFolder
-from beit_fast.train.config import RunConfig, check
 from beit_fast.train.distributed.parallel import local
 from beit_fast.train.distributed.world import check_world, end_world, start_world
 from beit_fast.train.engine import TrainingRun
+from beit_fast.train.schedules import accumulation, requests_of
 from beit_fast.train.task import Task
 
 REPORTED = 10
 
 
-def replay(task: Task, config: RunConfig) -> int:
+def replay(task: Task) -> int:
     """Repeat step number `config.replay` and report; returns 0.
 
     ValueError where there is no run, or none of its checkpoints lies before the step.
     """
-    check(config)
+    config = task.config
     assert config.replay is not None
     world = start_world(config.device)
     folder = RunFolder(config.output_dir)
     try:
         check_world(config, world)
         folder.compare(config, task.name)
-        with closing(TrainingRun(task, config, world, folder)) as job:
+        with closing(TrainingRun(task, world, folder)) as job:
             found = before(folder, config.replay)
             if found is not None and found.state["world_size"] != world.size and world.is_main:
                 print(
@@ -50,7 +49,7 @@ def replay(task: Task, config: RunConfig) -> int:
             job.prepare(found)
             if not job.step < config.replay <= job.total:
                 raise ValueError(f"--replay {config.replay} is none of the steps 1 to {job.total} of this run")
-            job.say(f"replaying step {config.replay} from {'the start' if found is None else found.path}")
+            job.log(f"replaying step {config.replay} from {'the start' if found is None else found.path}")
             report = repeat(job, config.replay)
         if world.is_main:
             folder.replay.mkdir(exist_ok=True)
@@ -88,15 +87,15 @@ def repeat(job: TrainingRun, step: int) -> dict[str, Any]:
         job.train_step([next(batches) for _ in range(micro)])
         job.step += 1
     group = [next(batches) for _ in range(micro)]
-    with observed(job.bare) as outputs:
-        loss, _ = job.work.gradients(group, job.step)
+    with observed(job.module) as outputs:
+        loss, _ = job.compute.gradients(group, job.step)
     gradients = {
         name: local(parameter.grad).detach()
-        for name, parameter in job.bare.named_parameters()
+        for name, parameter in job.module.named_parameters()
         if parameter.grad is not None
     }
     largest = {name: float(g.abs().amax()) if g.numel() else 0.0 for name, g in gradients.items()}
-    weights = {name: bool(local(p).isfinite().all()) for name, p in job.bare.named_parameters()}
+    weights = {name: bool(local(p).isfinite().all()) for name, p in job.module.named_parameters()}
     job.folder.replay.mkdir(exist_ok=True)
     path = job.folder.replay / f"step_{step:08d}_rank{world.rank}_batch.safetensors"
     tensors = dict(tensors_in(group))

@@ -63,15 +63,15 @@ def main(
         if chosen.dry_run:
             from beit_fast.cli.plan import plan
 
-            plan(task(chosen), chosen)
+            plan(task(chosen))
             raise SystemExit(0)
         if chosen.gpus is not None and not launch.is_worker():
             raise SystemExit(launch.launch(chosen.gpus, chosen.device))
         if chosen.replay is not None:
             from beit_fast.cli.replay import replay
 
-            raise SystemExit(replay(task(chosen), chosen))
-        raise SystemExit(engine.run(task(chosen), chosen).exit_code)
+            raise SystemExit(replay(task(chosen)))
+        raise SystemExit(engine.run(task(chosen)).exit_code)
 
 
 def _program() -> str:

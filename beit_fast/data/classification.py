@@ -42,6 +42,8 @@ class LabelledBatch:
     """int64 (b,): places in the source, replacements of bad images included."""
     rectangles: NDArray[np.int64] | None = None
     """(b, 4) what is to be erased: top, left, height, width; None: nothing."""
+    label_weight: Tensor | None = None
+    """0-d: share of the own label in a mixed image; the rest is its partner's. None: nothing is mixed."""
 
     def __len__(self) -> int:
         return len(self.images)

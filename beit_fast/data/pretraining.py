@@ -47,6 +47,8 @@ class PretrainBatch:
     """int64 (b, h, w) from the token store, where there is one; nothing of use at `unknown`"""
     unknown: Tensor | None = None
     """int64 (u,), on the CPU: rows of the batch whose tokens are not in the store yet"""
+    visual_tokens: Tensor | None = None
+    """int64 (M,) at `masked_indices`, or (b, h, w): what is to be predicted, once the tokenizer has seen the batch"""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,4 +1,4 @@
-"""Steps that were out of the ordinary: found on the device without waiting for it, written down when a line is logged.
+"""Anomalous steps: detected on the device without waiting for it, written down when a line is logged.
 
 Not finite: the loss of any rank, or the gradient; such a step changes nothing. Spike: the loss, or the logarithm of the
 gradient's norm, lies more than `SIGMAS` standard deviations above its running mean; such a step counts like any other.
@@ -39,7 +39,7 @@ class Anomalies:
     def add(self, loss: Tensor, own_loss: Tensor, norm: Tensor, found_inf: Tensor, expected: Tensor) -> None:
         """One step: the global loss, this rank's share of it, the gradient's norm, and whether it was skipped.
 
-        `expected`: skipped as a matter of course, which is not worth a word.
+        `expected`: skipped as a matter of course, which is not written down.
         """
         loss, own, norm = loss.double(), own_loss.double(), norm.double()
         bad = found_inf > 0
@@ -51,8 +51,10 @@ class Anomalies:
         kind = torch.where(bad, (expected <= 0).long(), torch.where(high[0], 2, torch.where(high[1], 3, 0)))
         self._since = self._since + 1
         # not indexed by a tensor without dimensions: the host would wait for its value
-        mean, spread = (torch.where(kind == 3, pair[1], pair[0]) for pair in (self._mean, deviation))
-        row = torch.stack([self._since, kind.double(), loss, norm, own, mean, spread])
+        of_norm = kind == 3
+        mean = torch.where(of_norm, self._mean[1], self._mean[0])
+        row_deviation = torch.where(of_norm, deviation[1], deviation[0])
+        row = torch.stack([self._since, kind.double(), loss, norm, own, mean, row_deviation])
         self._slots = torch.where(((self._numbers == self._count) & (kind > 0))[:, None], row, self._slots)
         self._count = self._count + (kind > 0)
         # a spike enters the statistics cut off at what is still ordinary, so that it does not excuse the next one
@@ -63,7 +65,7 @@ class Anomalies:
         self._variance = torch.where(bad, self._variance, (1 - weight) * (self._variance + weight * change.square()))
         self._steps = self._steps + (~bad).double()
 
-    def _open(self, step: int) -> list[dict[str, Any]]:
+    def _unread(self, step: int) -> list[dict[str, Any]]:
         """The anomalies since the last read, as JSON values; waits for the device, and for the other ranks."""
         count = int(self._count.item())
         if not count:
@@ -71,7 +73,7 @@ class Anomalies:
         losses = self._slots.new_zeros(SLOTS, self._world.size)
         losses[:, self._world.rank] = self._slots[:, 4]
         by_rank, since = self._world.sum(losses).tolist(), int(self._since.item())
-        found = []
+        entries = []
         for (when, kind, loss, norm, _, mean, deviation), own in zip(
             self._slots.tolist()[:count], by_rank, strict=False
         ):
@@ -80,22 +82,22 @@ class Anomalies:
                 entry["loss_by_rank"] = [str(value) for value in own]
             else:
                 entry |= {"running_mean": mean, "running_deviation": deviation}
-            found.append(entry)
+            entries.append(entry)
         if count > SLOTS:
-            found.append({"kind": "more", "step": step, "count": count - SLOTS})
-        return found
+            entries.append({"kind": "more", "step": step, "count": count - SLOTS})
+        return entries
 
     def read(self, step: int) -> list[dict[str, Any]]:
         """The anomalies up to step number `step` that no read has given before."""
-        found, self._carried = self._carried + self._open(step), []
+        entries, self._carried = self._carried + self._unread(step), []
         self._count, self._since = torch.zeros_like(self._count), torch.zeros_like(self._since)
-        return found
+        return entries
 
     def state(self, step: int) -> dict[str, Any]:
         """For the checkpoint of `step`: JSON values."""
         return {
             "steps": float(self._steps), "mean": self._mean.tolist(), "variance": self._variance.tolist(),
-            "unread": self._carried + self._open(step),
+            "unread": self._carried + self._unread(step),
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -106,7 +108,7 @@ class Anomalies:
         self._carried = list(state["unread"])
 
 
-def located(step: int, steps_per_epoch: int, batch_size: int) -> dict[str, Any]:
+def samples_of(step: int, steps_per_epoch: int, batch_size: int) -> dict[str, Any]:
     """The samples of step number `step`: their epoch, and the range of their positions in its order."""
     epoch, within = divmod(step - 1, steps_per_epoch)
     return {"epoch": epoch, "positions": [within * batch_size, (within + 1) * batch_size]}

@@ -1,9 +1,10 @@
-"""Configuration: frozen dataclasses. A field's docstring is its `--help`; a default exists once.
+"""Configuration: frozen dataclasses that check themselves. A field's docstring is its `--help`; a default exists once.
 
 `RunConfig` is what the engine needs; every task's configuration derives from it.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,12 @@ Config = TypeVar("Config")
 def free(default: Any) -> Any:
     """A field that may differ when a run is resumed: it changes speed, reports or length, not the result of a step."""
     return field(default=default, metadata={"free": True})
+
+
+def at_least_1(option: str, value: int | None) -> None:
+    """Raise ValueError naming the option where its value is given and smaller."""
+    if value is not None and value < 1:
+        raise ValueError(f"{option} is {value}, it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +53,7 @@ class OptimConfig:
     """Keep an exponential moving average of the weights with this decay, e.g. 0.9999."""
     impl: Literal["torch", "apex"] = "torch"
     """`torch`: fused AdamW. `apex`: NVIDIA apex's FusedAdam, which has to be installed from source."""
-    max_skipped_steps: int = field(default=20, metadata={"free": True})
+    max_skipped_steps: int = free(20)
     """Stop the run after this many steps in a row whose gradient was not finite. Each is skipped and counted."""
 
 
@@ -59,7 +66,12 @@ class CheckpointConfig:
     keep: int = free(2)
     """Newest checkpoints to keep, at least 2, so that a damaged one has a predecessor."""
     background: Literal["auto", "on", "off"] = free("auto")
-    """Write files beside the training, from a copy of the state in host memory. `auto`: where there is a GPU."""
+    """Write files while the training goes on, from a copy of the state in host memory. `auto`: where there is a GPU."""
+
+    def __post_init__(self) -> None:
+        at_least_1("--checkpoint.every-steps", self.every_steps)
+        if self.keep < 2:
+            raise ValueError("--checkpoint.keep must be at least 2: a damaged checkpoint needs a predecessor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,9 @@ class LogConfig:
     """Optimizer steps per line of metrics.jsonl and of the terminal."""
     progress: Literal["auto", "bar", "lines", "none"] = free("auto")
     """`bar`: a live bar. `lines`: one line per interval. `auto`: a bar on a terminal, lines otherwise."""
+
+    def __post_init__(self) -> None:
+        at_least_1("--log.every-steps", self.every_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,41 +138,19 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-
-def check(config: RunConfig) -> None:
-    """What can be said of a configuration before anything is started."""
-    for name in ("batch_size", "batch_per_device"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}, it must be at least 1")
-    for name, value in (("--checkpoint.every-steps", config.checkpoint.every_steps),
-                        ("--log.every-steps", config.log.every_steps),
-                        ("--max-steps", config.max_steps), ("--steps", config.steps),
-                        ("--eval-every", config.eval_every), ("--replay", config.replay)):  # fmt: skip
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, it must be at least 1")
-    if config.checkpoint.keep < 2:
-        raise ValueError("--checkpoint.keep must be at least 2: a damaged checkpoint needs a predecessor")
-    if config.hang_timeout_s <= 0:
-        raise ValueError(f"--hang-timeout-s is {config.hang_timeout_s:g}, it must be positive")
-    if config.parallel == "fsdp2" and config.optim.impl == "apex":
-        raise ValueError("--parallel fsdp2 works with --optim.impl torch only: apex does not know split parameters")
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "batch_per_device", "max_steps", "steps", "eval_every", "replay"):
+            at_least_1(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.hang_timeout_s <= 0:
+            raise ValueError(f"--hang-timeout-s is {self.hang_timeout_s:g}, it must be positive")
+        if self.parallel == "fsdp2" and self.optim.impl == "apex":
+            raise ValueError("--parallel fsdp2 works with --optim.impl torch only: apex does not know split parameters")
 
 
 def to_plain(config: Any) -> dict[str, Any]:
     """The configuration as JSON values: paths become strings, tuples lists."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-    result = plain(config)
-    assert isinstance(result, dict)
-    return result
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
 
 
 def from_plain(kind: type[Config], value: Mapping[str, Any]) -> Config:
@@ -167,14 +160,14 @@ def from_plain(kind: type[Config], value: Mapping[str, Any]) -> Config:
     """
     hints = get_type_hints(kind)
 
-    def made(hint: Any, item: Any) -> Any:
+    def typed(hint: Any, item: Any) -> Any:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             return from_plain(hint, item)
         if isinstance(item, list):
             return tuple(item)
         return Path(item) if hint is Path or (Path in get_args(hint) and isinstance(item, str)) else item
 
-    return kind(**{name: made(hints.get(name), item) for name, item in value.items()})
+    return kind(**{name: typed(hints.get(name), item) for name, item in value.items()})
 
 
 def free_fields(config: Any, prefix: str = "") -> set[str]:

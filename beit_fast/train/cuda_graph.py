@@ -1,9 +1,8 @@
-"""A step's work on the device, recorded once as a CUDA graph and launched as a whole from then on: `--cuda-graph`.
+"""A step on the device, recorded once as a CUDA graph and launched as a whole from then on: `--cuda-graph`.
 
-What the graph holds: forward and backward, the reduction over the ranks, clipping, AdamW, the loss scale, the averaged
-weights. What stays outside: the batch and its tokens, which are copied into the graph's own inputs; the learning rate
-and the seed, which are set before each launch; the sums for the log. Written without a GPU at hand, and unverified on
-one: on the CPU its parts are tested by recording and repeating the operators.
+The graph holds forward and backward, the reduction over the ranks, clipping, AdamW, the loss scale and the averaged
+weights; the batch and its tokens are copied into the graph's own inputs, the learning rate and the seed are set before
+each launch. Unverified on a GPU: on the CPU its parts are tested by recording and repeating the operators.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from beit_fast.train.batching import accumulation
-from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import World
+from beit_fast.train.schedules import accumulation
 from beit_fast.train.task import Task
 
 WARM_UP_STEPS = 3
@@ -27,8 +25,9 @@ DDP_WARM_UP_STEPS = 11
 """The same where DDP has buckets to arrange (PyTorch's notes on CUDA graphs)."""
 
 
-def check_cuda_graph(config: RunConfig, world: World, task: Task) -> None:
+def check_cuda_graph(task: Task, world: World) -> None:
     """ValueError, one line, where a step of this run cannot be recorded."""
+    config = task.config
     micro = accumulation(config, world.size)
     local = config.batch_size // world.size
     reasons = {

@@ -15,7 +15,6 @@ from beit_fast.train.checkpoint.format import tensor_bytes
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.metrics import peak_memory_mib
-from beit_fast.train.optim import expected_optimizer_bytes
 
 USABLE = 0.94
 """Share of a device's memory that a training can count on: the rest is the driver's and lost to fragmentation."""
@@ -45,9 +44,10 @@ class StateMemory:
 
 
 def state_memory(model: nn.Module, groups: list[dict[str, Any]], average: Mapping[str, Tensor] | None) -> StateMemory:
-    trained = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
-    averages = tensor_bytes(average) if average is not None else 0
-    return StateMemory(tensor_bytes(model.state_dict()), trained, expected_optimizer_bytes(groups), averages)
+    """What training `model` with AdamW's two fp32 moments holds."""
+    trained = {name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+    moments = 8 * sum(p.numel() for p in trained.values())
+    return StateMemory(tensor_bytes(model.state_dict()), tensor_bytes(trained), moments, tensor_bytes(average or {}))
 
 
 def largest_micro_batch(capacity: float, state: float, per_sample: float) -> int:
@@ -70,8 +70,8 @@ def peak_bytes(device: torch.device) -> float:
     """The most that was in use so far, in the terms of `capacity_bytes`: under a limit, the address space."""
     if device.type == "cpu" and resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         status = Path("/proc/self/status").read_text()
-        if found := re.search(r"VmPeak:\s*(\d+) kB", status):
-            return 1024.0 * int(found[1])
+        if match := re.search(r"VmPeak:\s*(\d+) kB", status):
+            return 1024.0 * int(match[1])
     return 2**20 * peak_memory_mib(device)
 
 
@@ -83,19 +83,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 def requested_bytes(error: BaseException) -> float:
     """What could not be had, from the error's text."""
     text = str(error)
-    if found := re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", text):
-        return float(found[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[2]]
+    if match := re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", text):
+        return float(match[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[match[2]]
     return 0.0
 
 
-def explained(
+def out_of_memory(
     error: BaseException, config: RunConfig, world: World, micro_batch: int, state: StateMemory
 ) -> OutOfMemory:
     """The error in one line, with the micro-batch that fits by what this one took."""
-    peak, asked = peak_bytes(world.device), requested_bytes(error)
+    peak, requested = peak_bytes(world.device), requested_bytes(error)
     capacity = capacity_bytes(world.device)
     held = state.total / (world.size if config.parallel == "fsdp2" else 1)
-    per_sample = max(peak + asked - held, asked) / micro_batch
+    per_sample = max(peak + requested - held, requested) / micro_batch
     fits = min(largest_micro_batch(capacity, held, per_sample), micro_batch - 1)
     advice = []
     if fits >= 1:
@@ -108,7 +108,7 @@ def explained(
     gib = 2.0**30
     return OutOfMemory(
         f"out of memory with {micro_batch} samples at once: {peak / gib:.2f} GiB were in use at most and "
-        f"{asked / gib:.2f} GiB more were asked for, of {capacity / gib:.2f} GiB; weights, gradients and optimizer "
+        f"{requested / gib:.2f} GiB more were asked for, of {capacity / gib:.2f} GiB; weights, gradients and optimizer "
         f"hold {held / gib:.2f} GiB, a sample takes at least {per_sample / gib:.3f} GiB; try "
         f"{', or '.join(advice) or 'a smaller model'}"
     )

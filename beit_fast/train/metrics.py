@@ -32,7 +32,7 @@ class Interval:
         """One optimizer step: `loss` and `sums` of this rank (totals over its micro-batches)."""
         self._names = list(sums)
         skipped = found_inf.double()
-        values = torch.stack([loss.detach().double() / self._world.size, *(v.detach().double() for v in sums.values())])
+        values = torch.stack([loss.double() / self._world.size, *map(Tensor.double, sums.values())])
         values = torch.where(skipped > 0, torch.zeros_like(values), values)
         shared = torch.stack([torch.ones_like(skipped), skipped, torch.where(skipped > 0, skipped * 0, norm.double())])
         self._summed = values if self._summed is None else self._summed + values

@@ -63,8 +63,8 @@ class Progress:
         elif self.mode == "lines":
             print(f"step {line['step']}/{self._target}  epoch {line['epoch']:.2f}  {text}", flush=True)
 
-    def say(self, text: str) -> None:
-        """A message of its own line, above the bar."""
+    def log(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         elif self.mode != "none":

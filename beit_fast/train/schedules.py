@@ -1,18 +1,22 @@
-"""Learning-rate schedules as closed forms of the step: nothing to save, nothing to restore.
-
-The numbers are those of the official code's per-step arrays: warm-up includes both ends (first step `warmup_lr`, last
-step the peak), so the peak occurs twice, and the minimum is approached but not reached. `poly` is mmsegmentation's, in
-which the official segmentation runs.
-"""
+"""What a step is a function of: its learning rate, its samples, its seed. Nothing to save, nothing to restore."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
+import numpy as np
+
+from beit_fast.data.loader import Request
+from beit_fast.data.sampling import GOLDEN, shift_right, splitmix64
 from beit_fast.train.config import OptimConfig, RunConfig
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int, warmup_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `total_steps`, before any layer decay."""
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`, before any layer decay.
+
+    The numbers are those of the official code's per-step arrays: warm-up includes both ends (first step `warmup_lr`,
+    last step the peak), so the peak occurs twice, and the minimum is approached but not reached. `poly` is
+    mmsegmentation's, in which the official segmentation runs.
+    """
     if config.schedule == "poly":
         ratio = config.warmup_lr / config.lr
         factor = 1.0 - (1.0 - step / warmup_steps) * (1.0 - ratio) if step < warmup_steps else 1.0
@@ -22,12 +26,8 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int, warmup_steps
             return config.warmup_lr
         return config.warmup_lr + (config.lr - config.warmup_lr) * step / (warmup_steps - 1)
     done = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    remaining: dict[str, Callable[[], float]] = {
-        "cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * done)),
-        "linear": lambda: 1.0 - done,
-        "constant": lambda: 1.0,
-    }
-    return config.min_lr + (config.lr - config.min_lr) * remaining[config.schedule]()
+    remaining = {"cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "linear": 1.0 - done, "constant": 1.0}
+    return config.min_lr + (config.lr - config.min_lr) * remaining[config.schedule]
 
 
 def run_length(config: RunConfig, num_samples: int) -> tuple[int, int, int]:
@@ -52,3 +52,32 @@ def run_length(config: RunConfig, num_samples: int) -> tuple[int, int, int]:
             "lower --optim.warmup-epochs or set --optim.warmup-steps"
         )
     return steps_per_epoch, total, warmup
+
+
+def requests_of(
+    first_step: int, last_step: int, steps_per_epoch: int, config: RunConfig, rank: int, size: int
+) -> Iterator[Request]:
+    """The micro-batches of steps [first_step, last_step) that rank `rank` of `size` computes, in order.
+
+    The global batch of a step is a run of positions in the epoch's order; every rank takes a contiguous share, in
+    `accumulation` nearly equal parts.
+    """
+    local = config.batch_size // size
+    for step in range(first_step, last_step):
+        epoch, within = divmod(step, steps_per_epoch)
+        start = within * config.batch_size + rank * local
+        for part in np.array_split(np.arange(start, start + local, dtype=np.int64), accumulation(config, size)):
+            yield Request(epoch, part)
+
+
+def accumulation(config: RunConfig, size: int) -> int:
+    """Micro-batches per step and device."""
+    return -(-(config.batch_size // size) // config.batch_per_device)
+
+
+def seed_of(*numbers: int) -> int:
+    """A 63-bit seed that depends on every number (splitmix64's finaliser, chained)."""
+    value = np.zeros(1, np.int64)
+    for number in numbers:
+        value = splitmix64(value + number + GOLDEN)
+    return int(shift_right(value, 1)[0])

@@ -1,45 +1,39 @@
-"""What is trained. A task owns model, data and loss; the engine owns optimizer, clock and disk.
+"""What is trained. A task owns model, data and loss; the engine owns optimizer, clock and disk: `engine.run(task)`.
 
-Pre-training, tokenizer training, fine-tuning, segmentation and probes are tasks of the same engine:
-
-    engine.run(task, config)
-
-Calls, in order: `build` once; then for every step `num_targets` of each micro-batch, and per micro-batch `prepare` (no
-gradient, no autocast) and `loss` (under autocast); `after_step` once the optimizer has stepped; at intervals
-`summarise` and `evaluate`; `finish` after the last step; `close` always.
-
-Determinism is a contract: everything random must be a function of (seed, epoch, sample), or be drawn from torch's
-default generator, which the engine seeds from (seed, step, rank, micro-batch) before `prepare` and `loss`. State that
-changes while training lives in the module returned by `build` (parameters and buffers): that is what is saved.
+Calls, in order: `build` once; for every step `num_targets` of each micro-batch, then per micro-batch `prepare` and
+`loss`, then `after_step`; at intervals `summarise` and `evaluate`; `finish` after the last step; `close` always.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from beit_fast.data.loader import Request
+from beit_fast.train.config import RunConfig
+from beit_fast.train.distributed.world import World
 from beit_fast.train.optim import decay_groups
-
-if TYPE_CHECKING:
-    from beit_fast.train.config import RunConfig
-    from beit_fast.train.distributed.world import World
 
 
 class StepOutput(NamedTuple):
-    """`loss`: 0-d, a sum over this micro-batch's targets divided by the `num_targets` that was handed in.
-
-    `sums`: 0-d tensors that add up over micro-batches, ranks and steps (e.g. `num_correct`, `num_masked`); the same
-    names at every step. They stay on the device; `Task.summarise` sees their totals once per interval.
-    """
+    """What a task computes of one micro-batch."""
 
     loss: Tensor
+    """0-d: the sum over the micro-batch's targets, divided by the `num_targets` that `Task.loss` was given."""
     sums: dict[str, Tensor]
+    """0-d, without gradient, e.g. `num_correct`; the same names at every step. They are added over micro-batches, ranks
+    and steps on the device; `Task.summarise` sees their totals once per interval."""
 
 
 class Task:
-    """Base class of every task; `build`, `num_samples`, `batches` and `loss` are required, the rest has defaults."""
+    """Base class of every task; `build`, `num_samples`, `batches` and `loss` are required, the rest has defaults.
+
+    A batch is a dataclass from `batches` to `loss`. Everything random must be a function of (seed, epoch, sample), or
+    be drawn from torch's default generator, which the engine seeds from (seed, step, rank, micro-batch) before
+    `prepare` and `loss`. State that changes while training lives in the module that `build` returns (parameters and
+    buffers): that is what is saved.
+    """
 
     name: str = "task"
     """Names the run in progress lines and in the run folder."""
@@ -51,19 +45,24 @@ class Task:
     """Whether FSDP2 may split the module: its parameters are then used in its forward pass only."""
 
     can_capture: bool = False
-    """Whether a CUDA graph may hold `loss`: it depends on nothing but its arguments and the module, looks at no value
-    on the host, and `prepare` gives nested tuples of tensors whose shapes never change."""
+    """Whether a CUDA graph may hold `loss`: it depends on its arguments and the module only, looks at no value on the
+    host, and `prepare` gives a registered dataclass (or nested tuples) of tensors whose shapes never change."""
 
-    def build(self, config: "RunConfig", world: "World") -> nn.Module:
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def build(self, world: World) -> nn.Module:
         """Open the data, load what is frozen, and return the module to train, on `world.device`, in fp32.
 
-        The engine has just called `torch.manual_seed(config.seed)`. Raise ValueError or OSError with one clear line
-        where the configuration cannot work.
+        The engine has just called `torch.manual_seed(config.seed)`.
+
+        Raises:
+            ValueError, OSError: the configuration cannot work; one clear line.
         """
         raise NotImplementedError
 
     def num_samples(self) -> int:
-        """Samples in one epoch; asked after `build`. Steps per epoch are `num_samples() // config.batch_size`."""
+        """Samples in one epoch, once `build` has returned; steps per epoch are `num_samples() // config.batch_size`."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
@@ -74,6 +73,14 @@ class Task:
         """One batch per request, in order, on the device. Read ahead at will; `requests` ends with the run."""
         raise NotImplementedError
 
+    def num_targets(self, batch: Any) -> Tensor | int:
+        """Number of terms the loss of this micro-batch sums over: masked patches, or (the default) samples."""
+        return len(batch)
+
+    def prepare(self, batch: Any, step: int) -> Any:
+        """The batch with what needs no gradient and no autocast, e.g. visual tokens; `step` counts from 0."""
+        return batch
+
     def loss(self, model: nn.Module, batch: Any, num_targets: Tensor) -> StepOutput:
         """Loss of one micro-batch, by calling `model` (it may be wrapped by DDP: call it, once) under autocast.
 
@@ -81,14 +88,6 @@ class Task:
         size), not by the local count; then results do not depend on how the global batch was split.
         """
         raise NotImplementedError
-
-    def num_targets(self, batch: Any) -> Tensor | int:
-        """Number of terms the loss of this micro-batch sums over: masked patches, or (the default) samples."""
-        return len(batch[0])
-
-    def prepare(self, batch: Any, step: int) -> Any:
-        """What needs no gradient and no autocast, e.g. the tokenizer. `step` counts from 0."""
-        return batch
 
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups: `params`, `names` (lists), `weight_decay`, and optionally `lr_scale` (layer decay)."""
@@ -99,7 +98,7 @@ class Task:
         return list(getattr(model, "blocks", []))
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """After the optimizer's step number `step` (from 0): e.g. codebook updates. `model` is the bare module."""
+        """Act after the optimizer's step number `step` (from 0), e.g. update a codebook, on the unwrapped module."""
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         """Metrics of an interval from the totals of `StepOutput.sums`, units in the names; `loss` is the engine's."""
@@ -110,14 +109,18 @@ class Task:
         return {}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Held-out metrics of the bare module (in eval mode, under no_grad and autocast); `{}` = there is none."""
+        """Held-out metrics of the unwrapped module (in eval mode, under no_grad and autocast); `{}` = there is none."""
         return {}
 
-    def finish(self, model: nn.Module, run_dir: Path) -> None:
-        """After the last step, on rank 0: export weights, pictures. `model` is the bare module, or its EMA."""
+    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+        """Export weights and tables after the last step, on rank 0; returns the paths of what was written.
 
-    def plan(self, config: "RunConfig") -> dict[str, float]:
-        """For --dry-run: `flops_per_sample` (forward and backward) and, apart, e.g. `tokenizer_flops_per_sample`."""
+        `model` is the unwrapped module with its weights, or their averages where the run keeps them.
+        """
+        return []
+
+    def plan(self) -> dict[str, float]:
+        """For --dry-run: `flops_per_image` (forward and backward) and, apart, e.g. `tokenizer_flops_per_image`."""
         return {}
 
     def close(self) -> None:

@@ -158,7 +158,7 @@ class Ablation:
 
     def train(self, task: Callable[[Any], Any], config: Any) -> dict[str, Any]:
         """Train to the end, or find it trained; the last metrics."""
-        result = engine.run(task(config), config)
+        result = engine.run(task(config))
         if result.exit_code:
             raise SystemExit(result.exit_code)
         return result.metrics

@@ -99,7 +99,7 @@ def segmenting(protocol: Protocol, weights: str | None, rate: float, seed: int) 
 
 def run(config: SegmentConfig) -> dict[str, float]:
     """Train to the end (or find it trained) and give its scores."""
-    result = engine.run(Segment(config), config)
+    result = engine.run(Segment(config))
     if result.exit_code:
         raise SystemExit(result.exit_code)
     return {name: result.metrics[name] for name in METRICS}

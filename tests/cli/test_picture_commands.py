@@ -64,7 +64,7 @@ def runs(tmp_path_factory, images):
     root = tmp_path_factory.mktemp("runs")
     for name, target in (("tokens", "visual_tokens"), ("pixels", "pixels")):
         config = config_of(root / name, images, objective=ObjectiveConfig(target=target))
-        engine.run(MaskedImageModeling(config), config)
+        engine.run(MaskedImageModeling(config))
     return root
 
 
@@ -81,7 +81,7 @@ def test_a_run_leaves_pictures_at_every_evaluation(runs):
 def test_pictures_leave_the_run_as_it_is(runs, images, weights, tmp_path):
     config = config_of(tmp_path / "bare", images)
     config = dataclasses.replace(config, evaluation=EvaluationConfig(), eval_every=None)
-    engine.run(MaskedImageModeling(config), config)
+    engine.run(MaskedImageModeling(config))
     assert weights(tmp_path / "bare") == weights(runs / "tokens")
 
 
@@ -184,7 +184,7 @@ def test_predicted_tokens_of_scenes_beat_random_ones_and_the_mode(tmp_path):
         precision="fp32", device="cpu",
     )  # fmt: skip
     config = protocol.pretraining(study, protocol.BASE, 0)
-    engine.run(MaskedImageModeling(config), config)
+    engine.run(MaskedImageModeling(config))
     task, trained = open_pretraining(config.output_dir, "cpu", images=200)
     try:
         parts = []

@@ -1,13 +1,13 @@
 """A real, small BEiT in pre-training, on images and tokens that are a function of (seed, epoch, position)."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
-from beit_fast.train.batching import seed_of
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free
+from beit_fast.train.schedules import seed_of
 from beit_fast.train.task import StepOutput, Task
 
 
@@ -25,16 +25,23 @@ class BeitTaskConfig(RunConfig):
     """Recompute activations."""
 
 
+@dataclass(frozen=True)
+class SmallBatch:
+    """What `PretrainBatch` holds, without the tokenizer's view."""
+
+    images: torch.Tensor
+    mask: torch.Tensor
+    visual_tokens: torch.Tensor
+    sample_keys: torch.Tensor
+
+
 class SmallBeit(Task):
     """Masked image modelling with the real model and loss."""
 
     name = "small_beit"
     can_shard = True
 
-    def __init__(self, config):
-        self.config = config
-
-    def build(self, config, world):
+    def build(self, world):
         self.world = world
         architecture = BeitConfig.from_preset(
             "base", "plus", image_size=32, patch_size=8, width=32, depth=self.config.depth, num_heads=4, vocab_size=64,
@@ -64,9 +71,8 @@ class SmallBeit(Task):
 
     def batches(self, requests):
         for request in requests:
-            yield tuple(
-                map(torch.stack, zip(*(self.sample(request.epoch, int(p)) for p in request.positions), strict=True))
-            )
+            samples = [self.sample(request.epoch, int(p)) for p in request.positions]
+            yield SmallBatch(*map(torch.stack, zip(*samples, strict=True)))
 
     def sample(self, epoch, position):
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, epoch, position))
@@ -77,19 +83,19 @@ class SmallBeit(Task):
         return image, mask, tokens, torch.tensor(seed_of(7, epoch, position))
 
     def num_targets(self, batch):
-        return int(batch[1].sum())
+        return int(batch.mask.sum())
 
     def prepare(self, batch, step):
         self.step = step
         if self.is_here(self.at(self.config.stuck)):
             time.sleep(600)
         if self.is_here(self.at(self.config.bad)) and self.at(self.config.bad)[2] == "image":
-            batch = (batch[0] * float("nan"), *batch[1:])
+            batch = replace(batch, images=batch.images * float("nan"))
         return batch
 
     def loss(self, model, batch, num_targets):
-        images, mask, tokens, keys = batch
-        output = model(images, mask, tokens[mask], keys, num_targets)
+        tokens = batch.visual_tokens[batch.mask]
+        output = model(batch.images, batch.mask, tokens, batch.sample_keys, num_targets)
         loss = output.loss
         where = self.at(self.config.bad)
         if self.is_here(where) and where[2] == "loss":

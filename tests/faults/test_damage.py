@@ -66,7 +66,7 @@ def detected_or_harmless(root, kind, rng):
     older, newer = checkpoint.list_checkpoints(root)
     files = sorted(p for p in newer.rglob("*") if p.is_file())
     originals = {path: path.read_bytes() for path in files}
-    expected, state = content(checkpoint.opened(newer)), (newer / "state.json").read_bytes()
+    expected, state = content(checkpoint.read_verified(newer)), (newer / "state.json").read_bytes()
     damage(rng.choice(files), kind, rng, files)
     try:
         found, rejected = checkpoint.newest_checkpoint(root)
@@ -220,7 +220,7 @@ def test_checkpoints_with_foreign_tensors_are_named(ranks, tmp_path):
     """A checkpoint that verifies but does not fit: a name, a shape."""
     assert ranks.run(tmp_path / "run", 1, "--max-steps", 3).code == 0
     newest = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    tensors = dict(checkpoint.opened(newest).tensors("model"))
+    tensors = dict(checkpoint.read_verified(newest).tensors("model"))
     for change, message in (
         (lambda t: t.update(surplus=torch.ones(1)), "holds surplus, which the model lacks"),
         (lambda t: t.pop("0.bias"), "lacks 1 tensors, e.g. 0.bias"),
@@ -260,5 +260,8 @@ def test_checkpoints_of_earlier_versions_are_read(ranks, tmp_path, state_of):
     manifest["files"]["state.json"] = {"bytes": (newest / "state.json").stat().st_size, "crc32": crc}
     (newest / "manifest.json").write_text(json.dumps(manifest))
     assert ranks.run(tmp_path / "run", 1).code == 0
-    ends = [checkpoint.opened(checkpoint.list_checkpoints(tmp_path / n / "checkpoints")[-1]) for n in ("whole", "run")]
+    ends = [
+        checkpoint.read_verified(checkpoint.list_checkpoints(tmp_path / n / "checkpoints")[-1])
+        for n in ("whole", "run")
+    ]
     assert content(ends[0]) == content(ends[1])

@@ -9,7 +9,7 @@ import torch
 
 from beit_fast.train import memory
 from beit_fast.train.anomalies import MEMORY_STEPS, Anomalies
-from beit_fast.train.checkpoint.format import list_checkpoints, opened
+from beit_fast.train.checkpoint.format import list_checkpoints, read_verified
 from beit_fast.train.checkpoint.resharding import whole_tensors
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import World
@@ -19,7 +19,7 @@ CPU = World(0, 1, torch.device("cpu"))
 
 
 def saved(folder, step):
-    found = opened(folder / "checkpoints" / f"step_{step:08d}")
+    found = read_verified(folder / "checkpoints" / f"step_{step:08d}")
     return {f"{n}/{k}": t for n in ("model", "optimizer", "ema") for k, t in whole_tensors(found, n)}
 
 
@@ -203,7 +203,7 @@ def test_the_suggestion_is_arithmetic():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of ...")
     assert memory.requested_bytes(error) == 2.5 * 2**30
     state = memory.StateMemory(weights=2**30, gradients=2**30, moments=2**31)
-    text = str(memory.explained(error, RunConfig(batch_size=64, batch_per_device=1), CPU, 1, state))
+    text = str(memory.out_of_memory(error, RunConfig(batch_size=64, batch_per_device=1), CPU, 1, state))
     assert "--batch-per-device" not in text
     assert "2.50 GiB more were asked for" in text
 

@@ -133,7 +133,7 @@ def test_bad_images(tmp_path, outcome):
         masking=MaskingConfig(num_masked=6, min_num_patches=2), tokenizer=TokenizerConfig(name="random"),
         optim=OptimConfig(warmup_steps=1), log=LogConfig(every_steps=1, progress="none"),
     )  # fmt: skip
-    assert engine.run(MaskedImageModeling(config), config).exit_code == 0
+    assert engine.run(MaskedImageModeling(config)).exit_code == 0
     counted = [x for x in read_metrics(tmp_path / "run" / "metrics.jsonl") if x["kind"] == "train"][-1]["bad_images"]
     text = (tmp_path / "run" / "bad_files.tsv").read_text()
     found = sum(f"bad{number:02d}.jpg" in text for number in range(40))

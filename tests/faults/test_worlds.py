@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from beit_fast.train.checkpoint.format import list_checkpoints, opened
+from beit_fast.train.checkpoint.format import list_checkpoints, read_verified
 from beit_fast.train.checkpoint.resharding import whole_tensors
 from beit_fast.train.metrics import read_metrics
 
@@ -97,7 +97,7 @@ def test_shards_are_what_torch_distributed_writes(beit, tmp_path):
     import torch.distributed.checkpoint as dcp
 
     folder = beit("shards", 2, *FSDP, "--max-steps", 2)
-    found = opened(list_checkpoints(folder / "checkpoints")[-1])
+    found = read_verified(list_checkpoints(folder / "checkpoints")[-1])
     parts = sorted((found.path / "model").iterdir())
     assert [p.name for p in parts] == ["shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors"]
     sizes = [p.stat().st_size for p in parts]
@@ -108,7 +108,7 @@ def test_shards_are_what_torch_distributed_writes(beit, tmp_path):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     # ... and one process that never was split holds the same weights at that step
     whole = beit("unsharded", 2, "--max-steps", 2)
-    same = dict(whole_tensors(opened(list_checkpoints(whole / "checkpoints")[-1]), "model"))
+    same = dict(whole_tensors(read_verified(list_checkpoints(whole / "checkpoints")[-1]), "model"))
     for name, tensor in expected.items():
         torch.testing.assert_close(tensor, same[name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -123,7 +123,7 @@ def test_split_weights_start_another_run(beit, tmp_path):
                                     vocab_size=64)  # fmt: skip
     model = BeitForMaskedImageModeling(config)
     load_weights(model, folder, verbose=False)
-    expected = dict(whole_tensors(opened(list_checkpoints(folder / "checkpoints")[-1]), "model"))
+    expected = dict(whole_tensors(read_verified(list_checkpoints(folder / "checkpoints")[-1]), "model"))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
 
 

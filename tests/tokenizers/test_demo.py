@@ -9,7 +9,7 @@ import torch
 
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.tokenizers.load import DEMO_PATH
-from beit_fast.train.tasks.tokenizer import held_out_images, measure
+from beit_fast.train.tasks.tokenizer import held_out_images, reconstruction_metrics
 
 CARD = DEMO_PATH.parent / "MODEL_CARD.md"
 COLUMNS = ("mae", "psnr_db", "perplexity", "used_codes")
@@ -23,7 +23,7 @@ def card_row(name: str) -> dict[str, float]:
 
 @cache
 def measured(size: int) -> dict[str, float]:
-    return measure(load_tokenizer("demo"), held_out_images(48, size))
+    return reconstruction_metrics(load_tokenizer("demo"), held_out_images(48, size))
 
 
 @pytest.mark.parametrize("size", [64, 112])

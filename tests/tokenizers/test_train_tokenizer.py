@@ -36,7 +36,7 @@ def small(folder: Path, name: str) -> TrainTokenizerConfig:
 
 
 def run(config: TrainTokenizerConfig) -> engine.RunResult:
-    return engine.run(TrainTokenizer(config), config)
+    return engine.run(TrainTokenizer(config))
 
 
 def test_train_continue_and_load(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_plan(tmp_path: Path) -> None:
     encoder = 16 * 16 * (48 * 8 + res) + (8 * 8 + 4 * 4) * (16 * 64 + res) + 16 * 8 * 4
     nearest = 16 * 4 * 32
     decoder = 4 * 4 * 16 * 4 * 8 + (8 * 8 + 16 * 16) * 16 * 64 + (8 * 8 + 16 * 16 + 32 * 32) * res + 32 * 32 * 8 * 3
-    plan = TrainTokenizer(config).plan(config)
+    plan = TrainTokenizer(config).plan()
     assert plan["forward_flops_per_image"] == 2 * (encoder + nearest + decoder)
 
 
@@ -81,11 +81,17 @@ def test_plan(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"vocab_size": 31}, "live-codes 32 exceeds"),
-        ({"data": TokenizerDataConfig(view_sizes=(60,))}, "multiples of 8"),
+        ({"view_sizes": (60,)}, "multiples of 8"),
         ({"quantizer": QuantizerConfig(live_codes=32, init_latents=100)}, "init_latents"),
     ],
 )
 def test_wrong_options_end_in_one_line(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    config = dataclasses.replace(small(tmp_path, "run"), **change)  # type: ignore[arg-type]
+    config = small(tmp_path, "run")
+
+    def changed() -> TrainTokenizerConfig:
+        if "view_sizes" in change:
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, **change))  # type: ignore[arg-type]
+        return dataclasses.replace(config, **change)  # type: ignore[arg-type]
+
     with pytest.raises(ValueError, match=message):
-        run(config)
+        run(changed())

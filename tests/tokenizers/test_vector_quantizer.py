@@ -5,7 +5,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 
 from beit_fast.tokenizers import Tokenizer
-from beit_fast.train.tasks.tokenizer import measure
+from beit_fast.train.tasks.tokenizer import reconstruction_metrics
 from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder, VectorQuantizer
 
 
@@ -116,7 +116,7 @@ def test_measure() -> None:
     images = torch.full((2, 3, 16, 16), 0.4)
     tokenizer = Four()
     tokenizer.weight = torch.nn.Parameter(torch.zeros(1))
-    result = measure(tokenizer, images)
+    result = reconstruction_metrics(tokenizer, images)
     assert result["mae"] == pytest.approx(0.1)
     assert result["psnr_db"] == pytest.approx(20)
     assert math.isclose(result["perplexity"], 4, rel_tol=1e-9)

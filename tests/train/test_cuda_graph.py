@@ -91,12 +91,18 @@ def recorded(monkeypatch):
 
         def state_of(run):
             slots = [t for state in run.optimizer.state.values() for t in state.values()]
-            return [*run.bare.parameters(), *slots, run.scaler.scale, run.scaler.clean_steps, *(run.ema or {}).values()]
+            return [
+                *run.module.parameters(),
+                *slots,
+                run.scaler.scale,
+                run.scaler.clean_steps,
+                *(run.ema or {}).values(),
+            ]
 
         def recording(run, found):
             prepare(run, found)
             made.append(TapeRecorder(lambda: state_of(run)))
-            run.work.record_with(made[-1])
+            run.compute.record_with(made[-1])
 
         with monkeypatch.context() as patch:
             patch.setattr(engine.TrainingRun, "prepare", recording)
@@ -149,10 +155,10 @@ def test_a_recorded_pretraining_is_the_same(pretraining, recorded, weights, chec
     config = dataclasses.replace(pretraining, model=model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registration, "traced", lambda tensor: True)
-        engine.run(MaskedImageModeling(config), config)
+        engine.run(MaskedImageModeling(config))
     again = dataclasses.replace(config, output_dir=config.output_dir.with_name("recorded"))
     with recorded() as recorders:
-        engine.run(MaskedImageModeling(again), again)
+        engine.run(MaskedImageModeling(again))
     (recorder,) = recorders
     assert {"packed_attention", "masked_cross_entropy", "_fused_adamw_", "lerp_"} <= recorder.tape.names
     same(config, again, weights)
@@ -165,23 +171,23 @@ def test_random_numbers_and_skipped_steps_are_the_same(tiny, tmp_path, recorded,
         """Its bad steps come with the data: a graph cannot know the number of the step."""
 
         def batches(self, requests):
-            for step, (features, targets, _) in enumerate(super().batches(requests)):
-                yield features[:8] * (float("nan") if step == 6 else 1), targets[:8]
+            for step, batch in enumerate(super().batches(requests)):
+                yield tiny.TinyBatch(batch.features[:8] * (float("nan") if step == 6 else 1), batch.targets[:8])
 
         def prepare(self, batch, step):
             return batch
 
         def loss(self, model, batch, num_targets):
             self.bad = False
-            found = super().loss(model, (*batch, None), num_targets)
+            found = super().loss(model, batch, num_targets)
             return found._replace(sums={"correct": found.sums["correct"], "targets": torch.full((), 8.0)})
 
     optim = OptimConfig(lr=1e-2, warmup_epochs=0.4, ema_decay=0.9)
     plain = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "plain", dropout=0.3, precision="bf16", optim=optim)
-    engine.run(Task(plain), plain)
+    engine.run(Task(plain))
     again = dataclasses.replace(plain, output_dir=tmp_path / "recorded")
     with recorded() as recorders:
-        engine.run(Task(again), again)
+        engine.run(Task(again))
     assert recorders[0].tape.calls
     assert sum(line.get("skipped_steps", 0) for line in metrics(plain.output_dir)) == 1
     same(plain, again, weights)
@@ -192,8 +198,8 @@ def test_the_comparison_sees_what_a_graph_would_freeze(tiny, tmp_path, recorded,
 
     class Task(tiny.TinyTask):
         def batches(self, requests):
-            for features, targets, _ in super().batches(requests):
-                yield features[:8], targets[:8]
+            for batch in super().batches(requests):
+                yield tiny.TinyBatch(batch.features[:8], batch.targets[:8])
 
         def prepare(self, batch, step):
             self.step = step
@@ -201,14 +207,14 @@ def test_the_comparison_sees_what_a_graph_would_freeze(tiny, tmp_path, recorded,
 
         def loss(self, model, batch, num_targets):
             self.bad = False
-            found = super().loss(model, (*batch, None), num_targets)
+            found = super().loss(model, batch, num_targets)
             return found._replace(loss=found.loss * (1 + self.step))
 
     config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "plain")
-    engine.run(Task(config), config)
+    engine.run(Task(config))
     again = dataclasses.replace(config, output_dir=tmp_path / "recorded")
     with recorded():
-        engine.run(Task(again), again)
+        engine.run(Task(again))
     with pytest.raises(AssertionError):
         same(config, again, weights)
 
@@ -230,7 +236,7 @@ def test_nothing_in_a_step_waits_for_the_device(pretraining, monkeypatch):
         assert not copied, "a number was copied to the device, which waits for it"
 
     monkeypatch.setattr(engine.TrainingRun, "train_step", watched)
-    engine.run(MaskedImageModeling(pretraining), pretraining)
+    engine.run(MaskedImageModeling(pretraining))
     assert len(tapes) == 8
     assert {"convolution", "argmax", "packed_attention", "_fused_adamw_"} <= tapes[-1].names
     assert not tapes[-1].names & WAITS
@@ -287,16 +293,15 @@ def test_inputs_in_which_no_tensors_are_seen_are_refused():
 def test_what_cannot_be_recorded_is_refused(pretraining, device, changes, world, message):
     config = dataclasses.replace(pretraining, cuda_graph=True, **changes)
     with pytest.raises(ValueError, match=f"--cuda-graph .*{message}"):
-        check_cuda_graph(config, World(0, world, torch.device(device)), MaskedImageModeling(config))
+        check_cuda_graph(MaskedImageModeling(config), World(0, world, torch.device(device)))
 
 
 def test_a_run_on_a_cpu_refuses_in_one_line(pretraining):
     config = dataclasses.replace(pretraining, cuda_graph=True)
     with pytest.raises(ValueError, match="--cuda-graph needs a GPU"):
-        engine.run(MaskedImageModeling(config), config)
-    official = dataclasses.replace(config, masking=dataclasses.replace(config.masking, mode="official"))
+        engine.run(MaskedImageModeling(config))
     with pytest.raises(ValueError, match="masks of one size"):
-        MaskedImageModeling(official).open_tokenizer(World(0, 1, CPU))
+        dataclasses.replace(config, masking=dataclasses.replace(config.masking, mode="official"))
 
 
 @pytest.mark.gpu
@@ -305,9 +310,9 @@ def test_a_run_on_a_cpu_refuses_in_one_line(pretraining):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_on_a_gpu_the_losses_are_the_same(pretraining, precision, compile_blocks):
     config = dataclasses.replace(pretraining, precision=precision, compile=compile_blocks, steps=12)
-    engine.run(MaskedImageModeling(config), config)
+    engine.run(MaskedImageModeling(config))
     again = dataclasses.replace(config, output_dir=config.output_dir.with_name("graph"), cuda_graph=True)
-    engine.run(MaskedImageModeling(again), again)
+    engine.run(MaskedImageModeling(again))
     assert metrics(config.output_dir) == metrics(again.output_dir)
 
 
@@ -338,4 +343,4 @@ def test_on_a_gpu_a_step_waits_for_nothing(pretraining, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engine.TrainingRun, "train_step", watched)
-    engine.run(MaskedImageModeling(pretraining), pretraining)
+    engine.run(MaskedImageModeling(pretraining))

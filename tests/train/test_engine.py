@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from beit_fast.train import engine
-from beit_fast.train.batching import requests_of
 from beit_fast.train.checkpoint.format import list_checkpoints
 from beit_fast.train.config import LogConfig, OptimConfig
 from beit_fast.train.distributed.world import StopSignal, World
 from beit_fast.train.metrics import read_metrics
+from beit_fast.train.schedules import requests_of
 
 CLOCK = ("samples_per_s", "step_ms", "data_wait_share", "peak_memory_mib")
 
@@ -29,7 +29,7 @@ def train(tiny, tmp_path):
     def run(name, **changes):
         config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / name, **changes)
         task = tiny.TinyTask(config)
-        return engine.run(task, config), config.output_dir, task
+        return engine.run(task), config.output_dir, task
 
     return run
 
@@ -117,7 +117,7 @@ def child(stop_at):
         fsync(descriptor)
     os.fsync = dying
     config = dataclasses.replace(tiny.RECIPE, output_dir=Path(sys.argv[2]))
-    engine.run(tiny.TinyTask(config), config)
+    engine.run(tiny.TinyTask(config))
     os._exit(0)
 
 kills = 0
@@ -300,7 +300,7 @@ def test_averaged_weights_follow_their_definition(train, weights):
     optim = OptimConfig(lr=1e-2, warmup_steps=0, ema_decay=0.9)
     _, folder, task = train("run", steps=1, optim=optim)
     torch.manual_seed(task.config.seed)
-    initial = dict(task.build(task.config, World(0, 1, torch.device("cpu"))).named_parameters())
+    initial = dict(task.build(World(0, 1, torch.device("cpu"))).named_parameters())
     saved = weights(folder)[1]
     for name, start in initial.items():
         final, average = (

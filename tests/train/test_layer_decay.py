@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling
-from beit_fast.train.layer_decay import layer_decay_groups, layer_of
+from beit_fast.train.optim import decay_groups, layer_of
 
 
 def tiny(size="base", preset="plus", **values):
@@ -17,7 +17,7 @@ def tiny(size="base", preset="plus", **values):
 @pytest.mark.parametrize("preset", ["plus", "plain"])
 def test_base_has_the_official_28_groups(preset):
     model = tiny(preset=preset)
-    groups = layer_decay_groups(model, 0.05, 0.65, depth=12)
+    groups = decay_groups(model, 0.05, 0.65, depth=12)
     assert len(groups) == 28
     scales = {}
     for group in groups:
@@ -38,12 +38,12 @@ def test_base_has_the_official_28_groups(preset):
 
 
 def test_large_has_52_groups():
-    assert len(layer_decay_groups(tiny("large"), 0.05, 0.75, depth=24)) == 52
+    assert len(decay_groups(tiny("large"), 0.05, 0.75, depth=24)) == 52
 
 
 def test_a_shared_table_and_the_mask_token_stand_where_the_official_code_has_them():
     model = BeitForMaskedImageModeling(BeitConfig.from_preset("base", image_size=32, width=16, num_heads=2))
-    groups = {n: g for g in layer_decay_groups(model, 0.05, 0.5, depth=12) for n in g["names"]}
+    groups = {n: g for g in decay_groups(model, 0.05, 0.5, depth=12) for n in g["names"]}
     assert groups["mask_token"]["lr_scale"] == 0.5**13
     assert groups["mask_token"]["weight_decay"] == 0.05
     assert groups["rel_pos_bias.relative_position_bias_table"]["lr_scale"] == 1.0
@@ -56,7 +56,7 @@ def test_a_backbone_inside_a_larger_model_keeps_its_layers():
             self.backbone = tiny()
             self.blocks = nn.ModuleList([nn.Linear(2, 2)])  # a head that happens to use the same word
 
-    groups = {n: g for g in layer_decay_groups(Segmentor(), 0.05, 0.5, 12, "backbone.") for n in g["names"]}
+    groups = {n: g for g in decay_groups(Segmentor(), 0.05, 0.5, 12, "backbone.") for n in g["names"]}
     assert groups["backbone.cls_token"]["lr_scale"] == 0.5**13
     assert groups["backbone.cls_token"]["weight_decay"] == 0.0
     assert groups["blocks.0.weight"]["lr_scale"] == 1.0
@@ -65,7 +65,7 @@ def test_a_backbone_inside_a_larger_model_keeps_its_layers():
 def test_frozen_parameters_are_left_out_and_no_decay_is_one_scale():
     model = tiny()
     model.patch_embed.requires_grad_(False)
-    groups = layer_decay_groups(model, 0.0, 1.0, depth=12)
+    groups = decay_groups(model, 0.0, 1.0, depth=12)
     assert {g["lr_scale"] for g in groups} == {1.0}
     assert not [n for g in groups for n in g["names"] if n.startswith("patch_embed")]
 
@@ -73,7 +73,7 @@ def test_frozen_parameters_are_left_out_and_no_decay_is_one_scale():
 @pytest.mark.parametrize("decay", [0.0, 1.2])
 def test_a_bad_decay_is_named(decay):
     with pytest.raises(ValueError, match="--layer-decay"):
-        layer_decay_groups(tiny(), 0.05, decay, depth=12)
+        decay_groups(tiny(), 0.05, decay, depth=12)
 
 
 def test_layers_of_names():
@@ -89,7 +89,7 @@ def test_the_rates_reach_the_optimizer():
     from beit_fast.train.config import OptimConfig
     from beit_fast.train.optim import build_optimizer, set_learning_rate
 
-    optimizer = build_optimizer(layer_decay_groups(tiny(), 0.05, 0.65, 12), OptimConfig())
+    optimizer = build_optimizer(decay_groups(tiny(), 0.05, 0.65, 12), OptimConfig())
     set_learning_rate(optimizer, 4e-3)
     rates = sorted({round(group["lr"] / 4e-3, 9) for group in optimizer.param_groups})
     assert rates == sorted(round(0.65**k, 9) for k in range(14))

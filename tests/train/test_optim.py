@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
+from beit_fast.train.checkpoint.state import load_optimizer_state, optimizer_state
 from beit_fast.train.config import OptimConfig
 from beit_fast.train.optim import (
     LossScaler,
     build_optimizer,
     decay_groups,
     load_apex,
-    load_optimizer_state,
-    optimizer_state,
     optimizer_step,
 )
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from beit_fast.train.batching import seed_of
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free
+from beit_fast.train.schedules import seed_of
 from beit_fast.train.task import StepOutput, Task
 
 
@@ -35,6 +35,17 @@ class TinyConfig(RunConfig):
     """Step at which the process sends itself SIGTERM."""
 
 
+@dataclass(frozen=True)
+class TinyBatch:
+    """Targets of several samples, one after the other."""
+
+    features: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self):
+        return len(self.targets)
+
+
 class TinyTask(Task):
     """Each sample has one to four targets, so the split of a batch would show in a loss normalised per micro-batch."""
 
@@ -43,14 +54,14 @@ class TinyTask(Task):
     can_shard = True
 
     def __init__(self, config):
-        self.config = config
+        super().__init__(config)
         self.closed = False
         self.seen = []
 
-    def build(self, config, world):
-        self.world = world
-        layers = [nn.Linear(8, config.width), nn.LayerNorm(config.width), nn.GELU(), nn.Dropout(config.dropout)]
-        model = nn.Sequential(*layers, nn.Linear(config.width, 10))
+    def build(self, world):
+        self.world, width = world, self.config.width
+        layers = [nn.Linear(8, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(self.config.dropout)]
+        model = nn.Sequential(*layers, nn.Linear(width, 10))
         model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         return model.to(world.device)
 
@@ -61,16 +72,13 @@ class TinyTask(Task):
         for request in requests:
             samples = [self.sample(request.epoch, int(p)) for p in request.positions]
             self.seen.append((request.epoch, request.positions.tolist()))
-            yield torch.cat([s[0] for s in samples]), torch.cat([s[1] for s in samples]), len(samples)
+            yield TinyBatch(torch.cat([s[0] for s in samples]), torch.cat([s[1] for s in samples]))
 
     def sample(self, epoch, position):
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, epoch, position))
         targets = int(torch.randint(1, 5, (), generator=generator))
         features = torch.randn(targets, 8, generator=generator)
         return features, (features @ torch.linspace(-1, 1, 8) * 2).long().clamp(-4, 5) + 4
-
-    def num_targets(self, batch):
-        return len(batch[1])
 
     def prepare(self, batch, step):
         assert not torch.is_grad_enabled()
@@ -82,8 +90,7 @@ class TinyTask(Task):
         return batch
 
     def loss(self, model, batch, num_targets):
-        features, targets, _ = batch
-        logits = model(features)
+        logits, targets = model(batch.features), batch.targets
         loss = cross_entropy(logits.float(), targets, reduction="sum") / num_targets
         if self.bad:
             loss = loss * float("nan")

@@ -1,8 +1,7 @@
-"""Checkpoints written beside the training: a copy on the host at the step's end, files by a thread.
+"""Checkpoints written while the training goes on: a copy on the host at the end of the step, files by a thread.
 
-The copy is ordered behind the step on the device's own queue, so the host goes on at once; what a save takes from the
-training is that copy. A failure is kept in `failure`, for the ranks to agree on. One save at a time: the next one waits
-for it.
+The copy is ordered after the step on the device's own queue, so the host goes on at once. A failure is kept in
+`failure`, for the ranks to agree on. One save at a time: the next one waits for it.
 """
 
 import threading
@@ -30,13 +29,13 @@ class CheckpointWriter:
     Args:
         background: write in a thread, from a copy on the host (of the state's size, pinned where there is a GPU).
         sharded: every rank writes its part (FSDP2); otherwise rank 0 writes all.
-        say: receives one line per checkpoint written.
+        log: receives one line per checkpoint written.
     """
 
     def __init__(
-        self, root: Path, keep: int, world: World, background: bool, sharded: bool, say: Callable[[str], None]
+        self, root: Path, keep: int, world: World, background: bool, sharded: bool, log: Callable[[str], None]
     ) -> None:
-        self.root, self.keep, self.world, self.sharded, self.say = root, keep, world, sharded, say
+        self.root, self.keep, self.world, self.sharded, self.log = root, keep, world, sharded, log
         self.background = background
         # A group of its own: the thread of one rank waits for those of the others while the steps go on.
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if sharded and world.size > 1 else None
@@ -60,7 +59,7 @@ class CheckpointWriter:
                 self.failure = error
             self._report()
             return
-        copies = {name: (self._copied(name, tensors), places) for name, (tensors, places) in parts.items()}
+        copies = {name: (self._copied(name, tensors), offsets) for name, (tensors, offsets) in parts.items()}
         ready = None
         if self.world.device.type == "cuda":
             ready = torch.cuda.Event()
@@ -72,7 +71,7 @@ class CheckpointWriter:
                 if ready is not None:
                     ready.synchronize()
                 self._write(step, copies, state, size, began, held)
-            except BaseException as error:  # handed over to the training thread, which raises it
+            except BaseException as error:  # the training thread raises it
                 self.failure = error
 
         self._thread = threading.Thread(target=write, name=f"checkpoint {step}", daemon=True)
@@ -99,8 +98,8 @@ class CheckpointWriter:
         else:
             tensors = {name: part for name, (part, _) in parts.items()}
             path = checkpoint.save_checkpoint(self.root, step, tensors, state, self.keep)
-        beside = "" if held is None else f", training waited {duration(held)}"
-        self._written = f"saved {path.name} ({mib(size)} in {duration(time.perf_counter() - began)}{beside})"
+        waited = "" if held is None else f", training waited {duration(held)}"
+        self._written = f"saved {path.name} ({mib(size)} in {duration(time.perf_counter() - began)}{waited})"
 
     def _barrier(self) -> None:
         if self._group is not None:
@@ -108,7 +107,7 @@ class CheckpointWriter:
 
     def _report(self) -> None:
         if self._written is not None:
-            self.say(self._written)
+            self.log(self._written)
             self._written = None
 
     def failed(self) -> bool:

@@ -1,12 +1,9 @@
 """Checkpoints that survive kills, full disks and flipped bits.
 
-One folder per checkpoint, `step_00001000/`: safetensors files, `state.json`, and `manifest.json` with size and crc32 of
-every file. It is written under a temporary name, synced, and renamed; it is never written over. Reading walks from the
-newest to the oldest to the first whose manifest holds. Loaders of tensor files do not notice flipped bits themselves.
-
-Whole tensors lie in `model.safetensors`, `optimizer.safetensors`, `ema.safetensors`. Where FSDP2 split them, each rank
-writes its part, `model/shard-00001-of-00008.safetensors`, in the layout that torch.distributed.checkpoint reads at any
-world size (`resharding.py`). Neither form holds a pickle.
+One folder per checkpoint, `step_00001000/`: safetensors files, `state.json`, and `manifest.json` with size and crc32
+of every file. It is written under a temporary name, synced, and renamed, never written over; reading takes the newest
+whose manifest holds. Whole tensors lie in `model.safetensors` and the like; where FSDP2 split them, each rank writes
+its part, `model/shard-00001-of-00008.safetensors` (`resharding.py`). Neither form holds a pickle.
 """
 
 import contextlib
@@ -64,23 +61,26 @@ class Checkpoint:
         return (self.path / name).is_dir()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[int]] | None = None) -> int:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None = None) -> int:
     """Write a safetensors file one tensor at a time and sync it; returns its crc32.
 
     At most one tensor is copied at a time (to the host, or to make it contiguous), so the file may be larger than the
-    memory that is left. `places`: of parts of tensors, where in the whole one each begins.
+    memory that is left.
+
+    Args:
+        offsets: of parts of tensors, where in the whole one each begins.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {}
-    if places is not None:
-        info = {name: {"saved_offsets": list(places[name])} for name, _ in ordered}
+    if offsets is not None:
+        info = {name: {"saved_offsets": list(offsets[name])} for name, _ in ordered}
         header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info)}
-    offset = 0
+    begin = 0
     for name, tensor in ordered:
-        size = tensor.numel() * tensor.element_size()
+        end = begin + tensor.numel() * tensor.element_size()
         shape, dtype = list(tensor.shape), SAFETENSORS_NAMES[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -132,8 +132,8 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under `root`, oldest first, unverified."""
     if not root.is_dir():
         return []
-    found = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
-    return [path for _, path in sorted(found)]
+    steps = [(step, path) for path in root.iterdir() if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(steps)]
 
 
 def save_checkpoint(
@@ -155,18 +155,18 @@ def save_checkpoint(
         commit(work, final, entries, dict(state) | {"step": step})
     except OSError as error:
         shutil.rmtree(work, ignore_errors=True)
-        raise explained(error, root, step, sum(map(tensor_bytes, files.values()))) from error
+        raise disk_error(error, root, step, sum(map(tensor_bytes, files.values()))) from error
     drop_old(root, keep)
     return final
 
 
 def write_entry(
-    work: Path, name: str, tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[int]] | None = None
+    work: Path, name: str, tensors: Mapping[str, Tensor], offsets: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, dict[str, int]]:
     """Write one file of a checkpoint; returns its entry for the manifest."""
     path = work / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    crc = write_tensors(path, tensors, places)
+    crc = write_tensors(path, tensors, offsets)
     return {name: {"bytes": path.stat().st_size, "crc32": crc}}
 
 
@@ -184,13 +184,13 @@ def commit(work: Path, final: Path, entries: Mapping[str, Mapping[str, int]], st
 def drop_old(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for old in list_checkpoints(root)[:-keep]:
-        doomed = old.with_name(f".tmp-old-{old.name}")  # renamed first: a half-deleted folder is never a candidate
+        renamed = old.with_name(f".tmp-old-{old.name}")  # renamed first: a half-deleted folder is never a candidate
         with contextlib.suppress(OSError):
-            old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
-def explained(error: OSError, root: Path, step: int, need: int) -> OSError:
+def disk_error(error: OSError, root: Path, step: int, need: int) -> OSError:
     """The error of a checkpoint of `need` bytes that could not be written, in one line that says what is left."""
     last = list_checkpoints(root)
     kept = f"the checkpoint {last[-1].name} is intact" if last else "there is no earlier checkpoint"
@@ -221,17 +221,17 @@ def verify(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{MANIFEST} names {outside[0]}, which lies outside of the checkpoint")
     for name, (size, crc) in entries.items():
         try:
-            found = (path / name).stat().st_size
-            if found != size:
-                raise DamagedCheckpoint(f"{name} has {found} bytes instead of {size}")
+            actual = (path / name).stat().st_size
+            if actual != size:
+                raise DamagedCheckpoint(f"{name} has {actual} bytes instead of {size}")
             if _crc32(path / name) != crc:
                 raise DamagedCheckpoint(f"{name} does not match its crc32")
         except OSError as error:
             raise DamagedCheckpoint(f"{name}: {error.strerror or error}") from None
-    return opened(path)
+    return read_verified(path)
 
 
-def opened(path: Path) -> Checkpoint:
+def read_verified(path: Path) -> Checkpoint:
     """A checkpoint that was verified already, by this process or by the one that leads it."""
     return Checkpoint(path, int(path.name.removeprefix(PREFIX)), json.loads((path / STATE).read_text()))
 

@@ -19,19 +19,19 @@ from beit_fast.train.checkpoint import format as checkpoint
 from beit_fast.train.checkpoint.format import Checkpoint, part_of, tensor_bytes
 
 
-def restore_tensors(found: Checkpoint, name: str, targets: Mapping[str, Tensor], what: str) -> None:
+def restore_tensors(saved: Checkpoint, name: str, targets: Mapping[str, Tensor], what: str) -> None:
     """Copy `name` (`model`, `optimizer`, `ema`) of a checkpoint into live tensors, split or whole on either side.
 
     Raises ValueError where names or shapes differ.
     """
-    if not found.is_sharded(name):
-        checkpoint.copy_into(targets, found.tensors(name), what)
+    if not saved.is_sharded(name):
+        checkpoint.copy_into(targets, saved.tensors(name), what)
         return
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.HuggingFaceStorageReader(str(found.path / name))
-    saved = {key: tuple(entry.size) for key, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
-    checkpoint.compare(saved, targets, what)
+    reader = dcp.HuggingFaceStorageReader(str(saved.path / name))
+    shapes = {key: tuple(entry.size) for key, entry in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+    checkpoint.compare(shapes, targets, what)
     _load(dict(targets), reader)
 
 
@@ -44,11 +44,11 @@ def _load(targets: dict[str, Tensor], reader: Any) -> None:
         dcp.load(targets, storage_reader=reader, no_dist=True)
 
 
-def saved_names(found: Checkpoint, name: str) -> set[str]:
+def saved_names(saved: Checkpoint, name: str) -> set[str]:
     """Names of the tensors in `name`."""
-    if not found.is_sharded(name):
-        return set(found.names(name))
-    return set().union(*(names_in(path) for path in (found.path / name).glob("*.safetensors")))
+    if not saved.is_sharded(name):
+        return set(saved.names(name))
+    return set().union(*(names_in(path) for path in (saved.path / name).glob("*.safetensors")))
 
 
 def names_in(path: Path) -> set[str]:
@@ -58,14 +58,14 @@ def names_in(path: Path) -> set[str]:
     return {key for key in header if key != "__metadata__"}
 
 
-def whole_tensors(found: Checkpoint, name: str) -> Iterator[tuple[str, Tensor]]:
+def whole_tensors(saved: Checkpoint, name: str) -> Iterator[tuple[str, Tensor]]:
     """(name, CPU tensor) of `name`, whole, also where they were saved in parts."""
-    if not found.is_sharded(name):
-        yield from found.tensors(name)
+    if not saved.is_sharded(name):
+        yield from saved.tensors(name)
         return
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.HuggingFaceStorageReader(str(found.path / name))
+    reader = dcp.HuggingFaceStorageReader(str(saved.path / name))
     for key, entry in reader.read_metadata().state_dict_metadata.items():
         target = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}  # type: ignore[union-attr]
         _load(target, reader)
@@ -75,13 +75,13 @@ def whole_tensors(found: Checkpoint, name: str) -> Iterator[tuple[str, Tensor]]:
 def own_parts(tensors: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, Sequence[int]]]:
     """What this rank writes: its parts of split tensors and where they begin; rank 0 also what is not split."""
     parts: dict[str, Tensor] = {}
-    places: dict[str, Sequence[int]] = {}
+    offsets: dict[str, Sequence[int]] = {}
     for name, tensor in tensors.items():
         split = hasattr(tensor, "to_local")
-        local, offsets = part_of(tensor)
+        local, begin = part_of(tensor)
         if (split and local.numel()) or (not split and rank == 0):
-            parts[name], places[name] = local, offsets
-    return parts, places
+            parts[name], offsets[name] = local, begin
+    return parts, offsets
 
 
 def save_sharded(
@@ -107,9 +107,9 @@ def save_sharded(
     try:
         work.mkdir(parents=True, exist_ok=True)
         entries: dict[str, dict[str, int]] = {}
-        for name, (tensors, places) in parts.items():
+        for name, (tensors, offsets) in parts.items():
             file = f"{name}/shard-{rank + 1:05d}-of-{size:05d}.safetensors"
-            entries |= checkpoint.write_entry(work, file, tensors, places)
+            entries |= checkpoint.write_entry(work, file, tensors, offsets)
         checkpoint.write_json(work / f"part-{rank}.json", entries)
     except OSError as error:
         failure = error
@@ -124,7 +124,7 @@ def save_sharded(
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)
         need = sum(tensor_bytes(tensors) for tensors, _ in parts.values())
-        raise checkpoint.explained(error, root, step, need) from error
+        raise checkpoint.disk_error(error, root, step, need) from error
     finally:
         barrier()
     return final

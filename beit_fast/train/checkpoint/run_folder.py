@@ -49,13 +49,13 @@ class RunFolder:
         """
         self._create()
         self._acquire()
-        found = self.saved()
+        saved = self.saved()
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if found is not None and config.fresh and not restarted:
+        if saved is not None and config.fresh and not restarted:
             self._move_aside()
-            found = None
-        if found is not None and checkpoint.list_checkpoints(self.checkpoints):
-            self._compare(found, config, task)
+            saved = None
+        if saved is not None and checkpoint.list_checkpoints(self.checkpoints):
+            self._compare(saved, config, task)
         self.checkpoints.mkdir(exist_ok=True)
         checkpoint.remove_leftovers(self.checkpoints)
         value = {"format": FORMAT, "version": __version__, "task": task, "config": to_plain(config)}
@@ -118,10 +118,10 @@ class RunFolder:
 
     def compare(self, config: RunConfig, task: str) -> None:
         """ValueError where the folder holds no run, or one of another configuration; changes nothing."""
-        found = self.saved()
-        if found is None:
+        saved = self.saved()
+        if saved is None:
             raise ValueError(f"there is no run in {self.path}; name its --output-dir")
-        self._compare(found, config, task)
+        self._compare(saved, config, task)
 
     def _compare(self, saved: dict[str, Any], config: RunConfig, task: str) -> None:
         free = free_fields(config)
@@ -141,23 +141,23 @@ class RunFolder:
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to continue from, and one line per newer one that was damaged (and is now set aside)."""
-        found, rejected = checkpoint.newest_checkpoint(self.checkpoints)
+        newest, rejected = checkpoint.newest_checkpoint(self.checkpoints)
         notes = []
         for path, reason in rejected:
             moved = checkpoint.set_aside(path)
             fallback = (
-                f"continuing from {found.path.name}" if found else "there is no older one, so the run starts anew"
+                f"continuing from {newest.path.name}" if newest else "there is no older one, so the run starts anew"
             )
             notes.append(f"checkpoint {path.name} is damaged: {reason}; kept as {moved.name}; {fallback}")
-        return found, notes
+        return newest, notes
 
-    def agreed_newest(self, world: World) -> tuple[Checkpoint | None, list[str]]:
-        """`newest`, verified by rank 0 and opened by all; the notes are rank 0's."""
-        found, notes = self.newest() if world.is_main else (None, [])
-        step = world.agree(-1 if found is None else found.step)
+    def newest_for_all(self, world: World) -> tuple[Checkpoint | None, list[str]]:
+        """`newest` on every rank, verified by rank 0; the notes are rank 0's."""
+        newest, notes = self.newest() if world.is_main else (None, [])
+        step = world.agree(-1 if newest is None else newest.step)
         if not world.is_main and step >= 0:
-            found = checkpoint.opened(self.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
-        return found, notes
+            newest = checkpoint.read_verified(self.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
+        return newest, notes
 
     def keep_for_replay(self, step: int) -> str | None:
         """Keep the newest checkpoint before step number `step` from being dropped; returns its name, None = the start.

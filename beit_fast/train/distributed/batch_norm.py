@@ -1,7 +1,5 @@
 """Batch norm with the statistics of all processes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

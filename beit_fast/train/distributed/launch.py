@@ -1,8 +1,8 @@
 """`--gpus N`: the same command once per device of this machine, and once more after a crash.
 
-What torchrun does for one node, with the exit codes of a run: it hands signals on and waits for the save; a process
-that is killed or crashes takes the others along, and all start again from the newest checkpoint; what ends by itself
-(a wrong option, a full disk, a saved run) is not tried again. For several nodes see recipes/slurm/.
+What torchrun does for one node, with the exit codes of a run: it forwards signals and waits for the save; when a
+process is killed or crashes, all start again from the newest checkpoint; what ends by itself (a wrong option, a full
+disk, a saved run) is not tried again. For several nodes see recipes/slurm/.
 """
 
 import contextlib
@@ -53,10 +53,10 @@ def launch(count: int, device: str, start: Callable[[dict[str, str]], Worker] = 
     if device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise ValueError(f"--gpus {count}: this machine has {torch.cuda.device_count()} CUDA devices")
     workers: list[Worker] = []
-    asked: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.send_signal(number)
@@ -74,7 +74,7 @@ def launch(count: int, device: str, start: Callable[[dict[str, str]], Worker] = 
             if not any(codes):
                 return 0
             crashed = [(rank, -code) for rank, code in enumerate(codes) if code < 0]
-            if asked or not crashed or attempt == RESTARTS:
+            if received or not crashed or attempt == RESTARTS:
                 return next((code for code in codes if code > 0), 128 + crashed[0][1] if crashed else 1)
             rank, number = crashed[0]
             print(f"rank {rank} ended by {signal.Signals(number).name}; starting all {count} again", flush=True)

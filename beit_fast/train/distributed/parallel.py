@@ -1,4 +1,4 @@
-"""How a model is spread over processes: DDP, or FSDP2 for models beyond one card; and regional compilation.
+"""A model on several processes: DDP, or FSDP2 for models beyond one card; and regional compilation.
 
 Both average the gradients of the ranks, so that losses and weights agree to rounding.
 """
@@ -34,7 +34,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
             block.forward = torch.compile(block.forward)
 
 
-def spread(
+def parallelise(
     model: nn.Module, blocks: Sequence[nn.Module], world: World, kind: Literal["ddp", "fsdp2"], accumulation: int
 ) -> nn.Module:
     """The module to call in training: `model` itself on one process, else wrapped by DDP, or split in place (FSDP2)."""
@@ -93,7 +93,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A split tensor gathered, on every rank, which all have to ask; any other tensor itself."""
+    """A split tensor, gathered on every rank (all of them have to call it); any other tensor itself."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
@@ -105,29 +105,26 @@ def average(averages: Mapping[str, Tensor], model: nn.Module, weight: Tensor) ->
         local(averages[name]).lerp_(local(parameter), weight)
 
 
-@contextlib.contextmanager
-def micro_batch(model: nn.Module, world: World, last: bool) -> Iterator[None]:
-    """Gradients are reduced over the ranks with the last micro-batch of a step only."""
-    if world.size == 1:
-        yield
-    elif isinstance(model, nn.parallel.DistributedDataParallel):
-        with contextlib.nullcontext() if last else model.no_sync():
-            yield
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward pass of a model on several ranks reduces its gradients over them."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = enabled  # what its no_sync() sets
     else:
         sharded: Any = model
-        sharded.set_requires_gradient_sync(last)
-        yield
+        sharded.set_requires_gradient_sync(enabled)
 
 
 @contextlib.contextmanager
-def evaluated(model: nn.Module, average: Mapping[str, Tensor] | None, plain: nn.Module | None) -> Iterator[nn.Module]:
-    """A plain module with the weights to evaluate: those of `model`, or `average` in their place.
+def evaluation_model(
+    model: nn.Module, average: Mapping[str, Tensor] | None, unsplit: nn.Module | None
+) -> Iterator[nn.Module]:
+    """A module with the weights to evaluate: those of `model`, or `average` in their place.
 
-    A split model is gathered into a copy of `plain` (what it was before it was split), so that every rank can evaluate
-    its share of the data at its own pace. Otherwise the average changes places with the weights, bit for bit, and back.
+    A split model is gathered into a copy of `unsplit` (what it was before), so that every rank can evaluate its share
+    of the data at its own pace. Otherwise the average changes places with the weights, bit for bit, and back.
     """
-    if plain is not None:
-        copied = copy.deepcopy(plain).to(next(model.parameters()).device)
+    if unsplit is not None:
+        copied = copy.deepcopy(unsplit).to(next(model.parameters()).device)
         targets = copied.state_dict()
         with torch.no_grad():
             for name, tensor in model.state_dict().items():

@@ -23,7 +23,7 @@ ECHO_S = 1.0
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank among `size` processes, and its device."""
+    """The rank of this process among `size` processes, and its device."""
 
     rank: int
     size: int
@@ -95,16 +95,16 @@ def start_world(device: str) -> World:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         if os.getppid() != int(os.environ.get("BEIT_FAST_LAUNCHER_PID", os.getppid())):
             os._exit(1)  # the launcher was gone before it could be watched
-    place = resolve_device(device, local_rank)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    own = resolve_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if not dist.is_initialized():
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        backend = "nccl" if own.type == "cuda" else "gloo"
         if backend == "nccl":  # where a collective hangs, what every rank was doing is dumped
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=place if place.type == "cuda" else None)
-    return World(rank, size, place)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=own if own.type == "cuda" else None)
+    return World(rank, size, own)
 
 
 def end_world(world: World) -> None:
@@ -134,9 +134,9 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 class Vote(enum.IntEnum):
-    """What the ranks agree on between two steps; the gravest wish counts."""
+    """What the ranks agree on between two steps; the highest vote counts."""
 
-    GO = 0
+    CONTINUE = 0
     STOP = 1
     """Save and end: a signal came."""
     FAILED = 2
@@ -146,10 +146,9 @@ class Vote(enum.IntEnum):
 class StopSignal:
     """SIGTERM, SIGUSR1 or Ctrl-C asks all ranks to stop at the same step; a second signal ends the process at once.
 
-    A launcher and a scheduler often deliver the same wish twice, so what comes within `ECHO_S` seconds is one signal.
-
-    The ranks agree through a CPU process group of its own: what is sent at one step is read at the next, so nothing
-    waits for a device.
+    A launcher and a scheduler often send the same signal, so what comes within `ECHO_S` seconds is one signal. Ranks
+    agree through a CPU process group of its own: what is sent at one step is read at the next, so nothing waits for a
+    device.
     """
 
     def __init__(self, world: World) -> None:
@@ -168,10 +167,10 @@ class StopSignal:
 
     def poll(self, failed: bool = False) -> Vote:
         """Whether to stop after this step; the same answer on every rank. Call once per step."""
-        own = Vote.FAILED if failed else Vote.STOP if self.received is not None else Vote.GO
+        own = Vote.FAILED if failed else Vote.STOP if self.received is not None else Vote.CONTINUE
         if self._group is None:
             return own
-        vote = Vote.GO
+        vote = Vote.CONTINUE
         if self._pending is not None:
             flag, work = self._pending
             work.wait()

@@ -1,22 +1,16 @@
-"""What pre-training has learnt, on images it does not see: the masked loss beside what it takes to reach it."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+"""Pre-training on held-out images: the masked loss, and the losses without image and without context."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from beit_fast.data.loader import Request
+from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 
-
-def measure(
+def evaluate(
     model: BeitForMaskedImageModeling,
     tokenizer: Tokenizer | None,
     views: PretrainLoader,
@@ -58,12 +52,12 @@ def measure(
             wrong = model(batch.images.roll(1, 0), batch.mask, tokens, predict_all=predict_all)
             sums[3] += float(wrong.loss) * masked
     masked, correct, right_sum, wrong_sum = sums.tolist()
-    found = {"held_out_loss": right_sum / masked, "held_out_images": float(images)}
+    values = {"held_out_loss": right_sum / masked, "held_out_images": float(images)}
     if tokenizer is None:
         number, total, squares = pixels
-        return found | {"pixel_variance": float((squares / number - (total / number).square()).mean())}, histogram
+        return values | {"pixel_variance": float((squares / number - (total / number).square()).mean())}, histogram
     share = histogram[histogram > 0] / histogram.sum()
-    return found | {
+    return values | {
         "held_out_accuracy": correct / masked,
         "token_entropy_nats": float(-(share * share.log()).sum()),
         "other_context_loss": wrong_sum / masked,

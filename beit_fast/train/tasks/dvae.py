@@ -5,10 +5,7 @@ mapped into (0.1, 0.9); KL(q || uniform) is weighted by beta. The loss of an ima
 so that per position of 8 x 8 x 3 values the KL counts beta / 192. Temperature and beta follow half a cosine.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +13,13 @@ from torch import Tensor, nn
 from beit_fast.tokenizers import DalleTokenizer, Tokenizer
 from beit_fast.tokenizers.dalle import DalleDecoder, DalleEncoder, map_pixels, unmap_pixels
 from beit_fast.train.task import StepOutput
-from beit_fast.train.tasks.tokenizer import TrainTokenizer, TrainTokenizerConfig
-
-if TYPE_CHECKING:
-    from beit_fast.data.pretraining import PretrainBatch
-
-__all__ = ["RelaxedVAE", "TrainRelaxedVAE", "logit_laplace", "tokenizer_task"]
+from beit_fast.train.tasks.tokenizer import (
+    TokenizerBatch,
+    TrainTokenizer,
+    TrainTokenizerConfig,
+    error_metrics,
+    error_sums,
+)
 
 _VALUES_PER_TOKEN = 3 * 8 * 8
 
@@ -83,33 +81,25 @@ class TrainRelaxedVAE(TrainTokenizer):
         temperature = half_cosine(*own.temperature, progress / own.temperature_share)
         return temperature, half_cosine(0.0, own.kl_weight, progress / own.kl_share)
 
-    def prepare(self, batch: PretrainBatch, step: int) -> Any:
-        return self.view(batch, step), *self.schedule(step)
-
-    def loss(self, model: nn.Module, batch: Any, num_targets: Tensor) -> StepOutput:
-        images, temperature, beta = batch
-        nll, kl, reconstruction = model(images, temperature)
+    def loss(self, model: nn.Module, batch: TokenizerBatch, num_targets: Tensor) -> StepOutput:
+        temperature, beta = self.schedule(batch.step)
+        nll, kl, reconstruction = model(batch.images, temperature)
         loss = (nll + beta / _VALUES_PER_TOKEN * kl).sum() / num_targets
-        error = reconstruction.detach() - images
+        count, device = len(batch), batch.images.device
         sums = {
-            "images": torch.tensor(float(len(images)), device=images.device),
-            "absolute_error": error.abs().mean((1, 2, 3)).sum(),
-            "squared_error": error.square().mean((1, 2, 3)).sum(),
             "kl": kl.detach().sum(),
             "nll": nll.detach().sum(),
-            "temperature": torch.tensor(temperature * len(images), device=images.device),
-            "beta": torch.tensor(beta * len(images), device=images.device),
+            "temperature": torch.tensor(temperature * count, device=device),
+            "beta": torch.tensor(beta * count, device=device),
         }
-        return StepOutput(loss, sums)
+        return StepOutput(loss, error_sums(reconstruction.detach() - batch.images) | sums)
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """There is no codebook to update."""
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         images = sums["images"]
-        return {
-            "mae": sums["absolute_error"] / images,
-            "psnr_db": -10 * math.log10(sums["squared_error"] / images),
+        return error_metrics(sums) | {
             "nll_per_value": sums["nll"] / images,
             "kl_nats_per_token": sums["kl"] / images,
             "temperature": sums["temperature"] / images,

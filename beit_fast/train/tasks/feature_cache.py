@@ -1,7 +1,5 @@
 """Frozen features on disk: computed once, read at random."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

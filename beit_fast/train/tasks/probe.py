@@ -1,16 +1,14 @@
 """Linear probes of every block at once (paper, table 9; the official linear evaluation).
 
-One linear classifier per block on that block's frozen output: CLS and mean patch token side by side, no norm. Their
-losses are added, which trains them independently. Without augmentation the features are computed once and kept.
+One linear classifier per block on that block's frozen output: CLS and mean patch token, no norm. Their losses are
+added, which trains them independently. Without augmentation the features are computed once and kept.
 """
-
-from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +16,19 @@ from torch import Tensor, nn
 
 from beit_fast.data.classification import Augmentation, ClassificationLoader, EvaluationLoader, LabelledBatch
 from beit_fast.data.labelled import LabelledImages
-from beit_fast.data.loader import NORMALIZATION, Request
+from beit_fast.data.loader import Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.sampling import epoch_order
-from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import fingerprint
 from beit_fast.models import Beit
-from beit_fast.train.config import RunConfig, free
+from beit_fast.train.config import free
 from beit_fast.train.distributed.world import World
 from beit_fast.train.precision import DTYPES, precision_of
-from beit_fast.train.task import StepOutput, Task
+from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks.feature_cache import FeatureCache
-from beit_fast.train.tasks.finetune import (
-    ClassifierModelConfig,
-    LabelledDataConfig,
-    evaluation_views,
-    multiply_adds,
-    open_data,
-)
+from beit_fast.train.tasks.finetune import ClassifierModelConfig, LabelledDataConfig
+from beit_fast.train.tasks.images import ImageTask, WeightsConfig
+from beit_fast.train.tasks.model import multiply_adds
 from beit_fast.train.tasks.weights import load_weights
 
 Features = Literal["cls+mean", "mean", "cls"]
@@ -44,7 +37,7 @@ STATISTICS_IMAGES = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(RunConfig):
+class ProbeConfig(WeightsConfig):
     """Linear probes of all blocks."""
 
     weights: str | None = None
@@ -61,6 +54,28 @@ class ProbeConfig(RunConfig):
     model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
     feature_batch: int = free(64)
     """Images per forward pass where features are computed beforehand."""
+
+    without_weights: ClassVar[str] = "name the model to probe, or --scratch for random weights"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optim.clip_grad is not None:
+            raise ValueError(
+                "--optim.clip-grad would tie the probes of all layers together; give --optim.clip-grad None"
+            )
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """What the probes read of a batch of images."""
+
+    features: Tensor
+    """float32 (b, L, F)."""
+    labels: Tensor
+    """int64 (b,)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class LayerProbes(nn.Module):
@@ -97,33 +112,24 @@ def block_features(model: Beit, images: Tensor, features: Features) -> Tensor:
     return torch.stack(pooled, dim=1)
 
 
-class LinearProbe(Task):
+class LinearProbe(ImageTask):
     """Trains `LayerProbes` on a frozen BEiT; the best layer is reported after each evaluation."""
 
     name = "linear_probe"
+    config: ProbeConfig
 
     def __init__(self, config: ProbeConfig) -> None:
-        self.config = config
-        self.open_views: list[Any] = []
+        super().__init__(config)
         self.cache: FeatureCache | None = None
         self.validation_cache: FeatureCache | None = None
-        self.validation_views: EvaluationLoader | None = None
-        self.bad_images: BadImages | None = None
+        self.validation_loader: EvaluationLoader | None = None
         self.measured: dict[str, float] = {}
 
-    def build(self, config: RunConfig, world: World) -> nn.Module:
+    def build(self, world: World) -> nn.Module:
         c = self.config
-        if c.weights is None and not c.scratch and c.data.path is not None:
-            raise ValueError("--weights is missing: name the model to probe, or --scratch for random weights")
-        if c.weights is not None and c.scratch:
-            raise ValueError("--weights and --scratch contradict each other; give one of them")
-        if c.optim.clip_grad is not None:
-            raise ValueError(
-                "--optim.clip-grad would tie the probes of all layers together; give --optim.clip-grad None"
-            )
         self.world = world
         self.dtype = DTYPES[precision_of(c, world.device)]
-        self.training, self.validation = open_data(c.data)
+        self.training, validation = c.data.open()
         self.classes = self.training.classes
         torch.manual_seed(c.seed)
         backbone = Beit(c.model.classifier(0))
@@ -132,50 +138,48 @@ class LinearProbe(Task):
         self.backbone = backbone.to(world.device).requires_grad_(False).eval()
         width = backbone.config.width * (2 if c.features == "cls+mean" else 1)
         probes = LayerProbes(backbone.config.depth, width, len(self.classes)).to(world.device)
-        self._open(probes, (backbone.config.depth, width))
+        self._open(probes, validation)
         return probes
 
-    def _open(self, probes: LayerProbes, shape: tuple[int, int]) -> None:
-        """Views or cached features, and the scale of the features."""
+    def _open(self, probes: LayerProbes, validation: LabelledImages | None) -> None:
+        """Open views or cached features, and set the scale of the features."""
         c, data, world = self.config, self.config.data, self.world
-        self.bad_images = BadImages(len(self.training), None, data.max_bad_share)
-        if self.validation is not None:
-            self.validation_views = self._evaluation_views(self.validation)
+        bad_images = self.screen(self.training.source, data.max_bad_share)
+        if validation is not None:
+            self.validation_loader = self._evaluation_loader(validation)
         if c.augment or c.dry_run:
-            mean, std = NORMALIZATION[data.normalization]
-            self.views = ClassificationLoader(
+            self.loader = ClassificationLoader(
                 self.training.source, self.training.labels, Augmentation(), seed=c.seed,
-                image_size=c.model.image_size, mean=mean, std=std, device=world.device, decoder=data.decoder,
-                bad_images=self.bad_images, threads=data.threads, prefetch=data.prefetch,
+                image_size=c.model.image_size, bad_images=bad_images, **data.loader_options(world.device),
             )  # fmt: skip
-            self.open_views.append(self.views)
             if c.standardise and not c.dry_run:
                 self._standardise(probes, self._statistics())
             return
-        self.cache = self._cached("training", self.training, self._evaluation_views(self.training), shape)
-        if self.validation is not None and self.validation_views is not None:
-            self.validation_cache = self._cached("validation", self.validation, self.validation_views, shape)
+        shape = (probes.weight.shape[0], probes.weight.shape[1])
+        self.cache = self._cached("training", self.training, self._evaluation_loader(self.training), shape)
+        if validation is not None and self.validation_loader is not None:
+            self.validation_cache = self._cached("validation", validation, self.validation_loader, shape)
         self.used = self.cache.rows()
         if c.standardise:
             self._standardise(probes, self.cache.moments())
 
-    def _evaluation_views(self, images: LabelledImages) -> EvaluationLoader:
-        views = evaluation_views(self.config.data, images, self.config.model.image_size, self.world.device)
-        self.open_views.append(views)
-        return views
+    def _evaluation_loader(self, images: LabelledImages) -> EvaluationLoader:
+        loader = self.config.data.evaluation_loader(images, self.config.model.image_size, self.world.device)
+        self.others.append(loader)
+        return loader
 
     def _cached(
-        self, name: str, images: LabelledImages, views: EvaluationLoader, shape: tuple[int, int]
+        self, name: str, images: LabelledImages, loader: EvaluationLoader, shape: tuple[int, int]
     ) -> FeatureCache:
         c = self.config
         key = {
             "model": weights_checksum(self.backbone), "data": fingerprint(images.source), "features": c.features,
-            "image_size": c.model.image_size, "crop_share": views.crop_share, "normalization": c.data.normalization,
+            "image_size": c.model.image_size, "crop_share": loader.crop_share, "normalization": c.data.normalization,
             "precision": str(self.dtype),
         }  # fmt: skip
         cache = FeatureCache(c.output_dir / "features" / name, key, (len(images), *shape), self.world)
         if not cache.complete:
-            batches = views.batches(c.feature_batch, self.world.rank, self.world.size)
+            batches = loader.batches(c.feature_batch, self.world.rank, self.world.size)
             cache.fill((batch.indices, self._features(batch.images), batch.labels) for batch in batches)
         return cache
 
@@ -187,7 +191,7 @@ class LinearProbe(Task):
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the features of the first images, the same on every rank."""
         collected, count = [], 0
-        for batch in self._evaluation_views(self.training).batches(self.config.feature_batch):
+        for batch in self._evaluation_loader(self.training).batches(self.config.feature_batch):
             collected.append(self._features(batch.images).double().cpu())
             count += len(batch)
             if count >= STATISTICS_IMAGES:
@@ -203,63 +207,54 @@ class LinearProbe(Task):
         return len(self.training) if self.cache is None else len(self.used)
 
     def identity(self) -> dict[str, Any]:
-        return {"data": fingerprint(self.training.source), "model": weights_checksum(self.backbone)}
+        return super().identity() | {"model": weights_checksum(self.backbone)}
 
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         """One group: the official linear evaluation decays biases as well."""
         named = list(model.named_parameters())
         return [{"params": [p for _, p in named], "names": [n for n, _ in named], "weight_decay": weight_decay}]
 
-    def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
-        if self.cache is None:
-            return self.views.batches(requests)
-        return self._cached_batches(requests)
+    def batches(self, requests: Iterator[Request]) -> Iterator[LabelledBatch | FeatureBatch]:
+        return super().batches(requests) if self.cache is None else self._cached_batches(self.cache, requests)
 
-    def _cached_batches(self, requests: Iterator[Request]) -> Iterator[tuple[Tensor, Tensor]]:
-        cache, length, seed = self.cache, len(self.used), self.config.seed
-        assert cache is not None
+    def _cached_batches(self, cache: FeatureCache, requests: Iterator[Request]) -> Iterator[FeatureBatch]:
+        length, seed = len(self.used), self.config.seed
         rows = (self.used[epoch_order(request.positions, length, seed, request.epoch)] for request in requests)
         prefetcher = Prefetcher(map(cache.take, rows), self.config.data.prefetch)
         try:
             for features, labels in prefetcher:
-                yield features.to(self.world.device), labels.to(self.world.device)
+                yield FeatureBatch(features.to(self.world.device), labels.to(self.world.device))
         finally:
             prefetcher.close()
 
-    def num_targets(self, batch: LabelledBatch | tuple[Tensor, Tensor]) -> int:
-        return len(batch) if isinstance(batch, LabelledBatch) else len(batch[0])
-
-    def prepare(self, batch: LabelledBatch | tuple[Tensor, Tensor], step: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, batch: LabelledBatch | FeatureBatch, step: int) -> FeatureBatch:
+        """The features of the batch, computed here where they are not cached."""
         if isinstance(batch, LabelledBatch):
-            return self._features(batch.images), batch.labels
+            return FeatureBatch(self._features(batch.images), batch.labels)
         return batch
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor], num_targets: Tensor) -> StepOutput:
-        features, labels = batch
-        logits = model(features).float()  # (B, L, C)
-        targets = labels[:, None].expand(logits.shape[:2])
+    def loss(self, model: nn.Module, batch: FeatureBatch, num_targets: Tensor) -> StepOutput:
+        logits = model(batch.features).float()  # (B, L, C)
+        targets = batch.labels[:, None].expand(logits.shape[:2])
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / num_targets
         correct = (logits.argmax(-1) == targets).sum(0)
         sums = {f"correct_{layer}": count for layer, count in enumerate(correct.unbind(), start=1)}
-        return StepOutput(loss, sums | {"images": torch.ones_like(labels).sum()})
+        return StepOutput(loss, sums | {"images": torch.ones_like(batch.labels).sum()})
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         best = max(value for name, value in sums.items() if name.startswith("correct_"))
         return {"best_train_top1_percent": 100 * best / sums["images"]}
 
-    def counters(self) -> dict[str, float]:
-        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
-
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Top-1 of every layer's probe on the validation images, layers counted from 1, and the best of them."""
-        if self.validation_views is None:
+        if self.validation_loader is None:
             return {}
         assert isinstance(model, LayerProbes)
         layers = model.weight.shape[0]
         sums = torch.zeros(layers + 1, dtype=torch.float64, device=self.world.device)
-        for features, labels in self._validation_features():
-            sums[:layers] += (model(features).argmax(-1) == labels[:, None]).sum(0)
-            sums[layers] += len(labels)
+        for batch in self._validation_batches(self.validation_loader):
+            sums[:layers] += (model(batch.features).argmax(-1) == batch.labels[:, None]).sum(0)
+            sums[layers] += len(batch)
         *correct, total = self.world.sum(sums).tolist()
         if not total:
             raise ValueError("not one validation image could be used; bad files are named above")
@@ -270,32 +265,27 @@ class LinearProbe(Task):
         self.measured = values | best_values | {"validation_images": total}
         return self.measured
 
-    def _validation_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _validation_batches(self, loader: EvaluationLoader) -> Iterator[FeatureBatch]:
         rank, size, batch_size = self.world.rank, self.world.size, self.config.feature_batch
-        if self.validation_cache is not None:
-            rows = self.validation_cache.rows()[rank::size]
-            for start in range(0, len(rows), batch_size):
-                features, labels = self.validation_cache.take(rows[start : start + batch_size])
-                yield features.to(self.world.device), labels.to(self.world.device)
+        if self.validation_cache is None:
+            yield from (self.prepare(batch, 0) for batch in loader.batches(batch_size, rank, size))
             return
-        assert self.validation_views is not None
-        for batch in self.validation_views.batches(batch_size, rank, size):
-            yield self._features(batch.images), batch.labels
+        rows = self.validation_cache.rows()[rank::size]
+        for start in range(0, len(rows), batch_size):
+            features, labels = self.validation_cache.take(rows[start : start + batch_size])
+            yield FeatureBatch(features.to(self.world.device), labels.to(self.world.device))
 
-    def finish(self, model: nn.Module, run_dir: Path) -> None:
+    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
         rows = [f"{name[5:7]}\t{value:.2f}" for name, value in self.measured.items() if name.startswith("layer")]
-        if rows:
-            path = run_dir / "layers.tsv"
-            path.write_text("\n".join(["layer\ttop1_percent", *rows]) + "\n")
-            print(f"wrote {path}", flush=True)
+        if not rows:
+            return []
+        path = run_dir / "layers.tsv"
+        path.write_text("\n".join(["layer\ttop1_percent", *rows]) + "\n")
+        return [path]
 
-    def plan(self, config: RunConfig) -> dict[str, float]:
+    def plan(self) -> dict[str, float]:
         forward = 2.0 * multiply_adds(self.backbone.config)
         return {"forward_flops_per_image": forward, "flops_per_image": forward}
-
-    def close(self) -> None:
-        for views in self.open_views:
-            views.close()
 
 
 def weights_checksum(model: nn.Module) -> str:

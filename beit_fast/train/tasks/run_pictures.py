@@ -1,21 +1,16 @@
-"""What a pre-training run has learnt so far, as pictures in its folder."""
-
-from __future__ import annotations
+"""Pictures of a pre-training run: reconstructions and attention maps of held-out images."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from beit_fast.data.pretraining import PretrainBatch
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer, TokenizerError
 from beit_fast.visualize.attention_maps import attention_maps, attention_sheet
 from beit_fast.visualize.reconstructions import reconstruct, reconstruction_sheet
-
-if TYPE_CHECKING:
-    from beit_fast.data.pretraining import PretrainBatch
 
 FOLDER = "pictures"
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -38,12 +33,12 @@ def draw(
     with torch.autocast(batch.images.device.type, enabled=False):
         if tokenizer is not None and bool(batch.mask.any()):
             try:
-                found = reconstruct(model, tokenizer, batch.images, batch.token_images, batch.mask)
+                sheet = reconstruct(model, tokenizer, batch.images, batch.token_images, batch.mask)
             except TokenizerError as error:
                 print(f"no reconstructions: {error}", flush=True)
             else:
                 paths.append(folder / f"reconstructions_step_{step:08d}.png")
-                reconstruction_sheet(found).save(paths[-1])
+                reconstruction_sheet(sheet).save(paths[-1])
         mean, std = (torch.tensor(v, device=batch.images.device)[:, None, None] for v in normalization)
         paths.append(folder / f"attention_step_{step:08d}.png")
         image = batch.images[0]

@@ -1,19 +1,14 @@
 """Semantic segmentation with a BEiT (paper, section 3.2 and table 14; the official configurations for ADE20K).
 
 Crops of random scale, layer-wise learning-rate decay, an auxiliary loss, sliding windows in evaluation. The head is
-UPerNet, as released, or SETR-PUP, as in the paper's tables.
-
-Batch norms make this the one task whose result depends on how a batch is split: their statistics are those of a
-micro-batch over all devices.
+UPerNet, as released, or SETR-PUP, as in the paper's tables. Batch norms make this the one task whose result depends on
+how a batch is split: their statistics are those of a micro-batch over all devices.
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin
 from beit_fast.data.augmentation.photometric import PhotometricDistortion
-from beit_fast.data.loader import NORMALIZATION, Request
+from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import BadImages
 from beit_fast.data.segmentation import IGNORE, SegmentationImages, builtin_segmentation, open_segmentation
 from beit_fast.data.segmentation_loader import (
@@ -31,24 +26,24 @@ from beit_fast.data.segmentation_loader import (
     SegmentationLoader,
     WholeImages,
 )
-from beit_fast.data.sources import FolderSource, fingerprint
+from beit_fast.data.sources import FolderSource
 from beit_fast.models import BeitForSemanticSegmentation, SegmentationConfig
 from beit_fast.models.heads import resize
 from beit_fast.models.segmentation import SegmentationHead, segmentation_config, segmentation_loss
-from beit_fast.train.batching import accumulation
-from beit_fast.train.config import RunConfig, free
+from beit_fast.train.config import free
 from beit_fast.train.distributed.batch_norm import synchronised
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.segmentation import Inference, SegmentationScores, evaluate_segmentation
-from beit_fast.train.layer_decay import layer_decay_groups
-from beit_fast.train.task import StepOutput, Task
-from beit_fast.train.tasks.finetune import multiply_adds
-from beit_fast.train.tasks.pretrain import ModelConfig
+from beit_fast.train.optim import decay_groups
+from beit_fast.train.schedules import accumulation
+from beit_fast.train.task import StepOutput
+from beit_fast.train.tasks.images import ImageDataConfig, ImageTask, WeightsConfig
+from beit_fast.train.tasks.model import ModelConfig, multiply_adds
 from beit_fast.train.tasks.weights import load_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationDataConfig:
+class SegmentationDataConfig(ImageDataConfig):
     """Images with label maps."""
 
     path: str | None = None
@@ -70,18 +65,26 @@ class SegmentationDataConfig:
     """Side of a scene in pixels."""
     builtin_seed: int = 0
     """Which scenes are drawn for training; those for validation are always the same."""
-    cache_dir: str | None = free(None)
-    """Where scenes are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
-    normalization: Literal["imagenet", "half"] = "imagenet"
-    """Mean and standard deviation of the pixels; officially ImageNet's, whatever those of the pre-training."""
-    max_bad_share: float = free(0.01)
-    """Stop when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
-    decoder: Literal["auto", "dali", "pil"] = free("auto")
-    """Who decodes images. Label files are read by Pillow, which gives a palette's indices."""
-    threads: int | None = free(None)
-    """Threads that make crops; None: the cores of this process, at most 8."""
-    prefetch: int = free(2)
-    """Batches made ahead."""
+
+    def open(self) -> tuple[SegmentationImages, SegmentationImages | None]:
+        """Training images and, where asked for, validation images; ValueError in one line."""
+        if self.path is None:
+            sets = [(True, self.builtin_images, self.builtin_seed)]
+            sets += [(False, self.builtin_validation_images, 0)] if self.validate else []
+            parts = [
+                builtin_segmentation(self.cache_dir, count, self.builtin_size, train, seed)
+                for train, count, seed in sets
+            ]
+        else:
+            rule = (self.num_classes, self.reduce_zero_label, self.ignore_label)
+            parts = [open_segmentation(self.path, train, *rule) for train in (True, False)[: 1 + self.validate]]
+        roots = [images.source.root for images in parts if isinstance(images.source, FolderSource)]
+        if len(parts) == 2 and roots[0] == roots[1]:
+            raise ValueError(
+                f"{self.path}: is not split into train and val, so there are no validation images; split it, or give "
+                "--data.no-validate to train without"
+            )
+        return parts[0], parts[1] if self.validate else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +147,9 @@ class SegmentationEvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(RunConfig):
+class SegmentConfig(WeightsConfig):
     """Semantic segmentation."""
 
-    weights: str | None = None
-    """Weights to start from: a run folder of pre-training or fine-tuning (its newest checkpoint), or a file of the
-    official code, timm or transformers."""
-    scratch: bool = False
-    """Start from random weights on purpose."""
     layer_decay: float = 0.9
     """Learning rate of a block over that of the block above it; all of the head learns at the full rate."""
     auxiliary_weight: float = 0.4
@@ -161,6 +159,13 @@ class SegmentConfig(RunConfig):
     crops: CropConfig = field(default_factory=CropConfig)
     evaluation: SegmentationEvaluationConfig = field(default_factory=SegmentationEvaluationConfig)
 
+    without_weights: ClassVar[str] = "segmentation starts from pre-trained weights; --scratch does not"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.auxiliary_weight < 0:
+            raise ValueError(f"--auxiliary-weight must be at least 0, got {self.auxiliary_weight}")
+
     def inference(self) -> Inference:
         """How this configuration segments whole images; ValueError where it cannot."""
         mean, std = NORMALIZATION[self.data.normalization]
@@ -169,63 +174,45 @@ class SegmentConfig(RunConfig):
         return Inference(mean, std, window, stride, self.crops.base, own.ratios, own.flip, own.windows_per_batch)
 
 
-class Segment(Task):
+class Segment(ImageTask):
     """Find the class of every pixel; leaves the model, a per-class table and pictures in the run folder."""
 
     name = "segment"
+    config: SegmentConfig
 
     def __init__(self, config: SegmentConfig) -> None:
-        self.config = config
-        self.views: SegmentationLoader | None = None
-        self.whole: WholeImages | None = None
-        self.bad_images: BadImages | None = None
+        super().__init__(config)
+        self.validation: WholeImages | None = None
         self.scores: SegmentationScores | None = None
 
-    def build(self, config: RunConfig, world: World) -> nn.Module:
+    def build(self, world: World) -> nn.Module:
         c, data = self.config, self.config.data
-        if c.weights is None and not c.scratch and data.path is not None:
-            raise ValueError("--weights is missing: segmentation starts from pre-trained weights; --scratch does not")
-        if c.weights is not None and c.scratch:
-            raise ValueError("--weights and --scratch contradict each other; give one of them")
-        if c.auxiliary_weight < 0:
-            raise ValueError(f"--auxiliary-weight must be at least 0, got {c.auxiliary_weight}")
         check_batch_norm(c, world)
         self.world, self.inference = world, c.inference()
-        self.training, validation = open_data(data)
-        self.names = self.training.classes
-        folder = c.output_dir / "bad_files.tsv" if c.output_dir.is_dir() else None
-        self.bad_images = BadImages(len(self.training), folder, data.max_bad_share)
-        mean, std = NORMALIZATION[data.normalization]
-        self.views = SegmentationLoader(
-            self.training, c.crops.sampling(c.model.image_size),
-            PhotometricDistortion() if c.crops.photometric else None, seed=c.seed, mean=mean, std=std,
-            device=world.device, decoder=data.decoder, bad_images=self.bad_images, threads=data.threads,
-            prefetch=data.prefetch,
+        training, validation = data.open()
+        self.classes = training.classes
+        self.loader = SegmentationLoader(
+            training, c.crops.sampling(c.model.image_size),
+            PhotometricDistortion() if c.crops.photometric else None, seed=c.seed,
+            bad_images=self.screen(training.source, data.max_bad_share), **data.loader_options(world.device),
         )  # fmt: skip
         if validation is not None:
             bad = BadImages(len(validation), None, data.max_bad_share)
-            self.whole = WholeImages(validation, decoder=data.decoder, bad_images=bad, threads=data.threads)
+            self.validation = WholeImages(validation, decoder=data.decoder, bad_images=bad, threads=data.threads)
+            self.others.append(self.validation)
         torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
-        model = BeitForSemanticSegmentation(c.model.segmentor(len(self.names)))
+        model = BeitForSemanticSegmentation(c.model.segmentor(len(self.classes)))
         if c.weights is not None:
             load_weights(model, c.weights, verbose=world.is_main)
         model.set_grad_checkpointing(c.model.grad_checkpointing)
         return synchronised(model.to(world.device), world)
 
-    def num_samples(self) -> int:
-        return len(self.training)
-
     def identity(self) -> dict[str, Any]:
-        return {"data": fingerprint(self.training.source), "classes": len(self.names)}
+        return super().identity() | {"classes": len(self.classes)}
 
     def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         assert isinstance(model, BeitForSemanticSegmentation)
-        depth = model.config.backbone.depth
-        return layer_decay_groups(model, weight_decay, self.config.layer_decay, depth, prefix="backbone.")
-
-    def batches(self, requests: Iterator[Request]) -> Iterator[SegmentationBatch]:
-        assert self.views is not None
-        return self.views.batches(requests)
+        return decay_groups(model, weight_decay, self.config.layer_decay, model.config.backbone.depth, "backbone.")
 
     def num_targets(self, batch: SegmentationBatch) -> int:
         """All pixels, ignored ones too, as in mmsegmentation."""
@@ -235,29 +222,27 @@ class Segment(Task):
         logits = model(batch.images, batch.sample_keys)
         loss = segmentation_loss(logits, batch.labels, IGNORE, self.config.auxiliary_weight) / num_targets
         with torch.no_grad():
-            found = resize(logits.main, batch.labels.shape[-2:]).argmax(1)
+            classes = resize(logits.main, batch.labels.shape[-2:]).argmax(1)
             counted = batch.labels >= 0
             return StepOutput(
-                loss, {"num_correct": (found.eq(batch.labels) & counted).sum(), "num_counted": counted.sum()}
+                loss, {"num_correct": (classes.eq(batch.labels) & counted).sum(), "num_counted": counted.sum()}
             )
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {"train_pixel_accuracy_percent": 100 * sums["num_correct"] / max(sums["num_counted"], 1)}
 
-    def counters(self) -> dict[str, float]:
-        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
-
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """mIoU, mean and pixel accuracy on the validation images, by the averaged weights where the run keeps them."""
-        if self.whole is None:
+        images = self.validation
+        if images is None:
             return {}
         assert isinstance(model, BeitForSemanticSegmentation)
         pictures = self.config.evaluation.pictures
-        self.scores = evaluate_segmentation(model, self.whole, self.inference, self.names, self.world, pictures)
-        bad = {"bad_validation_images": float(len(self.whole.bad_images))} if len(self.whole.bad_images) else {}
+        self.scores = evaluate_segmentation(model, images, self.inference, self.classes, self.world, pictures)
+        bad = {"bad_validation_images": float(len(images.bad_images))} if len(images.bad_images) else {}
         return self.scores.metrics() | bad
 
-    def finish(self, model: nn.Module, run_dir: Path) -> None:
+    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
         assert isinstance(model, BeitForSemanticSegmentation)
         model.save_pretrained(run_dir / "model")
         preprocessing = {
@@ -265,45 +250,18 @@ class Segment(Task):
             "std": self.inference.std,
             "base": self.inference.base,
             "stride": self.inference.stride,
-            "classes": self.names,
+            "classes": self.classes,
             "data": self.config.data.path or builtin.NOTICE,
             "measured": {} if self.scores is None else self.scores.metrics(),
         }
         (run_dir / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
-        if self.scores is not None:
-            for path in self.scores.write(run_dir):
-                print(f"wrote {path}", flush=True)
+        return [run_dir / "model"] + ([] if self.scores is None else self.scores.write(run_dir))
 
-    def plan(self, config: RunConfig) -> dict[str, float]:
-        segmentor = self.config.model.segmentor(len(self.names))
+    def plan(self) -> dict[str, float]:
+        segmentor = self.config.model.segmentor(len(self.classes))
         forward = 2.0 * multiply_adds(segmentor.backbone)
         heads = head_flops(segmentor)
         return {"flops_per_image": 3 * (forward + heads), "backbone_flops_per_image": 3 * forward}
-
-    def close(self) -> None:
-        for reading in (self.views, self.whole):
-            if reading is not None:
-                reading.close()
-
-
-def open_data(data: SegmentationDataConfig) -> tuple[SegmentationImages, SegmentationImages | None]:
-    """Training images and, where asked for, validation images; ValueError in one line."""
-    if data.path is None:
-        sets = [(True, data.builtin_images, data.builtin_seed)]
-        sets += [(False, data.builtin_validation_images, 0)] if data.validate else []
-        opened = [
-            builtin_segmentation(data.cache_dir, count, data.builtin_size, train, seed) for train, count, seed in sets
-        ]
-    else:
-        rule = (data.num_classes, data.reduce_zero_label, data.ignore_label)
-        opened = [open_segmentation(data.path, train, *rule) for train in ((True, False) if data.validate else (True,))]
-    roots = [images.source.root for images in opened if isinstance(images.source, FolderSource)]
-    if len(opened) == 2 and roots[0] == roots[1]:
-        raise ValueError(
-            f"{data.path}: is not split into train and val, so there are no validation images; split it, or give "
-            "--data.no-validate to train without"
-        )
-    return opened[0], opened[1] if data.validate else None
 
 
 def check_batch_norm(config: SegmentConfig, world: World) -> None:

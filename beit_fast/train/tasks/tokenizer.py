@@ -9,11 +9,10 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,25 +21,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_fast.data.loader import Request
+from beit_fast.data import builtin
+from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
+from beit_fast.data.sampling import BlockwiseMasking, CropSampler
+from beit_fast.data.sources import ImageSource, open_source
 from beit_fast.tokenizers import Tokenizer
-from beit_fast.train.config import RunConfig
+from beit_fast.train.config import RunConfig, free
+from beit_fast.train.distributed.world import World
 from beit_fast.train.schedules import run_length
-from beit_fast.train.task import StepOutput, Task
+from beit_fast.train.task import StepOutput
+from beit_fast.train.tasks.images import ImageTask
 from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder
-
-if TYPE_CHECKING:
-    from beit_fast.data.pretraining import PretrainBatch
-    from beit_fast.train.distributed.world import World
-
-__all__ = [
-    "QuantizerConfig",
-    "TokenizerDataConfig",
-    "TrainTokenizer",
-    "TrainTokenizerConfig",
-    "held_out_images",
-    "measure",
-]
 
 HELD_OUT_SEED = 1_000_003
 """Seed of the built-in images on which tokenizers are measured; they hold no photographs."""
@@ -58,10 +49,14 @@ class TokenizerDataConfig:
     """Where built-in images are kept; None is the user's cache folder."""
     view_sizes: tuple[int, ...] = (64, 112)
     """Pixels per side of the training views; steps take them in turn, so that one tokenizer serves several scales."""
-    max_bad_share: float = field(default=0.01, metadata={"free": True})
+    max_bad_share: float = free(0.01)
     """Stop when more than this share of the images turns out to be unusable."""
-    threads: int = field(default=1, metadata={"free": True})
+    threads: int = free(1)
     """Threads that decode and crop."""
+
+    def __post_init__(self) -> None:
+        if not self.view_sizes or any(size < 8 or size % 8 for size in self.view_sizes):
+            raise ValueError(f"--data.view-sizes must be multiples of 8 pixels, not {self.view_sizes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,63 +116,60 @@ class TrainTokenizerConfig(RunConfig):
     """Dimensions of a code."""
     smooth_l1_beta: float = 0.1
     """Where the reconstruction loss turns from squared to absolute; pixels lie in [-1, 1]."""
-    held_out_images: int = field(default=200, metadata={"free": True})
+    held_out_images: int = free(200)
     """Held-out built-in images to measure on (only where data.path is None)."""
     data: TokenizerDataConfig = TokenizerDataConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     dvae: RelaxationConfig = RelaxationConfig()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objective == "vq" and self.quantizer.live_codes > self.vocab_size:
+            raise ValueError(
+                f"--quantizer.live-codes {self.quantizer.live_codes} exceeds --vocab-size {self.vocab_size}"
+            )
 
-class TrainTokenizer(Task):
+
+@dataclass(frozen=True)
+class TokenizerBatch:
+    """What a tokenizer is trained on in one step."""
+
+    images: Tensor
+    """float32 (b, 3, S, S) in [0, 1], at the size of this step."""
+    step: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class TrainTokenizer(ImageTask):
     """Trains a `QuantizedAutoencoder`; leaves `tokenizer.safetensors` and pictures in the run folder."""
 
     name = "train_tokenizer"
+    config: TrainTokenizerConfig
 
-    def __init__(self, config: TrainTokenizerConfig) -> None:
-        self.config = config
-        self.views: Any = None
-        self.bad_images: Any = None
-
-    def build(self, config: RunConfig, world: "World") -> nn.Module:
-        from beit_fast.data.builtin import builtin_source
-        from beit_fast.data.pretraining import PretrainLoader
-        from beit_fast.data.sampling import BlockwiseMasking, CropSampler
-        from beit_fast.data.screening import BadImages
-        from beit_fast.data.sources import open_source
-
-        own, data = self.config, self.config.data
-        if not data.view_sizes or any(size < 8 or size % 8 for size in data.view_sizes):
-            raise ValueError(f"--data.view-sizes must be multiples of 8 pixels, not {data.view_sizes}")
+    def build(self, world: World) -> nn.Module:
+        c, data = self.config, self.config.data
         model = self.make_model().to(world.device)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        source: ImageSource
         if data.path is None:
-            self.source: Any = builtin_source(data.cache_dir, data.builtin_images)
+            source = builtin.builtin_source(data.cache_dir, data.builtin_images)
         else:
-            self.source = open_source(data.path)
-        self.total_steps = run_length(own, len(self.source))[1]
-        listing = own.output_dir / "bad_files.tsv" if own.output_dir.is_dir() else None
-        self.bad_images = BadImages(len(self.source), listing, data.max_bad_share)
-        self.views = PretrainLoader(
-            self.source,
-            BlockwiseMasking((1, 1), 0, mode="none"),
-            CropSampler(),
-            seed=own.seed,
+            source = open_source(data.path)
+        self.total_steps = run_length(c, len(source))[1]
+        self.loader = PretrainLoader(
+            source, BlockwiseMasking((1, 1), 0, mode="none"), CropSampler(), seed=c.seed,
             image_size=16,  # the view for the transformer has no use here
-            token_image_size=max(data.view_sizes),
-            device=world.device.type,
-            bad_images=self.bad_images,
-            threads=data.threads,
-        )
+            token_image_size=max(data.view_sizes), device=world.device.type,
+            bad_images=self.screen(source, data.max_bad_share), threads=data.threads,
+        )  # fmt: skip
         return model
 
     def make_model(self) -> nn.Module:
         """What is trained."""
-        own = self.config
-        if own.quantizer.live_codes > own.vocab_size:
-            raise ValueError(f"--quantizer.live-codes {own.quantizer.live_codes} exceeds --vocab-size {own.vocab_size}")
-        return QuantizedAutoencoder(
-            own.hidden_dim, own.codebook_dim, own.quantizer.live_codes, own.quantizer.init_latents
-        )
+        c = self.config
+        return QuantizedAutoencoder(c.hidden_dim, c.codebook_dim, c.quantizer.live_codes, c.quantizer.init_latents)
 
     def tokenizer_of(self, model: nn.Module, step: int) -> Tokenizer | None:
         """The tokenizer that the model is after so many steps; None while there are no codes yet."""
@@ -190,47 +182,22 @@ class TrainTokenizer(Task):
         """The files to export: their names without suffix, and what each holds."""
         return {"tokenizer": tokenizer}
 
-    def num_samples(self) -> int:
-        return len(self.source)
-
-    def identity(self) -> dict[str, Any]:
-        from beit_fast.data.sources import fingerprint
-
-        return {"data": fingerprint(self.source)}
-
-    def counters(self) -> dict[str, float]:
-        return {} if self.bad_images is None else {"bad_images": len(self.bad_images)}
-
-    def batches(self, requests: Iterator[Request]) -> Iterator["PretrainBatch"]:
-        return self.views.batches(requests)
-
-    def view(self, batch: "PretrainBatch", step: int) -> Tensor:
-        """Images (B, 3, S, S) in [0, 1] at the size of this step."""
+    def prepare(self, batch: PretrainBatch, step: int) -> TokenizerBatch:
+        """The tokenizer's views at the size of this step."""
         size = self.config.data.view_sizes[step % len(self.config.data.view_sizes)]
-        return _resized(batch.token_images, size).contiguous(memory_format=torch.channels_last)
+        images = _resized(batch.token_images, size).contiguous(memory_format=torch.channels_last)
+        return TokenizerBatch(images, step)
 
-    def prepare(self, batch: "PretrainBatch", step: int) -> Any:
-        return self.view(batch, step), step >= self.config.quantizer.autoencoder_steps
-
-    def loss(self, model: nn.Module, batch: Any, num_targets: Tensor) -> StepOutput:
-        images, quantize = batch
-        reconstruction, commitment = model(images, quantize)
-        target = images * 2 - 1
-        per_image = F.smooth_l1_loss(
-            reconstruction.float(), target, beta=self.config.smooth_l1_beta, reduction="none"
-        ).mean((1, 2, 3))
-        loss = (per_image + self.config.quantizer.commitment * commitment).sum() / num_targets
+    def loss(self, model: nn.Module, batch: TokenizerBatch, num_targets: Tensor) -> StepOutput:
+        config = self.config
+        reconstruction, commitment = model(batch.images, batch.step >= config.quantizer.autoencoder_steps)
+        target = batch.images * 2 - 1
+        per_image = F.smooth_l1_loss(reconstruction.float(), target, beta=config.smooth_l1_beta, reduction="none").mean(
+            (1, 2, 3)
+        )
+        loss = (per_image + config.quantizer.commitment * commitment).sum() / num_targets
         error = (reconstruction.detach().float().clamp(-1, 1) - target) / 2
-        sums = {
-            "images": torch.tensor(float(len(images)), device=images.device),
-            "absolute_error": error.abs().mean((1, 2, 3)).sum(),
-            "squared_error": error.square().mean((1, 2, 3)).sum(),
-            "commitment": commitment.detach().sum(),
-        }
-        return StepOutput(loss, sums)
-
-    def num_targets(self, batch: "PretrainBatch") -> int:
-        return len(batch.token_images)
+        return StepOutput(loss, error_sums(error) | {"commitment": commitment.detach().sum()})
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
@@ -247,12 +214,7 @@ class TrainTokenizer(Task):
             quantizer.reseed(latents, config.reseed_after_steps)
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        images = sums["images"]
-        return {
-            "mae": sums["absolute_error"] / images,
-            "psnr_db": -10 * math.log10(sums["squared_error"] / images),
-            "commitment": sums["commitment"] / images,
-        }
+        return error_metrics(sums) | {"commitment": sums["commitment"] / sums["images"]}
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Error, perplexity and used codes on held-out built-in images; nothing while there are no codes yet."""
@@ -263,50 +225,58 @@ class TrainTokenizer(Task):
             return {}
         result: dict[str, float] = {}
         for size in config.data.view_sizes:
-            images = held_out_images(config.held_out_images, size)
-            result |= {f"held_out_{k}_{size}px": v for k, v in measure(tokenizer, images).items()}
+            values = reconstruction_metrics(tokenizer, held_out_images(config.held_out_images, size))
+            result |= {f"held_out_{name}_{size}px": value for name, value in values.items()}
         return result
 
-    def plan(self, config: RunConfig) -> dict[str, float]:
-        own, model = self.config, self.make_model()
+    def plan(self) -> dict[str, float]:
+        sizes, model = self.config.data.view_sizes, self.make_model()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            for size in own.data.view_sizes:
+            for size in sizes:
                 model(torch.zeros(1, 3, size, size), 1)  # quantised, or at temperature 1
-        forward = counter.get_total_flops() / len(own.data.view_sizes)
+        forward = counter.get_total_flops() / len(sizes)
         return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
 
-    def finish(self, model: nn.Module, run_dir: Path) -> None:
-        from beit_fast.data.builtin import NOTICE
-
+    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
         if (tokenizer := self.tokenizer_of(model, self.total_steps)) is None:
-            return
+            return []
         metadata = {
             "command": shlex.join(["python", *sys.argv]),
-            "data": NOTICE if self.config.data.path is None else str(self.config.data.path),
+            "data": builtin.NOTICE if self.config.data.path is None else str(self.config.data.path),
             "objective": self.config.objective,
             "live_codes": str(self.config.quantizer.live_codes),
             "measured": json.dumps(self.evaluate(model, self.total_steps)),
         }
+        paths = []
         for name, part in self.parts_of(tokenizer).items():
             tensors = {key: tensor.cpu().contiguous() for key, tensor in part.state_dict().items()}
-            save_file(tensors, run_dir / f"{name}.safetensors", metadata=metadata)
+            paths.append(run_dir / f"{name}.safetensors")
+            save_file(tensors, paths[-1], metadata=metadata)
         for size in self.config.data.view_sizes:
-            sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
-            sheet.save(run_dir / f"reconstructions_{size}px.png")
-        if self.bad_images is not None and len(self.bad_images):
-            print(f"{len(self.bad_images)} images could not be used: {run_dir / 'bad_files.tsv'}", flush=True)
+            paths.append(run_dir / f"reconstructions_{size}px.png")
+            reconstruction_sheet(tokenizer, held_out_images(16, size)).save(paths[-1])
+        return paths + ([run_dir / "bad_files.tsv"] if self.bad_images is not None and len(self.bad_images) else [])
 
-    def close(self) -> None:
-        if self.views is not None:
-            self.views.close()
+
+def error_sums(error: Tensor) -> dict[str, Tensor]:
+    """Sums over the images of their mean absolute and squared errors (b, 3, S, S), and the number of images."""
+    return {
+        "images": torch.tensor(float(len(error)), device=error.device),
+        "absolute_error": error.abs().mean((1, 2, 3)).sum(),
+        "squared_error": error.square().mean((1, 2, 3)).sum(),
+    }
+
+
+def error_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Mean absolute error and peak signal-to-noise ratio from the totals of `error_sums`."""
+    images = sums["images"]
+    return {"mae": sums["absolute_error"] / images, "psnr_db": -10 * math.log10(sums["squared_error"] / images)}
 
 
 @lru_cache(maxsize=4)
 def held_out_images(count: int, size: int) -> Tensor:
     """Built-in images that no training set contains, float32 (count, 3, size, size) in [0, 1], drawn at 256 pixels."""
-    from beit_fast.data.builtin import render
-
-    drawn = np.stack([render(index, HELD_OUT_SEED, 256, 0.0) for index in range(count)])
+    drawn = np.stack([builtin.render(index, HELD_OUT_SEED, 256, 0.0) for index in range(count)])
     return _resized(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255, size)
 
 
@@ -317,7 +287,7 @@ def _resized(images: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
+def reconstruction_metrics(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
     """Reconstruction error and use of the vocabulary on images (B, 3, H, W) in [0, 1].
 
     mae: mean absolute error; psnr_db: of the mean squared error over all pixels; perplexity: exp of the entropy of the
@@ -350,11 +320,11 @@ def reconstruction_sheet(tokenizer: Tokenizer, images: Tensor, columns: int = 8)
     images = images.to(next(tokenizer.parameters()).device)
     with torch.autocast(images.device.type, enabled=False):
         decoded = tokenizer.decode(tokenizer.encode(images))
-    rows: Sequence[Tensor] = [
+    rows = [
         torch.cat(list(part), dim=2)
         for start in range(0, len(images), columns)
         for part in (images[start : start + columns], decoded[start : start + columns])
         if len(part) == columns
     ]
-    pixels = (torch.cat(list(rows), dim=1) * 255).round().byte().permute(1, 2, 0)
+    pixels = (torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels.cpu().numpy())

@@ -1,9 +1,8 @@
 """An autoencoder with a learnt codebook, and its exact rewriting as a `DiscreteVAE`.
 
-Nearest-code quantisation (van den Oord et al., "Neural discrete representation learning", 2017, with the codebook
-updated by moving averages, appendix A.1) in a narrow latent space. The code e nearest to z = P h + c maximises
-2 e.z - |e|^2, which is linear in h: as weights of a 1x1 output convolution it makes the arg-max of a DiscreteVAE's
-logits the nearest code. So the tokenizer needs no class of its own.
+Nearest-code quantisation (van den Oord et al., 2017, with the codebook updated by moving averages, appendix A.1) in a
+narrow latent space. The code e nearest to z = P h + c maximises 2 e.z - |e|^2, which is linear in h: as weights of a
+1x1 output convolution it makes the arg-max of a DiscreteVAE's logits the nearest code.
 """
 
 import torch
@@ -12,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit_fast.tokenizers import DiscreteVAE
-
-__all__ = ["QuantizedAutoencoder", "VectorQuantizer"]
 
 _NEVER = -1e4  # logit bias of vocabulary entries without a code: they never win
 

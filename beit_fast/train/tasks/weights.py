@@ -1,7 +1,5 @@
 """Initial weights of a run: from another run, a file, the hub or timm; and what they say of the model to make."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from dataclasses import dataclass, fields, replace
@@ -16,7 +14,7 @@ from beit_fast.models.configs import BeitConfig
 from beit_fast.models.create import list_models, published_as
 from beit_fast.models.hub import config_at, weights_at
 from beit_fast.models.reading import read_state_dict
-from beit_fast.train.checkpoint.format import newest_checkpoint, opened, write_tensors
+from beit_fast.train.checkpoint.format import newest_checkpoint, read_verified, write_tensors
 from beit_fast.train.checkpoint.resharding import whole_tensors
 from beit_fast.train.evaluation.classifiers import architecture_of, read_description
 
@@ -52,11 +50,11 @@ def resolve_weights(path: str | Path) -> Path:
         return weights_at(published_as(name) if name.partition(".")[0] in list_models() else name)
     if not (root / "checkpoints").is_dir():
         return root / "model" if (root / "model" / "config.json").is_file() else root
-    found, rejected = newest_checkpoint(root / "checkpoints")
-    if found is None:
+    newest, rejected = newest_checkpoint(root / "checkpoints")
+    if newest is None:
         reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in rejected)
         raise ValueError(f"{root} is a run folder without a sound checkpoint{f' ({reasons})' if reasons else ''}")
-    return found.path
+    return newest.path
 
 
 def load_weights(model: nn.Module, path: str | Path, verbose: bool = True) -> LoadReport:
@@ -65,11 +63,11 @@ def load_weights(model: nn.Module, path: str | Path, verbose: bool = True) -> Lo
     Of a checkpoint that keeps averaged weights, those are loaded.
     """
     source = resolve_weights(path)
-    if not (source / "manifest.json").is_file() or not (checkpoint := opened(source)).has("ema"):
+    if not (source / "manifest.json").is_file() or not (checkpoint := read_verified(source)).has("ema"):
         name = "model"
         if not (source / name).is_dir():
             return load_checkpoint(model, source, verbose=verbose)
-        checkpoint = opened(source)
+        checkpoint = read_verified(source)
     else:
         name = "ema"
     with tempfile.TemporaryDirectory() as folder:  # parts that FSDP2 wrote are joined
@@ -149,25 +147,25 @@ def with_weights(config: Any, typed: set[str]) -> Any:
     Raises:
         ValueError: the weights cannot be read, or fields in `typed` contradict them; all are named.
     """
-    found = describe_weights(config.weights)
-    model = replace(config.model, **{name: value for name, value in found.model.items() if name in ARCHITECTURE})
+    there = describe_weights(config.weights)
+    model = replace(config.model, **{name: value for name, value in there.model.items() if name in ARCHITECTURE})
     mine = {name: getattr(config.model, name) for name in ARCHITECTURE if f"model.{name}" in typed}
     wrong = []
     if mine and model.architecture(8192) != replace(model, **mine).architecture(8192):
         wrong = [
-            f"--model.{name.replace('_', '-')} {value} (there: {found.model.get(name)})"
+            f"--model.{name.replace('_', '-')} {value} (there: {there.model.get(name)})"
             for name, value in mine.items()
-            if value != found.model.get(name)
+            if value != there.model.get(name)
         ]
     default_size = next(field.default for field in fields(type(config.model)) if field.name == "image_size")
     kept = "model.image_size" in typed or config.model.image_size != default_size
     data = config.data
     if not hasattr(config, "crops"):  # segmentation: crops and normalisation are its own
-        model = model if kept else replace(model, image_size=found.model["image_size"])
-        if found.normalization is not None and found.normalization != data.normalization:
+        model = model if kept else replace(model, image_size=there.model["image_size"])
+        if there.normalization is not None and there.normalization != data.normalization:
             if "data.normalization" in typed:
-                wrong.append(f"--data.normalization {data.normalization} (there: {found.normalization})")
-            data = replace(data, normalization=found.normalization)
+                wrong.append(f"--data.normalization {data.normalization} (there: {there.normalization})")
+            data = replace(data, normalization=there.normalization)
     if wrong:
         raise ValueError(f"these options contradict --weights {config.weights}: {', '.join(wrong)}; leave them out")
     return replace(config, model=model, data=data)

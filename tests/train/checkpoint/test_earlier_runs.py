@@ -78,7 +78,7 @@ def same_machine():
 def test_a_run_of_073a3e4_is_continued_as_by_itself(folder, name):
     own = config(name, max_steps=9)
     task = Observed(own)
-    result = engine.run(task, own)
+    result = engine.run(task)
     assert (result.exit_code, result.step) == (0, 9)
     assert task.seen[: len(EXPECTED["data_order"])] == EXPECTED["data_order"]
     final = folder / name / "checkpoints" / "step_00000009"
@@ -101,8 +101,8 @@ def test_the_state_of_073a3e4_is_restored_exactly(folder, monkeypatch):
     """A checkpoint taken at once holds the bytes that were read, whatever the machine."""
     own = config("run", max_steps=6, optim=OptimConfig(lr=1e-3, warmup_steps=2, ema_decay=0.9, max_skipped_steps=10**9))
     monkeypatch.setattr(engine.TrainingRun, "train_step", lambda run, group: None)
-    monkeypatch.setattr(engine.TrainingRun, "log", lambda run: None)
-    engine.run(pretrain.MaskedImageModeling(own), own)
+    monkeypatch.setattr(engine.TrainingRun, "log_metrics", lambda run: None)
+    engine.run(pretrain.MaskedImageModeling(own))
     before, after = (folder / "run" / "checkpoints" / f"step_0000000{step}" for step in (5, 6))
     for file in ("model", "optimizer", "ema"):
         assert digest(after / f"{file}.safetensors") == digest(before / f"{file}.safetensors"), file
@@ -114,6 +114,6 @@ def test_the_state_of_073a3e4_is_restored_exactly(folder, monkeypatch):
 def test_earlier_lines_of_metrics_stay(folder):
     before = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     own = config("run", max_steps=6)
-    engine.run(pretrain.MaskedImageModeling(own), own)
+    engine.run(pretrain.MaskedImageModeling(own))
     after = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in after[: len(before)]] == [json.loads(line) for line in before]

@@ -31,7 +31,7 @@ def child(rank, port, folder, changes, only_rank):
     if rank == 0:
         changes = changes | only_rank
     config = dataclasses.replace(tiny.RECIPE, output_dir=Path(folder), **changes)
-    os._exit(engine.run(tiny.TinyTask(config), config).exit_code)
+    os._exit(engine.run(tiny.TinyTask(config)).exit_code)
 
 for port, folder, changes, only_rank, expected in json.loads(sys.argv[2]):
     pids = []
@@ -65,7 +65,7 @@ def close(a, b):
 def test_two_processes_equal_one(tiny, tmp_path, weights, environment):
     """Ragged targets, accumulation of unequal micro-batches, gradient clipping; then a stop asked of one rank only."""
     one = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "one")
-    engine.run(tiny.TinyTask(one), one)
+    engine.run(tiny.TinyTask(one))
     jobs = [
         (free_port(), str(tmp_path / "two"), {"batch_per_device": 3}, {}, 0),
         (free_port(), str(tmp_path / "stopped"), {}, {"signal_at": 5}, 75),
@@ -86,7 +86,7 @@ def test_two_processes_equal_one(tiny, tmp_path, weights, environment):
     assert [p.name for p in list_checkpoints(stopped / "checkpoints")][-1] == "step_00000007"
     assert done.stdout.count("stopped by a signal: saved step 7") == 1
     alone = dataclasses.replace(tiny.RECIPE, output_dir=stopped)
-    assert engine.run(tiny.TinyTask(alone), alone).step == 12
+    assert engine.run(tiny.TinyTask(alone)).step == 12
     close(expected, weights(stopped)[1])
 
 

@@ -91,7 +91,7 @@ def small(folder: Path, name: str) -> TrainTokenizerConfig:
 
 
 def run(config: TrainTokenizerConfig) -> engine.RunResult:
-    return engine.run(tokenizer_task(config), config)
+    return engine.run(tokenizer_task(config))
 
 
 def test_train_continue_and_load(tmp_path):
@@ -131,6 +131,6 @@ def test_each_objective_has_its_task():
 
 def test_plan_counts_both_networks(tmp_path):
     config = small(tmp_path, "run")
-    plan = TrainRelaxedVAE(config).plan(config)
+    plan = TrainRelaxedVAE(config).plan()
     first, last = 32 * 32 * 3 * 49 * 4, 32 * 32 * 4 * 6
     assert plan["forward_flops_per_image"] > 2 * (first + last)

@@ -67,7 +67,7 @@ def config(cache, tmp_path):
 def train(config, **changes):
     """Trains and returns the classifier's parameters and the last metrics."""
     config = dataclasses.replace(config, **changes)
-    result = engine.run(Finetune(config), config)
+    result = engine.run(Finetune(config))
     assert result.exit_code == 0
     model = Beit.from_pretrained(config.output_dir / "model")
     return {name: p.detach() for name, p in model.named_parameters()}, result.metrics
@@ -88,7 +88,7 @@ def test_a_resumed_run_ends_with_the_same_weights(config, tmp_path):
     config = dataclasses.replace(config, optim=optim)
     whole, metrics = train(config)
     part = dataclasses.replace(config, output_dir=tmp_path / "part", max_steps=2)
-    assert engine.run(Finetune(part), part).step == 2
+    assert engine.run(Finetune(part)).step == 2
     resumed, again = train(config, output_dir=tmp_path / "part")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert again["top1_percent"] == metrics["top1_percent"]
@@ -120,7 +120,7 @@ def test_a_run_folder_holds_what_it_is_read_for(config):
 
 def test_partners_are_those_of_the_global_batch(config):
     task = Finetune(config)
-    task.build(config, CPU)
+    task.build(CPU)
     task.close()
     request = task._paired(Request(1, np.arange(8, 16)))
     assert request.epoch == 1
@@ -133,7 +133,7 @@ def test_compiled_and_plain_parameters_have_the_same_names(config):
     compiled = dataclasses.replace(MODEL, compile="default")
     changed = dataclasses.replace(config, model=compiled)
     task = Finetune(changed)
-    model = task.build(changed, CPU)
+    model = task.build(CPU)
     task.close()
     assert set(model.state_dict()) == set(Beit(MODEL.classifier(24)).state_dict())
     assert model._compiled_call_impl is not None
@@ -175,7 +175,7 @@ def test_fine_tuning_starts_where_it_is_told(config, tmp_path):
     save_checkpoint(tmp_path / "checkpoints", 1, {"model": source.state_dict()}, {}, keep=2)
     started = dataclasses.replace(config, scratch=False, weights=str(tmp_path))
     task = Finetune(started)
-    model = task.build(started, CPU)
+    model = task.build(CPU)
     task.close()
     assert torch.equal(model.patch_embed.proj.weight, source.patch_embed.proj.weight)
     assert model.head.weight.abs().max() < 1e-2
@@ -320,9 +320,9 @@ def change(config, **fields):
 )
 def test_what_cannot_work_is_one_line(config, tmp_path, changes, message):
     data = folders(tmp_path / "data", ["ant", "bee"])
-    changed = change(config, **{k: v.replace("DATA", data) if isinstance(v, str) else v for k, v in changes.items()})
+    changes = {k: v.replace("DATA", data) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(ValueError, match=message) as error:
-        engine.run(Finetune(changed), changed)
+        engine.run(Finetune(change(config, **changes)))
     assert "\n" not in str(error.value)
 
 
@@ -368,11 +368,12 @@ def test_the_gpu_makes_the_same_batches(config):
     tasks = {device: Finetune(config) for device in ("cpu", "cuda")}
     found = {}
     for device, task in tasks.items():
-        task.build(config, World(0, 1, torch.device(device)))
+        task.build(World(0, 1, torch.device(device)))
         batch = next(iter(task.batches(iter([Request(0, np.arange(8))]))))
-        images, labels, keys, lam = task.prepare(batch, 1)
-        assert images.device.type == device
-        found[device] = [value.cpu() for value in (images, labels, keys, lam)]
+        batch = task.prepare(batch, 1)
+        assert batch.images.device.type == device
+        values = (batch.images, batch.labels, batch.sample_keys, batch.label_weight)
+        found[device] = [value.cpu() for value in values]
         task.close()
     torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-3, atol=1e-3)
     for ours, theirs in zip(found["cuda"][1:], found["cpu"][1:], strict=True):

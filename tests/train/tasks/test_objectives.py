@@ -57,7 +57,7 @@ def config(images, tmp_path):
 
 def run(config, **changes):
     config = dataclasses.replace(config, **changes)
-    engine.run(MaskedImageModeling(config), config)
+    engine.run(MaskedImageModeling(config))
     lines = list(read_metrics(config.output_dir / "metrics.jsonl"))
     return [line["loss"] for line in lines if line["kind"] == "train"], lines[-1]
 

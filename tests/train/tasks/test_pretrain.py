@@ -56,7 +56,7 @@ def config(images, tmp_path):
 
 def run(config, **changes):
     config = dataclasses.replace(config, **changes)
-    return engine.run(MaskedImageModeling(config), config), config.output_dir
+    return engine.run(MaskedImageModeling(config)), config.output_dir
 
 
 def losses(folder):
@@ -103,7 +103,7 @@ def test_evaluation_against_its_definitions(config, monkeypatch):
     try:
         from beit_fast.train.distributed.world import World
 
-        model = task.build(config, World(0, 1, torch.device("cpu"))).eval()
+        model = task.build(World(0, 1, torch.device("cpu"))).eval()
         tokens = torch.cat(
             [
                 task.tokenizer.encode(batch.token_images)

@@ -13,6 +13,7 @@ from beit_fast.data.builtin import render_labelled
 from beit_fast.data.sampling import epoch_order
 from beit_fast.models import Beit, convert_state_dict
 from beit_fast.train import engine
+from beit_fast.train.checkpoint.format import newest_checkpoint
 from beit_fast.train.config import LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.schedules import learning_rate
@@ -53,7 +54,7 @@ def config(cache, tmp_path):
 
 def run(config):
     task = LinearProbe(config)
-    result = engine.run(task, config)
+    result = engine.run(task)
     assert result.exit_code == 0
     return task, result.metrics
 
@@ -120,7 +121,7 @@ def test_each_probe_is_trained_as_if_alone(config, standardise):
         logits = linear(held_out)
         expected = 100 * (logits.argmax(1) == truth).double().mean()
         assert metrics[f"layer{layer + 1:02d}_top1_percent"] == pytest.approx(float(expected), abs=1e-6)
-        trained = engine.checkpoint.newest_checkpoint(config.output_dir / "checkpoints")[0]
+        trained = newest_checkpoint(config.output_dir / "checkpoints")[0]
         weights = dict(trained.tensors("model"))
         torch.testing.assert_close(weights["weight"][layer].double(), linear.weight.T.detach(), rtol=2e-3, atol=2e-4)
 
@@ -132,14 +133,14 @@ def test_the_features_are_computed_once(config, capsys):
     before = np.load(folder / "features.npy")
     again = dataclasses.replace(config, steps=14, max_steps=None, output_dir=config.output_dir)
     task = LinearProbe(again)
-    task.build(again, CPU)
+    task.build(CPU)
     task.close()
     assert "features: " not in capsys.readouterr().out
     np.testing.assert_array_equal(task.cache.features, before)
     assert json.loads((folder / "complete.json").read_text())["features"] == "cls+mean"
     other = dataclasses.replace(config, seed=1)  # other weights
     task = LinearProbe(other)
-    task.build(other, CPU)
+    task.build(CPU)
     task.close()
     assert "features: " in capsys.readouterr().out
     assert not np.array_equal(task.cache.features, before)
@@ -148,16 +149,17 @@ def test_the_features_are_computed_once(config, capsys):
 def test_with_augmentation_every_epoch_has_other_features(config):
     config = dataclasses.replace(config, augment=True, standardise=True, steps=3)
     task = LinearProbe(config)
-    probes = task.build(config, CPU)
+    probes = task.build(CPU)
     requests = [engine.requests_of(s, s + 1, 3, config, 0, 1) for s in (0, 3)]
     batches = [next(iter(task.batches(part))) for part in requests]
     order = [epoch_order(np.arange(16), 48, config.seed, epoch).tolist() for epoch in (0, 1)]
     assert [batch.indices.tolist() for batch in batches] == order
-    features, labels = task.prepare(batches[0], 0)
+    prepared = task.prepare(batches[0], 0)
+    features, labels = prepared.features, prepared.labels
     assert features.shape == (16, 3, 64)
     assert not features.requires_grad
     torch.testing.assert_close(labels, batches[0].labels)
-    scaled = (task._features(torch.cat([b.images for b in task._evaluation_views(task.training).batches(48)]))
+    scaled = (task._features(torch.cat([b.images for b in task._evaluation_loader(task.training).batches(48)]))
               - probes.mean) / probes.std  # fmt: skip
     torch.testing.assert_close(scaled.mean(0), torch.zeros(3, 64), rtol=0, atol=1e-4)
     torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(3, 64), rtol=0, atol=1e-3)
@@ -190,6 +192,5 @@ def test_unusable_images_are_left_out(config, tmp_path):
     ],
 )
 def test_what_cannot_work_is_one_line(config, changes, message):
-    config = dataclasses.replace(config, **changes)
     with pytest.raises(ValueError, match=message):
-        engine.run(LinearProbe(config), config)
+        engine.run(LinearProbe(dataclasses.replace(config, **changes)))

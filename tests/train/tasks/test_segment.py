@@ -76,7 +76,7 @@ def config(cache, tmp_path):
 
 def train(config, **changes):
     config = dataclasses.replace(config, **changes)
-    result = engine.run(Segment(config), config)
+    result = engine.run(Segment(config))
     assert result.exit_code == 0
     return BeitForSemanticSegmentation.from_pretrained(config.output_dir / "model"), result.metrics
 
@@ -255,7 +255,7 @@ def test_a_resumed_run_ends_with_the_same_weights(config, tmp_path, head):
     config = change(config, model__head=head)
     whole, metrics = train(config)
     part = dataclasses.replace(config, output_dir=tmp_path / "part", max_steps=2)
-    assert engine.run(Segment(part), part).step == 2
+    assert engine.run(Segment(part)).step == 2
     resumed, again = train(config, output_dir=tmp_path / "part")
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -301,7 +301,7 @@ def test_it_learns(config, cache):
 
 def test_layers_learn_at_their_rates(config):
     task = Segment(config)
-    model = task.build(config, CPU)
+    model = task.build(CPU)
     groups = task.parameter_groups(model, 0.05)
     task.close()
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
@@ -317,7 +317,7 @@ def test_layers_learn_at_their_rates(config):
 def test_auxiliary_heads_count_by_their_weight(config):
     """The loss is that of the main head plus the weight times that of the other, over all pixels."""
     task = Segment(config)
-    model = task.build(config, CPU).eval()
+    model = task.build(CPU).eval()
     task.close()
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, 11, (2, 32, 32), generator=generator)
@@ -350,7 +350,7 @@ def test_segmentation_starts_where_it_is_told(config, tmp_path):
     save_checkpoint(tmp_path / "checkpoints", 1, {"model": source.state_dict()}, {}, keep=2)
     started = dataclasses.replace(config, scratch=False, weights=str(tmp_path))
     task = Segment(started)
-    model = task.build(started, CPU)
+    model = task.build(CPU)
     task.close()
     assert torch.equal(model.backbone.patch_embed.proj.weight, source.patch_embed.proj.weight)
     assert torch.equal(model.backbone.blocks[2].mlp.fc2.weight, source.blocks[2].mlp.fc2.weight)
@@ -386,7 +386,7 @@ def test_nothing_but_ignored_pixels_is_a_loss_of_zero(config, tmp_path):
     assert metrics["train_pixel_accuracy_percent"] == 0.0
     validated = change(ignored, data__validate=True, output_dir=tmp_path / "other")
     with pytest.raises(ValueError, match="not one labelled pixel"):
-        engine.run(Segment(validated), validated)
+        engine.run(Segment(validated))
 
 
 @pytest.mark.parametrize(
@@ -410,9 +410,9 @@ def test_nothing_but_ignored_pixels_is_a_loss_of_zero(config, tmp_path):
 )
 def test_what_cannot_work_is_one_line(config, tmp_path, changes, message):
     data = folder_of(tmp_path / "data")
-    changed = change(config, **{k: v.replace("DATA", data) if isinstance(v, str) else v for k, v in changes.items()})
+    changes = {k: v.replace("DATA", data) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises(ValueError, match=message) as error:
-        engine.run(Segment(changed), changed)
+        engine.run(Segment(change(config, **changes)))
     assert "\n" not in str(error.value)
 
 
@@ -427,7 +427,7 @@ def test_data_that_is_not_split_has_no_validation(config, tmp_path):
         (root / f"{kind}.new").rename(root / kind)
     changed = change(config, data__path=str(root), data__num_classes=3)
     with pytest.raises(ValueError, match=r"is not split into train and val, .* give --data.no-validate"):
-        engine.run(Segment(changed), changed)
+        engine.run(Segment(changed))
 
 
 def test_setr_may_train_one_image_at_a_time(config):
@@ -483,7 +483,11 @@ def test_files_of_mmsegmentation_are_opened(tmp_path, head):
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(opened.model.predict(x), source.predict(x))
     assert opened.classes == ("0", "1", "2", "3", "4")
-    assert (opened.inference.window, opened.inference.stride, opened.inference.base) == (32, 21, (128, 32))
+    assert (opened.inference.window, opened.inference.stride, opened.inference.base) == (
+        32,
+        21,
+        (128, 32),
+    )
     torch.save(pretrained().state_dict(), tmp_path / "pretrained.pth")
     with pytest.raises(ValueError, match="holds no segmentation head"):
         open_segmentor(tmp_path / "pretrained.pth")

@@ -84,7 +84,7 @@ def encoded(monkeypatch):
 
 def run(config, **changes):
     config = dataclasses.replace(config, **changes)
-    return engine.run(MaskedImageModeling(config), config)
+    return engine.run(MaskedImageModeling(config))
 
 
 def losses(config):
@@ -151,7 +151,7 @@ def test_wrong_settings_are_one_line(config, tmp_path, capsys, arguments, messag
     task = MaskedImageModeling(shared := with_data(config, "first", token_cache=str(tmp_path / "tokens")))
     from beit_fast.train.distributed.world import World
 
-    task.build(shared, World(0, 1, torch.device("cpu")))
+    task.build(World(0, 1, torch.device("cpu")))
     task.close()
     with pytest.raises(SystemExit) as stop:
         main(shared, MaskedImageModeling, arguments=[*arguments, *(["--dry-run"] if dry else [])])

@@ -1,0 +1,102 @@
+"""What the tasks on images share: how data are read, weights to start from, and the task around a loader."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from beit_fast.data.loader import NORMALIZATION, Request
+from beit_fast.data.screening import BadImages
+from beit_fast.data.sources import ImageSource, fingerprint
+from beit_fast.train.config import RunConfig, free
+from beit_fast.train.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataConfig:
+    """Images, and how they are read."""
+
+    path: str | None = None
+    """Where the images are. None: built-in ones, drawn on this machine; a functional check."""
+    cache_dir: str | None = free(None)
+    """Where built-in images are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
+    normalization: Literal["imagenet", "half"] = "imagenet"
+    """Mean and standard deviation of the pixels: ImageNet's, or 0.5; those of the pre-training."""
+    max_bad_share: float = free(0.01)
+    """Stop the run when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
+    decoder: Literal["auto", "dali", "pil"] = free("auto")
+    """Who decodes images."""
+    threads: int | None = free(None)
+    """Threads that make views; None: the cores of this process, at most 8."""
+    prefetch: int = free(2)
+    """Batches made ahead."""
+
+    def loader_options(self, device: torch.device) -> dict[str, Any]:
+        """Keyword arguments that every loader takes."""
+        mean, std = NORMALIZATION[self.normalization]
+        return {
+            "mean": mean, "std": std, "device": device, "decoder": self.decoder, "threads": self.threads,
+            "prefetch": self.prefetch,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig(RunConfig):
+    """A run that starts from weights."""
+
+    weights: str | None = None
+    """Weights to start from: a run folder (its newest checkpoint), or a file of the official code, timm or
+    transformers."""
+    scratch: bool = False
+    """Start from random weights on purpose."""
+    data: ImageDataConfig
+
+    without_weights: ClassVar[str] = "this run starts from pre-trained weights; --scratch does not"
+    """The error's advice where real data come without weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weights is None and not self.scratch and self.data.path is not None:
+            raise ValueError(f"--weights is missing: {self.without_weights}")
+        if self.weights is not None and self.scratch:
+            raise ValueError("--weights and --scratch contradict each other; give one of them")
+
+
+class ImageTask(Task):
+    """A task on the images of a `source`, which `build` opens together with `loader`."""
+
+    source: ImageSource
+    loader: Any
+    """What makes the training batches; it and `others` are closed with the task."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.loader = None
+        self.others: list[Any] = []
+        self.bad_images: BadImages | None = None
+
+    def screen(self, source: ImageSource, max_bad_share: float) -> BadImages:
+        """Where unusable training images are counted and, during a run, listed."""
+        folder = self.config.output_dir
+        listing = folder / "bad_files.tsv" if folder.is_dir() else None
+        self.source, self.bad_images = source, BadImages(len(source), listing, max_bad_share)
+        return self.bad_images
+
+    def num_samples(self) -> int:
+        return len(self.source)
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": fingerprint(self.source)}
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
+        batches: Iterator[Any] = self.loader.batches(requests)
+        return batches
+
+    def counters(self) -> dict[str, float]:
+        return {} if self.bad_images is None else {"bad_images": float(len(self.bad_images))}
+
+    def close(self) -> None:
+        for loader in (self.loader, *self.others):
+            if loader is not None:
+                loader.close()
