@@ -1,15 +1,23 @@
-"""Hooks of the documentation site: files outside of docs/ that its pages link to come along, under their own paths."""
+"""Hooks of the documentation site.
+
+Files outside of docs/ that its pages link to come along, under their own paths; the table of errors is filled in.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import errors  # noqa: E402
+
+ERRORS = re.compile(r"<!-- errors: (.+) -->")
 LINK = re.compile(r"(\]\()([^)#\s:]+)")  # of Markdown links to files: no anchors, no other sites
 
 
@@ -30,14 +38,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turn links that lead out of docs/ into links to the files that came along."""
+    """Turn links that lead out of docs/ into links to the files that came along, and fill in the tables of errors."""
     uri = page.file.src_uri
 
     def moved(match: re.Match[str]) -> str:
         target = repository_path(uri, match[2])
         return match[1] + (os.path.relpath(site_path(target), PurePosixPath(uri).parent) if target else match[2])
 
-    return LINK.sub(moved, markdown)
+    return ERRORS.sub(lambda match: errors.table(match[1]), LINK.sub(moved, markdown))
 
 
 def outside(uri: str, markdown: str) -> list[str]:
