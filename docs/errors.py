@@ -88,6 +88,13 @@ RULES = [
         "Check the path; the message says which files count as images.",
     ),
     (r"have no label|no label", "Add the missing label files, or take the images out."),
+    (r"^--weights is missing", "Give `--weights`, or `--scratch` for random ones."),
+    (
+        r"stands? for|are not in it|two classes for",
+        "Make the classes of training and validation agree: same folder names, or numbers, in both.",
+    ),
+    (r"of remote data", "Give tar shards by their addresses, as the message shows."),
+    (r"size of a member|negative size|pax record|extended header", "The shard is damaged: fetch or pack it again."),
     (r"a class must be a number", "Write the number of the class into the `.cls` entry."),
     (
         r"tar archive|cut off at byte|the archive|member at byte",
@@ -152,7 +159,10 @@ RULES = [
 ]
 """Pattern of a message, and what to do."""
 
+_AGAIN = "Check the address, the server and the network, then type the same command again: the run continues."
 BY_CLASS = {
+    "SourceUnavailable": _AGAIN,
+    "ConnectionError": _AGAIN,
     "_Broken": "The image is replaced by another, counted and listed in `bad_files.tsv`: repair or remove it.",
     "UnpicklingError": "The file is refused and nothing in it was run: fetch it from a source that you trust.",
     "TooManyBadImages": "Repair or remove the files in `bad_files.tsv`, or raise `--data.max-bad-share`.",

@@ -28,7 +28,7 @@ def test_every_area_is_on_the_page():
     [
         ("raise ValueError(f'--steps is {n}, it must be at least 1')", "--steps is …, it must be at least 1"),
         ("fail('report takes one run folder', code=2)", "report takes one run folder"),
-        ("raise OSError(errno.ENOSPC, f'{root}: the disk is full')", "the disk is full"),
+        ("raise OSError(errno.ENOSPC, f'{root}: the disk is full')", "…: the disk is full"),
         ("raise module.Broken('no header')", "no header"),
     ],
 )
