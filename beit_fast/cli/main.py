@@ -35,6 +35,13 @@ def segment(arguments: list[str]) -> int:
     return segment_command(arguments)
 
 
+def export(arguments: list[str]) -> int:
+    """export RUN FOLDER --to TARGET     as files of timm, transformers, onnx or torch-export, compared with the run"""
+    from beit_fast.cli.export import export_command
+
+    return export_command(arguments)
+
+
 def report(arguments: list[str]) -> int:
     """report RUN                        write the report.html of a run folder, finished or not"""
     from beit_fast.cli.pictures import report_command
@@ -79,7 +86,7 @@ def tune(arguments: list[str]) -> int:
 
 COMMANDS = {
     command.__name__: command
-    for command in (train, evaluate, predict, segment, report, compare, visualize, tokens, doctor, tune)
+    for command in (train, evaluate, predict, segment, export, report, compare, visualize, tokens, doctor, tune)
 }
 
 

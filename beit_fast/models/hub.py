@@ -51,7 +51,7 @@ def weights_at(source: str | Path, **download: Any) -> Path:
     """
     text = str(source)
     if not text.startswith(_PREFIX):
-        return Path(source)
+        return model_folder(source)
     repository, _, revision = text.removeprefix(_PREFIX).partition("@")
     if revision:
         download["revision"] = revision
@@ -61,6 +61,20 @@ def weights_at(source: str | Path, **download: Any) -> Path:
         if "EntryNotFound" not in type(error.__cause__).__name__ or "Local" in type(error.__cause__).__name__:
             raise
     return _fetched(repository, "pytorch_model.bin", download)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that a finished run leaves its model in, where `path` is a run; any other path as it is.
+
+    Raises:
+        CheckpointError: the run has not finished.
+    """
+    root = Path(path)
+    if (root / "model" / "config.json").is_file():
+        return root / "model"
+    if (root / "checkpoints").is_dir():
+        raise CheckpointError(f"{root}: this run has not finished and left no model/; the same command continues it")
+    return root
 
 
 def config_at(source: str | Path) -> tuple[BeitConfig | None, Path | None]:
@@ -76,7 +90,7 @@ def config_at(source: str | Path) -> tuple[BeitConfig | None, Path | None]:
         repository, _, revision = text.removeprefix(_PREFIX).partition("@")
         file = _fetched(repository, "config.json", {"revision": revision or None})
     else:
-        file = Path(source) / "config.json"
+        file = model_folder(source) / "config.json"
     return (_read_config(file, classifier=True), file.parent) if file.is_file() else (None, None)
 
 
@@ -146,7 +160,7 @@ class HubMethods:
         verbose: bool = False,
         **overrides: Any,
     ) -> Self:
-        """A model in evaluation mode, from a folder or a repository of the hub.
+        """A model in evaluation mode, from a run folder, another folder or a repository of the hub.
 
         Reads what this class, timm (`timm/beit_...`) and transformers (`microsoft/beit-...`) save.
 
@@ -158,7 +172,7 @@ class HubMethods:
         Raises:
             CheckpointError: a file is missing or cannot be fetched, or does not fit this class.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = model_folder(pretrained_model_name_or_path)
         if folder.is_dir():
             file, weights = folder / "config.json", folder
         else:

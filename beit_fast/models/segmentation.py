@@ -14,7 +14,7 @@ from beit_fast.models.backbone import BeitBackbone
 from beit_fast.models.checkpoints import load_checkpoint
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.heads import FCNHead, SetrUpHead, UPerHead, resize
-from beit_fast.models.hub import save_folder, tuples
+from beit_fast.models.hub import model_folder, save_folder, tuples
 from beit_fast.models.initialisation import init_for_fine_tuning
 from beit_fast.models.reading import CheckpointError
 
@@ -179,8 +179,9 @@ class BeitForSemanticSegmentation(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> BeitForSemanticSegmentation:
-        """The model that `save_pretrained` wrote, in evaluation mode; CheckpointError where it is another."""
-        file = Path(folder) / "config.json"
+        """The model that `save_pretrained` or a run wrote, in evaluation mode; CheckpointError where it is another."""
+        folder = model_folder(folder)
+        file = folder / "config.json"
         try:
             values = json.loads(file.read_text())
             if values.pop("model_class") != cls.__name__:

@@ -61,7 +61,10 @@ def open_classifier(path: str | Path, image_size: int | None = None) -> Classifi
         load_checkpoint(model, root)
         model.eval()
     if not model.num_classes:
-        raise CheckpointError(f"{root}: holds no classifier, but a backbone; fine-tune it first")
+        raise CheckpointError(
+            f"{root}: holds no classifier, but a backbone; fine-tune it first: beit-fast train finetune_imagenet_base "
+            f"--weights {path}"
+        )
     height, width = model.config.image_hw
     if height != width:
         raise CheckpointError(f"{root}: its images are {height} x {width} pixels; only square ones are evaluated")

@@ -1,6 +1,7 @@
 """Masked image modelling as a task: views -> visual tokens -> BEiT -> loss (paper, section 2)."""
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -234,7 +235,7 @@ class MaskedImageModeling(ImageTask):
     def architecture(self) -> BeitConfig:
         """The model's configuration, once the tokenizer is open."""
         vocab_size = BeitConfig.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
-        return self.config.model.architecture(vocab_size, mim_target=self.config.objective.target)
+        return self.config.model.architecture(vocab_size, mim_target=self.config.objective.target, num_classes=0)
 
     def _loader(
         self, source: ImageSource, masking: BlockwiseMasking, bad_images: BadImages, view_cycle: int | None = None,
@@ -293,6 +294,15 @@ class MaskedImageModeling(ImageTask):
         return values
 
     def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+        assert isinstance(model, BeitForMaskedImageModeling)
+        folder, data = run_dir / "model", self.config.data
+        model.save_pretrained(folder)
+        mean, std = NORMALIZATION[data.normalization]
+        preprocessing = {
+            "image_size": self.config.model.image_size, "mean": mean, "std": std,
+            "tokenizer": self.config.tokenizer.name, "data": builtin.NOTICE if data.path is None else data.path,
+        }  # fmt: skip
+        (folder / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
         return [run_dir / "bad_files.tsv"] if self.bad_images is not None and len(self.bad_images) else []
 
     def plan(self) -> dict[str, float]:
