@@ -46,9 +46,9 @@ gallery: $(VENV)/.train  ## the pictures of the documentation, from a small BEiT
 		--output-dir runs/gallery_attention
 	cp runs/gallery_attention/chelsea/sheet.png benchmarks/pictures/attention.png
 
-gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one table; needs no network (WHEELS=folder)
+gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one table (ONLY=step|attention|tokenizer|input|recipes)
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check \
-		$(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+		$(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a warning is an error
 	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)

@@ -4,13 +4,11 @@
 
 Same weights and images for all; logits, and in training loss and gradients, are compared before anything is timed.
 Inference is one call without gradients in eval mode. The training step is forward, cross-entropy, backward and a fused
-AdamW, the same one for all.
+AdamW, the same one for all; at 384 pixels it is that of fine-tuning.
 """
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,160 +16,120 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit_fast import BeitConfig
+from beit_fast import use_backend
 from beit_fast.models import Beit, convert_state_dict
 from benchmarks.baselines.libraries import timm_beit, transformers_beit
-from benchmarks.harness import OURS, Absent, Comparison, Rival
-from benchmarks.mim_batches import forward_flops
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.models import CHECKED, LEARNING_RATE, TABLE, ModelCase, forward_flops, model_cases, with_tables
 
-RIVALS = [OURS, "timm", "timm, compiled", "transformers, SDPA", "transformers, eager"]
-LEARNING_RATE = 1e-6  # the step is timed, not the training: weights should stay where they are
-
-
-@dataclass(frozen=True)
-class Case:
-    size: Any
-    preset: Any
-    image_size: int
-    batch_size: int
-    training: bool
-    dtype: str
-    device: torch.device
-    tiny: bool = False
-    all_rivals: bool = False
-    """Compiled ones too, and transformers without SDPA."""
-    budget_s: float = 12.0
-
-    @property
-    def config(self) -> BeitConfig:
-        small = {"width": 48, "num_heads": 3, "depth": 2} if self.tiny else {}
-        return BeitConfig.from_preset(self.size, self.preset, image_size=self.image_size, **small).for_classification(
-            10 if self.tiny else 1000
-        )
-
-    @property
-    def what(self) -> str:
-        name = "toy" if self.tiny else f"BEiT-{self.size}"
-        return f"{name} {self.preset}, {self.image_size} px, B={self.batch_size}, {self.dtype}"
+NAMES = [OURS, "timm", "timm, compiled", "transformers, SDPA", "transformers, eager"]
 
 
-def cases(scale: Any) -> dict[str, Case]:
-    gpu = scale.device.type == "cuda"
-    if scale.name == "tiny":
-        grid = [("tiny", preset, 32, 2) for preset in ("plus", "plain")]
-    elif not gpu:
-        grid = [("base", "plus", 224, 2)]
-        if scale.name == "full":
-            grid += [("base", "plain", 224, 2), ("base", "plus", 384, 1), ("large", "plus", 224, 1),
-                     ("large", "plus", 384, 1)]  # fmt: skip
-    else:
-        grid = [("base", "plus", 224, 256), ("large", "plus", 224, 128)]
-        if scale.name == "full":
-            grid += [("base", "plain", 224, 256), ("base", "plus", 384, 64), ("large", "plus", 384, 32)]
+def cases(scale: Any) -> dict[str, ModelCase]:
     return {
-        f"{size}-{preset}-{side}-B={batch}-{'training' if training else 'inference'}": Case(
-            size, preset, side, batch, training, scale.dtype, scale.device, scale.name == "tiny",
-            gpu or scale.name == "full",
-        )
-        for size, preset, side, batch in grid
+        f"{name}-{'training' if training else 'inference'}": case
         for training in (False, True)
+        for name, case in model_cases(
+            scale, tiny=[("tiny", "plus", 32, 2), ("tiny", "plain", 32, 2)], cpu=[("base", "plus", 224, 2)],
+            cpu_full=[("base", "plain", 224, 2), ("base", "plus", 384, 1), ("large", "plus", 224, 1),
+                      ("large", "plus", 384, 1)],
+            gpu=[("base", "plus", 224, 256), ("large", "plus", 224, 128), ("base", "plus", 384, 64)],
+            gpu_full=[("base", "plain", 224, 256), ("large", "plus", 384, 32)], training=training,
+        ).items()
     }  # fmt: skip
 
 
-def compare(case: Case) -> Comparison:
-    config, device, dtype = case.config, case.device, getattr(torch, case.dtype)
-    torch.manual_seed(0)
-    model = Beit(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("relative_position_bias_table"):  # a bias of zeros could hide a mistake
-                parameter.normal_(std=0.3)
-            elif name == "head.weight":  # as it begins, all logits are nearly equal
-                parameter.normal_(std=0.02)
+def compare(case: ModelCase) -> Comparison:
+    config, device, dtype = case.config.for_classification(10 if case.tiny else 1000), case.device, case.dtype
+    model = with_tables(Beit(config))
+    nn.init.normal_(model.get_parameter("head.weight"), std=0.02)  # as it begins, all logits are nearly equal
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch_size, config.in_chans, *config.image_hw, generator=generator).to(device)
     labels = torch.randint(0, config.num_classes, (case.batch_size,), generator=generator).to(device)
-    probes = ("patch_embed.proj.weight", f"blocks.{config.depth // 2}.attn.qkv.weight", "blocks.0.mlp.fc1.bias",
-              "fc_norm.weight", "head.weight")  # fmt: skip
+    compared = ["patch_embed.proj.weight", f"blocks.{config.depth // 2}.attn.qkv.weight", "blocks.0.mlp.fc1.bias",
+                "fc_norm.weight", "head.weight"]  # fmt: skip
     if config.relative_position_bias != "none":
-        probes += ("blocks.0.attn.relative_position_bias_table",)
+        compared.append(f"blocks.0.attn.{TABLE}")
+    Official = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
-    def rival(
-        net: nn.Module,
-        logits_of: Callable[[Tensor], Tensor],
-        official: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    ) -> Rival:
-        def forward() -> Tensor:
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                return logits_of(images)
+    def implementation(net: nn.Module, logits_of: Callable[[Tensor], Tensor], official: Official = dict) -> Any:
+        net.to(device).train(case.training)
+
+        def logits(given: Tensor) -> Tensor:
+            with case.autocast():
+                return logits_of(given).float()
 
         if not case.training:
-            net.eval()
 
             @torch.no_grad()  # transformers keeps an index that inference mode would spoil for training
-            def infer() -> dict[str, Tensor]:
-                return {"logits": forward().float()}
+            def infer(given: Tensor = images) -> dict[str, Tensor]:
+                return {"logits": logits(given)}
 
-            return Rival(infer, infer)
-        net.train()
+            return Implementation(infer, lambda: infer(images[:CHECKED]))
         optimizer = torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE, fused=True)
 
-        def backward() -> Tensor:
+        def backward(count: int) -> Tensor:
             optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(forward().float(), labels)
+            loss = F.cross_entropy(logits(images[:count]), labels[:count])
             loss.backward()
-            return loss
+            return loss.detach()
 
         def step() -> None:
-            backward()
+            backward(case.batch_size)
             optimizer.step()
 
         def result() -> dict[str, Tensor]:
-            loss = backward().detach()
-            grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-            found = official(grads)
-            return {"loss": loss, **{name: found[name] for name in probes}}
+            loss = backward(CHECKED)
+            found = official({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+            return {"loss": loss, **{name: found[name] for name in compared}}
 
-        return Rival(step, result)
+        return Implementation(step, result)
 
-    def ours() -> Rival:
-        net = model.to(device)
-        return rival(net, net, dict)
-
-    def timm(compiled: bool) -> Rival:
-        if compiled and not case.all_rivals:
-            raise Absent("takes minutes on a CPU: --full")
+    def timm(compiled: bool) -> Implementation:
+        if compiled and not case.everything:
+            raise Unavailable("takes minutes on a CPU: --full")
         net = timm_beit(config)
         net.load_state_dict(convert_state_dict(state, to="timm"))
-        net.to(device)
-        return rival(net, torch.compile(net) if compiled else net, dict)
+        return implementation(net, torch.compile(net, dynamic=False) if compiled else net)
 
-    def transformers(attention: str) -> Rival:
-        if attention == "eager" and not (case.all_rivals or case.tiny):
-            raise Absent("slower than with SDPA: --full")
+    def transformers(attention: str) -> Implementation:
+        if attention == "eager" and not (case.everything or case.tiny):
+            raise Unavailable("slower than with SDPA: --full")
         net = transformers_beit(config, "BeitForImageClassification", attn_implementation=attention)
         net.load_state_dict(convert_state_dict(state, to="transformers"))
-        net.to(device)
-        return rival(net, lambda x: net(x).logits, lambda grads: convert_state_dict(grads, to="official"))
+        return implementation(net, lambda x: net(x).logits, lambda grads: convert_state_dict(grads, to="official"))
+
+    def exact() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Our model from plain operations, in fp64 and in the dtype of the case."""
+        with use_backend("reference"):
+            copied = copy.deepcopy(model)
+            narrow = implementation(copied, copied).result()
+            wide_model = copy.deepcopy(model).to(device).double()
+            wide = implementation(wide_model, lambda x: _without_autocast(wide_model, x, device)).result()
+        return wide, narrow
 
     return Comparison(
         group=f"backbone, {'training step' if case.training else 'inference'}: {case.what}",
-        rivals={
-            OURS: ours,
+        implementations={
+            OURS: lambda: implementation(model, model),
             "timm": lambda: timm(False),
             "timm, compiled": lambda: timm(True),
             "transformers, SDPA": lambda: transformers("sdpa"),
             "transformers, eager": lambda: transformers("eager"),
         },
         shapes={"B": case.batch_size, "N": config.num_patches + 1, "D": config.width},
-        dtype=case.dtype,
+        dtype=case.scale.dtype, images=case.batch_size,
         flops=(3 if case.training else 1) * case.batch_size * forward_flops(config, 0),
-        images=case.batch_size,
-        tolerance=1e-4 if case.dtype == "float32" else 5e-2,
-    )
+        exact=None if dtype == torch.float32 else exact,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_backbone(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, case.budget_s)
+def _without_autocast(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    with torch.autocast(device.type, enabled=False):
+        return model(images.double())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backbone(interleaved, case, name):
+    interleaved(case, lambda: compare(case), name, 12.0)

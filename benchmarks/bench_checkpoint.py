@@ -3,35 +3,31 @@
     pytest benchmarks/bench_checkpoint.py --benchmark-only
 
 The state is that of a run: weights and both moments of AdamW. beit_fast writes to a temporary folder, computes a crc32
-of every file, syncs and renames; the rivals write one file, and only those that say so sync it. Reading back is timed
-with the files in the page cache; every rival then holds all tensors. Saved tensors are compared with the originals.
+of every file, syncs and renames; the baselines write one file, and only those that say so sync it. Reading back is
+timed with the files in the page cache; everyone then holds all tensors. Saved tensors are compared with the originals.
 """
-
-from __future__ import annotations
 
 import itertools
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.train.checkpoint.format import newest_checkpoint, save_checkpoint
-from benchmarks.harness import OURS, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation
 
-
-@dataclass(frozen=True)
-class Case:
-    size: Any
-    tiny: bool
-    folder: Path
-    budget_s: float = 12.0
+VERIFIED = "beit_fast, verified only"
+NAMES = [OURS, "torch.save, synced", "torch.save", "safetensors, synced", "torch.distributed.checkpoint"]
+READERS = [OURS, VERIFIED, "torch.load", "safetensors", "torch.distributed.checkpoint"]
+State = dict[str, Tensor]
 
 
 def cases(scale: Any) -> dict[str, Any]:
@@ -39,155 +35,120 @@ def cases(scale: Any) -> dict[str, Any]:
     return {size: (size, scale.name == "tiny") for size in sizes}
 
 
-SAVERS = [OURS, "torch.save, synced", "torch.save", "safetensors, synced", "torch.distributed.checkpoint"]
-READERS = ["beit_fast", "beit_fast, verified only", "torch.load", "safetensors", "torch.distributed.checkpoint"]
-
-
-def training_state(case: Case) -> dict[str, Tensor]:
-    small: dict[str, Any] = {"depth": 1, "vocab_size": 64} if case.tiny else {}
+def training_state(size: Any, tiny: bool) -> State:
+    small: dict[str, Any] = {"depth": 1, "vocab_size": 64} if tiny else {}
     torch.manual_seed(0)
-    weights = BeitForMaskedImageModeling(BeitConfig.from_preset(case.size, **small)).state_dict()
+    weights = BeitForMaskedImageModeling(BeitConfig.from_preset(size, **small)).state_dict()
     moments = {f"{name}.{slot}": torch.rand_like(t) for name, t in weights.items() for slot in ("exp_avg", "sq")}
     return {**weights, **moments}
 
 
-def synced(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def write_ours(state: State, folder: Path) -> Path:
+    return save_checkpoint(folder, 1, {"state": state}, {}, keep=2)
 
 
-class Savers:
-    """Each writes under a new name every time and removes what it wrote before."""
-
-    def __init__(self, case: Case) -> None:
-        self.folder, self.state, self.number = case.folder, training_state(case), itertools.count(1)
-        self.written: Path | None = None
-
-    def place(self) -> Path:
-        if self.written is not None and self.written.exists():
-            shutil.rmtree(self.written)
-        self.written = self.folder / f"{next(self.number)}"
-        self.written.mkdir(parents=True)
-        return self.written
-
-    def ours(self) -> Path:
-        return save_checkpoint(self.place(), 1, {"state": self.state}, {}, keep=2)
-
-    def torch_save(self, sync: bool) -> Path:
-        path = self.place() / "state.pt"
-        torch.save(self.state, path)
-        if sync:
-            synced(path)
-        return path
-
-    def safetensors(self) -> Path:
-        path = self.place() / "state.safetensors"
-        save_file(self.state, path)
-        synced(path)
-        return path
-
-    def distributed(self) -> Path:
-        import torch.distributed.checkpoint as dcp
-
-        path = self.place() / "dcp"
-        dcp.save(self.state, checkpoint_id=path, no_dist=True)
-        return path
-
-
-def read_ours(path: Path) -> dict[str, Tensor]:
+def read_ours(path: Path) -> State:
     found, _ = newest_checkpoint(path.parent)
     assert found is not None
     return dict(found.tensors("state"))
 
 
-def read_distributed(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    import torch.distributed.checkpoint as dcp
+def to_file(save: Callable[[State, Path], Any], sync: bool) -> Callable[[State, Path], Path]:
+    def write(state: State, folder: Path) -> Path:
+        path = folder / "state"
+        save(state, path)
+        if sync:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        return path
 
+    return write
+
+
+def write_distributed(state: State, folder: Path) -> Path:
+    dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True)
+    return folder / "dcp"
+
+
+def read_distributed(path: Path, like: State) -> State:
     state = {name: torch.empty_like(tensor) for name, tensor in like.items()}
     dcp.load(state, checkpoint_id=path, no_dist=True)
     return state
 
 
-def few(state: dict[str, Tensor]) -> dict[str, Tensor]:
+WRITERS: dict[str, Callable[[State, Path], Path]] = {
+    OURS: write_ours,
+    "torch.save, synced": to_file(torch.save, True),
+    "torch.save": to_file(torch.save, False),
+    "safetensors, synced": to_file(save_file, True),
+    "torch.distributed.checkpoint": write_distributed,
+}
+
+
+def read(name: str, path: Path, like: State) -> State:
+    """What was written by that name."""
+    if name == OURS:
+        return read_ours(path)
+    if name == "torch.distributed.checkpoint":
+        return read_distributed(path, like)
+    return load_file(path) if name.startswith("safetensors") else torch.load(path)
+
+
+def few(state: State) -> State:
     """What is compared: some tensors, and how many there are."""
     names = sorted(state)
     return {**{name: state[name] for name in names[:: max(1, len(names) // 5)]}, "count": torch.tensor(len(names))}
 
 
-def save_comparison(case: Case) -> Comparison:
-    def saver(write: Any, read: Any) -> Rival:
-        return Rival(write, lambda: few(read(write())))
+def saving(size: Any, tiny: bool, folder: Path) -> Comparison:
+    state = training_state(size, tiny)
 
-    def make(name: str) -> Rival:
-        savers = Savers(Case(case.size, case.tiny, case.folder / name.replace(" ", "_")))
-        return {
-            OURS: lambda: saver(savers.ours, read_ours),
-            "torch.save, synced": lambda: saver(lambda: savers.torch_save(True), torch.load),
-            "torch.save": lambda: saver(lambda: savers.torch_save(False), torch.load),
-            "safetensors, synced": lambda: saver(savers.safetensors, load_file),
-            "torch.distributed.checkpoint": lambda: saver(
-                savers.distributed, lambda path: read_distributed(path, savers.state)
-            ),
-        }[name]()
+    def saver(name: str) -> Implementation:
+        """Writes under a new name every time and removes what it wrote before."""
+        numbers, own = itertools.count(), folder / name.replace(" ", "_")
 
-    count = sum(t.numel() * t.element_size() for t in training_state(case).values())
-    return Comparison(
-        group=f"checkpoint, save: BEiT-{case.size} with AdamW, {count / 2**20:.0f} MiB",
-        rivals={name: lambda name=name: make(name) for name in SAVERS},  # type: ignore[misc]
-        shapes={"mib": round(count / 2**20)},
-        bytes=float(count),
-        tolerance=0.0,
-    )
+        def write() -> Path:
+            shutil.rmtree(own, ignore_errors=True)
+            place = own / f"{next(numbers)}"
+            place.mkdir(parents=True)
+            return WRITERS[name](state, place)
+
+        return Implementation(write, lambda: few(read(name, write(), state)))
+
+    return comparison(f"checkpoint, save: BEiT-{size} with AdamW", "", state, dict.fromkeys(NAMES, saver))
 
 
-def read_comparison(case: Case) -> Comparison:
-    savers = Savers(case)
-    state = savers.state
-    paths: dict[str, Path] = {}
-    for name, write in {
-        "beit_fast": savers.ours,
-        "torch.load": lambda: savers.torch_save(False),
-        "safetensors": savers.safetensors,
-        "torch.distributed.checkpoint": savers.distributed,
-    }.items():
-        paths[name] = write()
-        savers.written = None  # kept
+def reading(size: Any, tiny: bool, folder: Path) -> Comparison:
+    state, paths = training_state(size, tiny), dict[str, Path]()
+    for name, writer in {OURS: OURS, "torch.load": "torch.save", "safetensors": "safetensors, synced",
+                         "torch.distributed.checkpoint": "torch.distributed.checkpoint"}.items():  # fmt: skip
+        place = folder / name
+        place.mkdir(parents=True)
+        paths[name] = WRITERS[writer](state, place)
+
+    def reader(name: str) -> Implementation:
+        if name == VERIFIED:
+            return Implementation(lambda: newest_checkpoint(paths[OURS].parent))
+        return Implementation(lambda: read(name, paths[name], state), lambda: few(read(name, paths[name], state)))
+
+    title = f"checkpoint, verify and read: BEiT-{size} with AdamW"
+    return comparison(title, ", from the page cache", state, dict.fromkeys(READERS, reader))
+
+
+def comparison(title: str, more: str, state: State, makers: dict[str, Callable[[str], Implementation]]) -> Comparison:
     count = sum(t.numel() * t.element_size() for t in state.values())
-
-    def reader(read: Any) -> Rival:
-        return Rival(read, lambda: few(read()))
-
     return Comparison(
-        group=f"checkpoint, verify and read: BEiT-{case.size} with AdamW, {count / 2**20:.0f} MiB, from the page cache",
-        rivals={
-            "beit_fast": lambda: reader(lambda: read_ours(paths["beit_fast"])),
-            "beit_fast, verified only": lambda: Rival(lambda: newest_checkpoint(paths["beit_fast"].parent)),
-            "torch.load": lambda: reader(lambda: torch.load(paths["torch.load"])),
-            "safetensors": lambda: reader(lambda: load_file(paths["safetensors"])),
-            "torch.distributed.checkpoint": lambda: reader(
-                lambda: read_distributed(paths["torch.distributed.checkpoint"], state)
-            ),
-        },
-        shapes={"mib": round(count / 2**20)},
-        bytes=float(count),
-        tolerance=0.0,
-    )
+        group=f"{title}, {count / 2**20:.0f} MiB{more}",
+        implementations={name: lambda name=name, make=make: make(name) for name, make in makers.items()},  # type: ignore[misc]
+        shapes={"mib": round(count / 2**20)}, bytes=float(count), tolerance=0.0,
+    )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoints")
-    yield path
-    shutil.rmtree(path, ignore_errors=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_save(interleaved, case, name, tmp_path_factory):
+    interleaved(("save", case), lambda: saving(*case, tmp_path_factory.mktemp("save")), name, 12.0)
 
 
-@pytest.mark.parametrize("rival", SAVERS)
-def test_save(in_turns, case, rival, folder):
-    made = Case(*case, folder / "save")
-    in_turns(("save", case), lambda: save_comparison(made), rival, made.budget_s)
-
-
-@pytest.mark.parametrize("rival", READERS)
-def test_verify_and_read(in_turns, case, rival, folder):
-    made = Case(*case, folder / "read")
-    in_turns(("read", case), lambda: read_comparison(made), rival, made.budget_s)
+@pytest.mark.parametrize("name", READERS)
+def test_verify_and_read(interleaved, case, name, tmp_path_factory):
+    interleaved(("read", case), lambda: reading(*case, tmp_path_factory.mktemp("read")), name, 12.0)

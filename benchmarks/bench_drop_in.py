@@ -1,17 +1,16 @@
-"""What one line brings: the BEiTs of timm and transformers before and after `beit_fast.accelerate`.
+"""`accelerate` on models of timm and transformers: the same object before and after, inference and training.
 
     pytest benchmarks/bench_drop_in.py --benchmark-only
 
-There is one model: before each timed call it is accelerated or restored, so both sides have the same parameters, at
-the same addresses. Outputs, losses and gradients are compared before anything is timed. Training is
-forward and backward; an optimizer's step would be the same on both sides.
+In the eager rows one object is switched by `accelerate` and `restore` outside the clock, so both sides have the same
+parameters, at the same addresses. Outputs, losses and gradients are compared before anything is timed. Training is
+forward and backward; an optimizer's step would be the same on both sides. On a GPU, or with --full, both sides are also
+run under torch.compile, and inference of one image also as a CUDA graph.
 """
 
-from __future__ import annotations
-
+import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,145 +19,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import beit_fast
-from beit_fast import BeitConfig
 from benchmarks.baselines.libraries import timm_beit, transformers_beit
-from benchmarks.harness import OURS, Comparison, Rival
-from benchmarks.mim_batches import forward_flops
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.models import TABLE, ModelCase, forward_flops, with_tables
 
-TABLE = "relative_position_bias_table"
-SEGMENTED = {"BeitForSemanticSegmentation", "BeitBackbone"}
-
-
-@dataclass(frozen=True)
-class Case:
-    kind: str
-    """`timm`, or a class of transformers."""
-    training: bool
-    size: Any
-    batch_size: int
-    dtype: str
-    device: torch.device
-    image_size: int = 224
-    tiny: bool = False
-    budget_s: float = 20.0
-
-    @property
-    def config(self) -> BeitConfig:
-        small = {"width": 48, "num_heads": 3, "depth": 4, "vocab_size": 64} if self.tiny else {}
-        config = BeitConfig.from_preset(self.size, image_size=self.image_size, **small)
-        return config if self.masked else config.for_classification(8 if self.tiny else 1000)
-
-    @property
-    def masked(self) -> bool:
-        return self.kind == "BeitForMaskedImageModeling"
-
-    @property
-    def rival(self) -> str:
-        return "timm" if self.kind == "timm" else "transformers"
-
-    @property
-    def group(self) -> str:
-        what = "timm's Beit" if self.kind == "timm" else self.kind
-        size = "toy" if self.tiny else f"BEiT-{self.size}"
-        return (
-            f"accelerate on {what}, {'training' if self.training else 'inference'}: "
-            f"{size}, {self.image_size} px, B={self.batch_size}, {self.dtype}"
-        )
+SEGMENTED = ("BeitBackbone", "BeitForSemanticSegmentation")
+MODELS = ("timm", "BeitForImageClassification", "BeitForMaskedImageModeling")
+WAYS = ("", ", compiled", ", CUDA graph")
 
 
-def cases(scale: Any) -> dict[str, Case]:
-    gpu = scale.device.type == "cuda"
-    names = ["timm", "BeitForImageClassification", "BeitForMaskedImageModeling"]
-    few = names if gpu or scale.name == "full" else [names[0], names[2]]
-    sizes: list[tuple[str, str, int, int]] = [(name, "base", 224, 256 if gpu else 2) for name in few]
-    if scale.name == "full":
-        others = ("BeitModel", "BeitBackbone", "BeitForSemanticSegmentation")
-        sizes += [(name, "base", 224, 64 if gpu else 2) for name in others]
-        sizes += [(name, "large", 224, 128 if gpu else 1) for name in names]
-        sizes += [(name, "base", 384, 64 if gpu else 1) for name in names]
+def cases(scale: Any) -> dict[str, ModelCase]:
+    gpu, full = scale.device.type == "cuda", scale.name == "full"
+    few = MODELS if gpu or full else (MODELS[0], MODELS[2])
+    sizes = [(name, "base", 224, 256 if gpu else 2) for name in few]
+    if gpu or full:
+        sizes += [(MODELS[0], "base", 224, 1)]
+    if full:
+        sizes += [(name, "base", 224, 64 if gpu else 2) for name in ("BeitModel", *SEGMENTED)]
+        sizes += [(name, "large", 224, 128 if gpu else 1) for name in MODELS]
+        sizes += [(name, "base", 384, 64 if gpu else 1) for name in MODELS]
     if scale.name == "tiny":
-        sizes = [(name, "tiny", 64, 2) for name in (*names, "BeitModel", *sorted(SEGMENTED))]
+        sizes = [(name, "tiny", 64, 2) for name in (*MODELS, "BeitModel", *SEGMENTED)]
+    toy = {"depth": 4} if scale.name == "tiny" else {}
     return {
-        f"{kind}-{size}-{side}-{'training' if training else 'inference'}": Case(
-            kind, training, size, batch, scale.dtype, scale.device, side, scale.name == "tiny"
+        f"{kind}-{size}-{side}-B={batch}-{'training' if training else 'inference'}": ModelCase(
+            size, "plus", side, batch, scale, training, kind, toy
         )
         for kind, size, side, batch in sizes
-        for training in (False, True)
+        for training in ((False, True) if batch > 1 or not (gpu or full) else (False,))
     }
 
 
-def compare(case: Case) -> Comparison:
-    config, device = case.config, case.device
+def compare(case: ModelCase) -> Comparison:
+    masked = case.kind == "BeitForMaskedImageModeling"
+    config = case.config if masked else case.config.for_classification(8 if case.tiny else 1000)
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(case.batch_size, 3, *config.image_hw, generator=generator).to(device)
+    images = torch.randn(case.batch_size, 3, *config.image_hw, generator=generator).to(case.device)
     mask = torch.rand(case.batch_size, config.num_patches, generator=generator).argsort(1) < config.num_patches * 0.38
-    run = step(case, images, mask.to(device), generator)
+    inputs: dict[str, Any] = {"pixel_values": images}
+    if masked:
+        inputs["bool_masked_pos"] = mask.to(case.device)
+    if masked and case.training:
+        labels = torch.randint(0, config.vocab_size, (int(mask.sum()),), generator=generator)
+        inputs["labels"] = labels.to(case.device)
+    library = "timm" if case.kind == "timm" else "transformers"
 
     @functools.cache
     def theirs() -> nn.Module:
-        return noisy(peer(case)).to(device).train(case.training)
-
-    def side(change: Callable[[nn.Module], nn.Module]) -> Rival:
-        model = theirs()
-        return Rival(lambda: run(model), lambda: run(change(model)), lambda: change(model))
-
-    masked = int(mask.sum()) // case.batch_size if case.masked and case.training else 0
-    return Comparison(
-        group=case.group,
-        rivals={OURS: lambda: side(beit_fast.accelerate), case.rival: lambda: side(beit_fast.restore)},
-        shapes={"B": case.batch_size, "N": config.num_patches + 1, "D": config.width, "L": config.depth},
-        dtype=case.dtype,
-        flops=(3 if case.training else 1) * case.batch_size * forward_flops(config, masked),
-        images=case.batch_size,
-        tolerance=tolerance(case),
-    )
-
-
-def tolerance(case: Case) -> float:
-    """Of outputs, losses and gradients, relative.
-
-    Batch normalisation and ReLU in the segmentation head multiply rounding: in fp32 both sides' gradients are 6e-4 from
-    those in fp64.
-    """
-    if case.dtype != "float32":
-        return 5e-2
-    return 2e-3 if case.training and case.kind == "BeitForSemanticSegmentation" else 1e-4
-
-
-def peer(case: Case) -> nn.Module:
-    """The model as its library makes it."""
-    if case.kind == "timm":
-        return timm_beit(case.config)
-    options: dict[str, Any] = {}
-    if case.kind in SEGMENTED:
-        options = {"out_indices": [1, 2, 3, 4] if case.tiny else [4, 6, 8, 12], "num_labels": 20}
-    if case.kind == "BeitBackbone":
-        options["add_fpn"] = True
-    return transformers_beit(case.config, case.kind, **options)
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    """Tables that are not zero: a bias of zeros could hide a mistake."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(TABLE):
-                parameter.normal_(std=0.3)
-    return model
-
-
-def step(
-    case: Case, images: Tensor, mask: Tensor, generator: torch.Generator
-) -> Callable[[nn.Module], dict[str, Tensor]]:
-    """What is timed: forward, in training backward too; gives the loss or output and gradients of both ends."""
-    dtype = getattr(torch, case.dtype)
-    inputs: dict[str, Any] = {"pixel_values": images}
-    if case.masked:
-        inputs["bool_masked_pos"] = mask
-        if case.training:
-            inputs["labels"] = torch.randint(0, case.config.vocab_size, (int(mask.sum()),), generator=generator).to(
-                images.device
-            )
+        if case.kind == "timm":
+            return with_tables(timm_beit(config)).to(case.device).train(case.training)
+        options: dict[str, Any] = {}
+        if case.kind in SEGMENTED:
+            options = {"out_indices": [1, 2, 3, 4] if case.tiny else [4, 6, 8, 12], "num_labels": 20}
+        if case.kind == "BeitBackbone":
+            options["add_fpn"] = True
+        return with_tables(transformers_beit(config, case.kind, **options)).to(case.device).train(case.training)
 
     def output_of(model: nn.Module) -> Any:
         if case.kind == "timm":
@@ -168,22 +83,67 @@ def step(
         return first[-1] if isinstance(first, tuple) else first
 
     def run(model: nn.Module) -> dict[str, Tensor]:
+        """Forward, in training backward too; gives the loss or output, and gradients of both ends."""
         model.zero_grad(set_to_none=True)
-        with (
-            torch.set_grad_enabled(case.training),
-            torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32),
-        ):
+        with torch.set_grad_enabled(case.training), case.autocast():
             output = output_of(model)
         if not case.training:
             return {"output": output}
         loss = output if output.dim() == 0 else F.mse_loss(output.float(), torch.ones_like(output, dtype=torch.float))
         loss.backward()
-        named = [(n, p) for n, p in model.named_parameters() if n.endswith((TABLE, "cls_token")) and p.grad is not None]
-        return {"loss": loss.detach(), **{n: p.grad for n, p in (named[0], named[-1]) if p.grad is not None}}
+        named = [(n.replace("_orig_mod.", ""), p.grad) for n, p in model.named_parameters()
+                 if n.endswith((TABLE, "cls_token")) and p.grad is not None]  # fmt: skip
+        return {"loss": loss.detach(), **dict([named[0], named[-1]])}
 
-    return run
+    def side(change: Callable[[nn.Module], nn.Module], way: str) -> Implementation:
+        if way == "":
+            model = theirs()
+            return Implementation(lambda: run(model), lambda: run(change(model)), lambda: change(model))
+        if not case.everything:
+            raise Unavailable("takes minutes on a CPU: --full")
+        changed = change(copy.deepcopy(theirs()))
+        if way == ", compiled":
+            compiled: Any = torch.compile(changed)
+            return Implementation(lambda: run(compiled), lambda: run(compiled))
+        if case.device.type != "cuda" or case.batch_size > 1:
+            raise Unavailable("CUDA graphs need a GPU, and are for one image")
+        graph = torch.cuda.CUDAGraph()
+        for _ in range(3):
+            run(changed)
+        with torch.cuda.graph(graph):
+            output = run(changed)
+        return Implementation(graph.replay, lambda: (graph.replay(), output)[1])
+
+    in_loss = int(mask.sum()) // case.batch_size if "labels" in inputs else 0
+    what = "timm's Beit" if case.kind == "timm" else case.kind
+    name = "toy" if case.tiny else f"BEiT-{case.size}"
+    return Comparison(
+        group=f"accelerate on {what}, {'training' if case.training else 'inference'}: {name}, {case.image_size} px, "
+        f"B={case.batch_size}, {case.scale.dtype}",
+        implementations={
+            who + way: functools.partial(side, change, way)
+            for way in WAYS
+            for who, change in ((OURS, beit_fast.accelerate), (library, beit_fast.restore))
+        },
+        shapes={"B": case.batch_size, "N": config.num_patches + 1, "D": config.width, "L": config.depth},
+        dtype=case.scale.dtype, images=case.batch_size, tolerance=tolerance(case),
+        flops=(3 if case.training else 1) * case.batch_size * forward_flops(config, in_loss),
+    )  # fmt: skip
 
 
+def tolerance(case: ModelCase) -> float:
+    """Of outputs, losses and gradients, relative.
+
+    Batch normalisation and ReLU in the segmentation head multiply rounding: in fp32 both sides' gradients are 6e-4 from
+    those in fp64.
+    """
+    if case.dtype != torch.float32:
+        return 5e-2
+    return 2e-3 if case.training and case.kind == "BeitForSemanticSegmentation" else 1e-4
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("who", ["ours", "theirs"])
-def test_drop_in(in_turns, case, who):
-    in_turns(case, lambda: compare(case), OURS if who == "ours" else case.rival, case.budget_s)
+def test_drop_in(interleaved, case, who, way):
+    library = "timm" if case.kind == "timm" else "transformers"
+    interleaved(case, lambda: compare(case), (OURS if who == "ours" else library) + way, 20.0)

@@ -5,11 +5,9 @@
 Both read the same JPEG class folders and do what the fine-tuning recipe says: random resized crop, RandAugment, erasing
 with noise, mixup or CutMix, layer-wise decay, AdamW. timm's is its own loader (`create_loader`, one worker process per
 core), its own Mixup, its own BEiT and parameter groups; its RandAugment keeps to magnitude 9, because where `mstd0.5`
-draws 10 it asks Pillow to posterise to 0 bits, which Pillow refuses. A turn is a run of steps, so that what a loader
-made ahead in the other's turn is a small part of it. `data_wait_share` is the part of the time that the model waited.
+draws 10 it asks Pillow to posterise to 0 bits, which Pillow refuses. A call is a run of steps, so that what a loader
+made ahead while the other ran is a small part of it. `data_wait_share` is the part of the time that the model waited.
 """
-
-from __future__ import annotations
 
 import os
 import time
@@ -23,9 +21,9 @@ import pytest
 import torch
 
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
-from benchmarks.harness import OURS, Absent, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
 
-RIVALS = [OURS, "timm"]
+NAMES = [OURS, "timm"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Case:
     image_size: int
     batch: int
     steps: int
-    """Steps of one turn."""
+    """Steps of one call."""
     tiny: bool
     device: Any
     folder: Path
@@ -72,7 +70,7 @@ def timed(batches: Iterator[Any], info: dict[str, Any]) -> Iterator[Any]:
         yield batch
 
 
-def turn(step: Any, batches: Iterator[Any], info: dict[str, Any], steps: int) -> None:
+def run_steps(step: Any, batches: Iterator[Any], info: dict[str, Any], steps: int) -> None:
     began = time.perf_counter()
     for _ in range(steps):
         step(next(batches))
@@ -84,7 +82,7 @@ def shape(case: Case) -> dict[str, Any]:
     return {"width": 32, "depth": 2, "num_heads": 2} if case.tiny else {}
 
 
-def ours(case: Case) -> Rival:
+def ours(case: Case) -> Implementation:
     from beit_fast.train.config import OptimConfig
     from beit_fast.train.distributed.world import World
     from beit_fast.train.optim import build_optimizer, optimizer_step, set_learning_rate
@@ -95,7 +93,7 @@ def ours(case: Case) -> Rival:
         output_dir=case.folder / "run", scratch=True, batch_size=case.batch, batch_per_device=case.batch,
         data=LabelledDataConfig(path=str(case.folder), validate=False, prefetch=4),  # as many as timm's two workers
         model=ClassifierModelConfig(size=case.size, image_size=case.image_size, **shape(case)),  # type: ignore[arg-type]
-        optim=OptimConfig(lr=1e-4, clip_grad=None),
+        optim=OptimConfig(lr=1e-4, clip_grad=None)
     )  # fmt: skip
     task, world = Finetune(config), World(0, 1, torch.device(case.device))
     model = task.build(world).train()
@@ -117,10 +115,10 @@ def ours(case: Case) -> Rival:
         optimizer_step(optimizer, one, None)
         state["step"] += 1
 
-    return Rival(lambda: turn(step, batches, info, case.steps), info=info)
+    return Implementation(lambda: run_steps(step, batches, info, case.steps), info=info)
 
 
-def timms(case: Case) -> Rival:
+def timms(case: Case) -> Implementation:
     make_torchvision_importable()
     try:
         from timm.data import Mixup, create_dataset, create_loader
@@ -128,7 +126,7 @@ def timms(case: Case) -> Rival:
         from timm.models.beit import Beit
         from timm.optim import param_groups_layer_decay
     except ImportError as error:
-        raise Absent(f"timm is not installed ({error})") from error
+        raise Unavailable(f"timm is not installed ({error})") from error
     from beit_fast.models import BeitConfig
     from benchmarks.baselines.libraries import timm_beit
 
@@ -141,7 +139,7 @@ def timms(case: Case) -> Rival:
     loader = create_loader(
         dataset, (3, case.image_size, case.image_size), case.batch, is_training=True, use_prefetcher=False,
         re_prob=0.25, re_mode="pixel", auto_augment="rand-m9-inc1", interpolation="bicubic",
-        num_workers=len(os.sched_getaffinity(0)), device=device, persistent_workers=True,
+        num_workers=len(os.sched_getaffinity(0)), device=device, persistent_workers=True
     )  # fmt: skip
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=24)
     groups = param_groups_layer_decay(model, 0.05, layer_decay=0.65)
@@ -162,20 +160,20 @@ def timms(case: Case) -> Rival:
         loss.backward()
         optimizer.step()
 
-    return Rival(lambda: turn(step, batches, info, case.steps), info=info)
+    return Implementation(lambda: run_steps(step, batches, info, case.steps), info=info)
 
 
 def comparison(case: Case) -> Comparison:
     return Comparison(
         group=f"fine-tuning, files to weights: BEiT-{case.size}, {case.image_size} px, batch {case.batch}",
-        rivals={OURS: lambda: ours(case), "timm": lambda: timms(case)},
+        implementations={OURS: lambda: ours(case), "timm": lambda: timms(case)},
         shapes={"batch": case.batch, "image_size": case.image_size, "steps": case.steps},
         dtype="bfloat16" if torch.device(case.device).type == "cuda" else "float32",
         images=case.batch * case.steps,
     )
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_loop(in_turns: Any, case: Any, rival: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_loop(interleaved: Any, case: Any, name: str, folder: Path) -> None:
     made = Case(*case, folder)
-    in_turns(("loop", case), lambda: comparison(made), rival, 20.0)
+    interleaved(("loop", case), lambda: comparison(made), name, 20.0)

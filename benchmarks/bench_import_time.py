@@ -5,8 +5,6 @@
 The clock is the interpreter's own, from its start to the end of the import, so that of torch is part of all of them.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import OURS, Absent, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
 from benchmarks.machine import ROOT
 
 STUBS = "from benchmarks.baselines.torchvision_stubs import make_torchvision_importable as m; m(); "
@@ -30,21 +28,23 @@ def cases(scale: Any) -> dict[str, str]:
     return {"import": "import"}
 
 
-def importing(name: str) -> Rival:
+def importing(name: str) -> Implementation:
     package, statement = STATEMENTS[name]
     if importlib.util.find_spec(package) is None:
-        raise Absent(f"{package} is not installed")
-    return Rival(lambda: subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True, capture_output=True))
+        raise Unavailable(f"{package} is not installed")
+    return Implementation(
+        lambda: subprocess.run([sys.executable, "-c", statement], cwd=ROOT, check=True, capture_output=True)
+    )
 
 
 def compare() -> Comparison:
     return Comparison(
         group="import in a fresh interpreter",
-        rivals={name: lambda name=name: importing(name) for name in STATEMENTS},  # type: ignore[misc]
+        implementations={name: lambda name=name: importing(name) for name in STATEMENTS},  # type: ignore[misc]
         shapes={},
     )
 
 
-@pytest.mark.parametrize("rival", STATEMENTS)
-def test_import(in_turns, case, rival):
-    in_turns(case, compare, rival, 20.0)
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_import(interleaved, case, name):
+    interleaved(case, compare, name, 20.0)

@@ -8,8 +8,6 @@ too, and the machine may be busy; by the clock, two threads for DALI and beit_fa
 been drained. Their random draws differ, so what is compared first is what a batch is: shapes, ranges, masks.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import random
@@ -26,7 +24,7 @@ from PIL import Image
 import beit_fast.data
 from beit_fast.data import BlockwiseMasking, CropSampler, PretrainLoader, Request, open_source
 from benchmarks.baselines.input_pipelines import Batch, dali_pipeline, pil_pipeline
-from benchmarks.harness import OURS, Absent, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
 
 THREADS = min(2, os.cpu_count() or 1)
 QUEUE = 3  # batches that any of them has made ahead at most
@@ -39,7 +37,7 @@ class Case:
     batch_size: int
     files: int
     batches: int = 4
-    """In one turn."""
+    """In one call."""
     budget_s: float = 20.0
 
 
@@ -89,7 +87,7 @@ def dali(files: list[str], batch_size: int, colour: bool) -> Callable[[], Batch]
     try:
         return dali_pipeline(files, batch_size, THREADS, colour)
     except ModuleNotFoundError:
-        raise Absent("DALI is not installed") from None
+        raise Unavailable("DALI is not installed") from None
 
 
 PIPELINES: dict[str, Callable[[list[str], int], Callable[[], Batch]]] = {
@@ -122,7 +120,7 @@ def compare(case: Case, folder: Path) -> Comparison:
     files = write_files(folder, case.files)
     random.seed(0)
 
-    def rival(name: str) -> Rival:
+    def pipeline(name: str) -> Implementation:
         batch = PIPELINES[name](files, case.batch_size)
         check(name, batch(), case.batch_size)
 
@@ -135,19 +133,19 @@ def compare(case: Case, folder: Path) -> Comparison:
                 batch()
 
         threads = 1 if name.startswith("Pillow") else THREADS
-        return Rival(run, None, drain if case.clock == "wall" else None, {"pipeline_threads": threads})
+        return Implementation(run, None, drain if case.clock == "wall" else None, {"pipeline_threads": threads})
 
     images = case.batch_size * case.batches
     return Comparison(
         group=f"input pipeline, {'CPU time' if case.clock == 'cpu' else 'clock'} for {images} images in batches of "
         f"{case.batch_size}: two views and a mask",
-        rivals={name: lambda name=name: rival(name) for name in PIPELINES},  # type: ignore[misc]
+        implementations={name: lambda name=name: pipeline(name) for name in PIPELINES},  # type: ignore[misc]
         shapes={"B": case.batch_size, "files": case.files},
         images=images,
         clock=case.clock,
     )
 
 
-@pytest.mark.parametrize("rival", PIPELINES)
-def test_two_views_and_a_mask(in_turns, case, rival, jpeg_folder):
-    in_turns(case, lambda: compare(case, jpeg_folder), rival, case.budget_s)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_two_views_and_a_mask(interleaved, case, name, jpeg_folder):
+    interleaved(case, lambda: compare(case, jpeg_folder), name, case.budget_s)

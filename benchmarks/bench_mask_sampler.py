@@ -5,8 +5,6 @@
 One thread each. All must draw from the same distribution before anything is timed: coverage and counts are compared.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,16 +16,16 @@ from torch import Tensor
 
 from beit_fast.data.sampling import BlockwiseMasking
 from benchmarks.baselines.libraries import PythonBlockwiseMasking
-from benchmarks.harness import OURS, Comparison, Disagreement, Rival
+from benchmarks.harness import OURS, Comparison, Disagreement, Implementation
 
 BATCH = 128
 GRID = (14, 14)
 NUM_MASKED = 75
 
-RIVALS = [OURS, "beit_fast, mode official", "plain Python"]
+NAMES = [OURS, "beit_fast, mode official", "plain Python"]
 
 
-def ours(mode: str, batch: int) -> Rival:
+def ours(mode: str, batch: int) -> Implementation:
     masking = BlockwiseMasking(GRID, NUM_MASKED, mode=mode)
     batches = itertools.count()
 
@@ -35,16 +33,16 @@ def ours(mode: str, batch: int) -> Rival:
         first = batch * next(batches)
         return masking.sample(0, 0, np.arange(first, first + batch))
 
-    return as_rival(draw, batch)
+    return as_implementation(draw, batch)
 
 
-def plain_python(batch: int) -> Rival:
+def plain_python(batch: int) -> Implementation:
     masking = PythonBlockwiseMasking(GRID, NUM_MASKED)
-    return as_rival(lambda: torch.from_numpy(np.stack([masking() for _ in range(batch)]).astype(bool)), batch)
+    return as_implementation(lambda: torch.from_numpy(np.stack([masking() for _ in range(batch)]).astype(bool)), batch)
 
 
-def as_rival(draw: Callable[[], Tensor], batch: int) -> Rival:
-    return Rival(draw, lambda: {"masks": torch.cat([draw() for _ in range(12_800 // batch)])})
+def as_implementation(draw: Callable[[], Tensor], batch: int) -> Implementation:
+    return Implementation(draw, lambda: {"masks": torch.cat([draw() for _ in range(12_800 // batch)])})
 
 
 def distances(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, float]:
@@ -65,7 +63,7 @@ def distances(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> di
 def comparison(batch: int) -> Comparison:
     return Comparison(
         group=f"mask sampler: {batch} masks of {NUM_MASKED} in {GRID[0]} x {GRID[1]}",
-        rivals={
+        implementations={
             OURS: lambda: ours("exact", batch),
             "beit_fast, mode official": lambda: ours("official", batch),
             "plain Python": lambda: plain_python(batch),
@@ -77,7 +75,7 @@ def comparison(batch: int) -> Comparison:
     )
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_mask_sampler(in_turns: Any, scale: Any, rival: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_mask_sampler(interleaved: Any, scale: Any, name: str) -> None:
     batch = scale.pick(tiny=8, cpu=BATCH, gpu=BATCH)
-    in_turns("mask sampler", lambda: comparison(batch), rival)
+    interleaved("mask sampler", lambda: comparison(batch), name)

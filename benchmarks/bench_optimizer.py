@@ -6,8 +6,6 @@ All clip the global norm to 3 and take one AdamW step with the official decay gr
 compared first. beit_fast's also skips a step whose gradient is not finite, without asking the host.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +17,9 @@ from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.train.config import OptimConfig
 from beit_fast.train.optim import build_optimizer, decay_groups, load_apex, optimizer_step
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
-from benchmarks.harness import OURS, Absent, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
 
-RIVALS = [OURS, "torch fused", "torch foreach", "torch for loop", "timm", "apex FusedAdam"]
+NAMES = [OURS, "torch fused", "torch foreach", "torch for loop", "timm", "apex FusedAdam"]
 CLIP, RATE, DECAY = 3.0, 1e-4, 0.05
 
 
@@ -49,7 +47,7 @@ def compare(case: Case) -> Comparison:
     count = sum(shape.numel() for shape in shapes.values())
 
     class Weights(nn.Module):
-        """Parameters with the names and shapes of the model, and a gradient each; the same for every rival."""
+        """Parameters with the names and shapes of the model, and a gradient each; the same for everyone."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -66,7 +64,7 @@ def compare(case: Case) -> Comparison:
     def groups(weights: Weights) -> list[dict[str, Any]]:
         return decay_groups(weights, DECAY)
 
-    def rival(weights: Weights, step: Any) -> Rival:
+    def stepped(weights: Weights, step: Any) -> Implementation:
         gradients = [p.grad for p in weights.named.values()]
 
         def restore() -> None:
@@ -82,15 +80,15 @@ def compare(case: Case) -> Comparison:
             names = list(shapes)
             return {name: weights.named[name].detach().clone() for name in (names[0], names[len(names) // 2])}
 
-        return Rival(step, result, restore)
+        return Implementation(step, result, restore)
 
-    def ours() -> Rival:
+    def ours() -> Implementation:
         weights = Weights()
         optimizer = build_optimizer(groups(weights), OptimConfig(lr=RATE))
         one = torch.ones((), device=device)
-        return rival(weights, lambda: optimizer_step(optimizer, one, CLIP))
+        return stepped(weights, lambda: optimizer_step(optimizer, one, CLIP))
 
-    def stepping(make: Any) -> Rival:
+    def stepping(make: Any) -> Implementation:
         weights = Weights()
         plain = [{"params": g["params"], "weight_decay": g["weight_decay"]} for g in groups(weights)]
         optimizer = make(plain)
@@ -100,9 +98,9 @@ def compare(case: Case) -> Comparison:
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
 
-        return rival(weights, step)
+        return stepped(weights, step)
 
-    def timm() -> Rival:
+    def timm() -> Implementation:
         make_torchvision_importable()
         from timm.optim import create_optimizer_v2
 
@@ -111,19 +109,19 @@ def compare(case: Case) -> Comparison:
 
         return stepping(make)
 
-    def apex() -> Rival:
+    def apex() -> Implementation:
         try:
             fused = load_apex()
         except ModuleNotFoundError as reason:
-            raise Absent(str(reason).removeprefix("--optim.impl apex: ").split(";")[0]) from None
+            raise Unavailable(str(reason).removeprefix("--optim.impl apex: ").split(";")[0]) from None
         return stepping(lambda plain: fused(plain, lr=RATE, adam_w_mode=True))  # type: ignore[call-arg]
 
-    def torch_adamw(**options: bool) -> Rival:
+    def torch_adamw(**options: bool) -> Implementation:
         return stepping(lambda plain: torch.optim.AdamW(plain, lr=RATE, **options))
 
     return Comparison(
         group=f"optimizer step with clipping: BEiT-{case.size}, {count / 1e6:.0f} M parameters in fp32",
-        rivals={
+        implementations={
             OURS: ours,
             "torch fused": lambda: torch_adamw(fused=True),
             "torch foreach": lambda: torch_adamw(foreach=True),
@@ -138,6 +136,6 @@ def compare(case: Case) -> Comparison:
     )
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_optimizer_step(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, case.budget_s)
+@pytest.mark.parametrize("name", NAMES)
+def test_optimizer_step(interleaved, case, name):
+    interleaved(case, lambda: compare(case), name, case.budget_s)

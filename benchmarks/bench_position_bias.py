@@ -6,8 +6,6 @@ Every gradient is asked of autograd, as a network does. `index_put_` is what PyT
 timm and transformers do; the two `index_add_` are gradients written by hand, heads first or rows first in memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 
 from beit_fast import kernels
-from benchmarks.harness import OURS, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation
 
-RIVALS = [OURS, "index_add_, heads first", "index_add_, rows first", "index_put_", "index", "index_select"]
+NAMES = [OURS, "index_add_, heads first", "index_add_, rows first", "index_put_", "index", "index_select"]
 
 
 @dataclass(frozen=True)
@@ -77,26 +75,26 @@ def compare(case: Case) -> Comparison:
     def rows_first(g: Tensor) -> Tensor:
         return g.new_zeros(rows, H).index_add_(0, index, g.permute(1, 2, 0).reshape(-1, H))
 
-    def gradient(make: Callable[[Tensor], Tensor]) -> Rival:
+    def gradient(make: Callable[[Tensor], Tensor]) -> Implementation:
         bias = make(table)
 
         def run() -> Tensor:
             return torch.autograd.grad(bias, table, grad, retain_graph=True)[0]
 
-        return Rival(run, lambda: {"table gradient": run()})
+        return Implementation(run, lambda: {"table gradient": run()})
 
-    def forward(make: Callable[[Tensor], Tensor]) -> Rival:
-        return Rival(lambda: make(table), lambda: {"bias": make(table)})
+    def forward(make: Callable[[Tensor], Tensor]) -> Implementation:
+        return Implementation(lambda: make(table), lambda: {"bias": make(table)})
 
     if case.gradient:
-        rivals = {
+        ways = {
             OURS: lambda: gradient(ours),
             "index_add_, heads first": lambda: gradient(gradient_by(heads_first, selected)),
             "index_add_, rows first": lambda: gradient(gradient_by(rows_first, selected)),
             "index_put_": lambda: gradient(indexed),
         }
     else:
-        rivals = {
+        ways = {
             OURS: lambda: forward(ours),
             "index": lambda: forward(indexed),
             "index_select": lambda: forward(selected),
@@ -104,13 +102,13 @@ def compare(case: Case) -> Comparison:
     return Comparison(
         group=f"{'gradient of the position table' if case.gradient else 'position bias'}: "
         f"window {window[0]} x {window[1]}, H={H}, float32",
-        rivals=rivals,
+        implementations=ways,
         shapes={"N": N, "H": H},
         bytes=4.0 * (grad.numel() + table.numel()),
         tolerance=1e-5,
     )
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_position_bias(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival)
+@pytest.mark.parametrize("name", NAMES)
+def test_position_bias(interleaved, case, name):
+    interleaved(case, lambda: compare(case), name)

@@ -7,9 +7,7 @@ is the window's, officially scaled: two windows of 512 (stride 341) or 640 (stri
 transformers' model reads the official blocks here; one window after the other is how its users slide.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -23,10 +21,10 @@ from beit_fast.models.segmentation_windows import sliding_logits, window_starts
 from beit_fast.train.tasks.model import multiply_adds
 from beit_fast.train.tasks.segment import head_flops
 from benchmarks.baselines.libraries import transformers_beit
-from benchmarks.harness import OURS, Comparison, Rival
+from benchmarks.harness import OURS, Comparison, Implementation
 
 ONE = "beit_fast, one window at a time"
-RIVALS = [OURS, ONE, "transformers, one window at a time"]
+NAMES = [OURS, ONE, "transformers, one window at a time"]
 
 
 @dataclass(frozen=True)
@@ -56,35 +54,34 @@ def compare(case: Case) -> Comparison:
     image = torch.randn(3, side, width, generator=torch.Generator().manual_seed(1)).to(device)
     windows = len(window_starts(width, side, stride))
 
-    def sliding(predict: Any, batch_size: int) -> Rival:
+    def sliding(predict: Any, batch_size: int) -> Implementation:
         def run() -> Tensor:
             with torch.no_grad(), torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32):
                 return sliding_logits(predict, image, side, stride, batch_size)
 
-        return Rival(run, lambda: {"logits": run()}, info={"windows": windows})
+        return Implementation(run, lambda: {"logits": run()}, info={"windows": windows})
 
-    def transformers() -> Rival:
-        values: dict[str, Any] = {"num_classes": case.classes}
-        peer = transformers_beit(
-            BeitConfig(**{**config.backbone.__dict__, **values}), "BeitForSemanticSegmentation",
-            out_indices=[1, 2, 3, 4], auxiliary_channels=config.auxiliary_channels,
+    def transformers() -> Implementation:
+        theirs = transformers_beit(
+            replace(config.backbone, num_classes=case.classes), "BeitForSemanticSegmentation",
+            out_indices=[1, 2, 3, 4], auxiliary_channels=config.auxiliary_channels
         )  # fmt: skip
-        peer.config._out_indices = [tap + 2 for tap in config.blocks]
-        peer.load_state_dict(convert_state_dict(model.state_dict(), to="transformers"))
-        peer.to(device).eval()
+        theirs.config._out_indices = [tap + 2 for tap in config.blocks]
+        theirs.load_state_dict(convert_state_dict(model.state_dict(), to="transformers"))
+        theirs.to(device).eval()
 
         def predict(images: Tensor) -> Tensor:
-            logits = peer(images).logits.float()
+            logits = theirs(images).logits.float()
             return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
         return sliding(predict, 1)
 
     return Comparison(
         group=f"segmentation: BEiT-B, UPerNet, {windows} windows of {side} in {side} x {width}",
-        rivals={
+        implementations={
             OURS: lambda: sliding(model.predict, 8),
             ONE: lambda: sliding(model.predict, 1),
-            RIVALS[2]: transformers,
+            NAMES[2]: transformers,
         },
         shapes={"image": (side, width), "window": side, "stride": stride, "classes": case.classes},
         dtype=str(case.dtype).removeprefix("torch."),
@@ -94,6 +91,6 @@ def compare(case: Case) -> Comparison:
     )
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_sliding_windows(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, 30.0)
+@pytest.mark.parametrize("name", NAMES)
+def test_sliding_windows(interleaved, case, name):
+    interleaved(case, lambda: compare(case), name, 30.0)

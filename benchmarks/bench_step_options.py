@@ -6,23 +6,20 @@ One pre-training step with the tokens given: forward, backward, clipping, AdamW.
 must not change them. `no position bias` is the preset `plus` without its table: what the bias costs.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from beit_fast import BeitConfig, BeitForMaskedImageModeling, use_backend
-from beit_fast.train.optim import decay_groups, optimizer_step
-from benchmarks.harness import OURS, Absent, Comparison, Rival
-from benchmarks.mim_batches import MimBatch, forward_flops, make_batch, make_model
+from beit_fast import BeitForMaskedImageModeling, use_backend
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.models import ModelCase, OurStep, forward_flops, make_batch, make_model, model_cases
 
-RIVALS = [
+NAMES = [
     OURS,
     "beit_fast, CUDA graph",
     "beit_fast, compiled blocks",
@@ -32,58 +29,19 @@ RIVALS = [
 ]
 
 
-@dataclass(frozen=True)
-class Case:
-    size: Any
-    batch_size: int
-    dtype: str
-    device: torch.device
-    tiny: bool
-    compiled: bool
-    budget_s: float = 10.0
-
-    @property
-    def config(self) -> BeitConfig:
-        small: dict[str, Any] = {"width": 48, "num_heads": 3, "depth": 2, "vocab_size": 64, "image_size": 32}
-        return BeitConfig.from_preset(self.size, "plus", **(small if self.tiny else {}))
+def cases(scale: Any) -> dict[str, ModelCase]:
+    return model_cases(
+        scale, tiny=[("tiny", "plus", 32, 2)], cpu=[("small", "plus", 224, 2)],
+        cpu_full=[("base", "plus", 224, 2), ("large", "plus", 224, 1)],
+        gpu=[("base", "plus", 224, 256), ("large", "plus", 224, 128)], gpu_full=[("base", "plus", 224, 64)],
+    )  # fmt: skip
 
 
-def cases(scale: Any) -> dict[str, Case]:
-    sizes = scale.pick(tiny={"tiny": 2}, cpu={"small": 2}, gpu={"base": 256, "large": 128}, full={"base": 2, "large": 1}
-                       if scale.device.type == "cpu" else {"base": 256, "base ": 64, "large": 128})  # fmt: skip
-    gpu = scale.device.type == "cuda"
-    return {
-        f"{size}-{batch}": Case(
-            size.strip(), batch, scale.dtype, scale.device, scale.name == "tiny", gpu or scale.name == "full"
-        )
-        for size, batch in sizes.items()
-    }
-
-
-class Step:
-    """Forward, backward, clipping and AdamW on fixed inputs, without a host sync."""
-
-    def __init__(self, model: BeitForMaskedImageModeling, batch: MimBatch, dtype: torch.dtype) -> None:
-        self.model, self.batch, self.dtype = model.train(), batch, dtype
-        self.optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-6, fused=True)
-        self.one = torch.ones((), device=batch.images.device)
-        self.rows = batch.mask.flatten().nonzero().squeeze(1)
-        self.count = torch.tensor(float(self.rows.shape[0]), device=batch.images.device)
-
-    def __call__(self) -> Tensor:
-        b = self.batch
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(b.images.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(b.images, b.mask, b.labels, num_targets=self.count, masked_indices=self.rows).loss
-        loss.backward()
-        optimizer_step(self.optimizer, self.one, 3.0)
-        return loss.detach()
-
-
-def captured(step: Step) -> Callable[[], Tensor]:
+def captured(step: OurStep) -> Callable[[], Tensor]:
     """The step as a CUDA graph, replayed by each call."""
     if step.one.device.type != "cuda":
-        raise Absent("CUDA graphs need a GPU")
+        raise Unavailable("CUDA graphs need a GPU")
+    assert step.optimizer is not None
     for group in step.optimizer.param_groups:
         group["capturable"] = True
     side = torch.cuda.Stream()
@@ -104,64 +62,54 @@ def captured(step: Step) -> Callable[[], Tensor]:
     return replay
 
 
-def compare(case: Case) -> Comparison:
-    config, device, dtype = case.config, case.device, getattr(torch, case.dtype)
-    batch = make_batch(config, case.batch_size, device)
-    model = make_model(config, device)
+def compare(case: ModelCase) -> Comparison:
+    config, device = case.config, case.device
+    batch, model = make_batch(config, case.batch_size, device), make_model(config, device)
 
-    def fresh() -> Step:
-        return Step(copy.deepcopy(model), batch, dtype)
+    def fresh() -> OurStep:
+        return OurStep(copy.deepcopy(model), batch, case.dtype, update=True)
 
-    def rival(step: Callable[[], Tensor], same: bool = True) -> Rival:
-        return Rival(step, (lambda: {"loss": step().clone()}) if same else None)
+    def option(step: Callable[[], Tensor], same: bool = True) -> Implementation:
+        return Implementation(step, (lambda: {"loss": step().clone()}) if same else None)
 
-    def compiled() -> Rival:
-        if not case.compiled:
-            raise Absent("compiling takes minutes on a CPU: --full")
+    def compiled() -> Implementation:
+        if not case.everything:
+            raise Unavailable("compiling takes minutes on a CPU: --full")
         step = fresh()
         for block in step.model.layers():
             block.compile()
-        return rival(step)
+        return option(step)
 
-    def sdpa() -> Rival:
+    def sdpa() -> Implementation:
         step = fresh()
 
         def run() -> Tensor:
             with use_backend("sdpa"):
                 return step()
 
-        return rival(run)
+        return option(run)
 
-    def checkpointing() -> Rival:
+    def checkpointing() -> Implementation:
         step = fresh()
         step.model.set_grad_checkpointing()
-        return rival(step)
+        return option(step)
 
-    def no_bias() -> Rival:
+    def no_bias() -> Implementation:
         torch.manual_seed(0)
         bare = BeitForMaskedImageModeling(replace(config, relative_position_bias="none")).to(device)
-        return rival(Step(bare, batch, dtype), same=False)
+        return option(OurStep(bare, batch, case.dtype, update=True), same=False)
 
-    masked = batch.labels.shape[0] // case.batch_size
+    builders = (lambda: option(fresh()), lambda: option(captured(fresh())), compiled, sdpa, checkpointing, no_bias)
+    masked = batch.labels.shape[0]
     return Comparison(
-        group=f"options of our own step: {'toy' if case.tiny else f'BEiT-{case.size} plus'}, "
-        f"{config.image_hw[0]} px, B={case.batch_size}, {case.dtype}",
-        rivals={
-            OURS: lambda: rival(fresh()),
-            "beit_fast, CUDA graph": lambda: rival(captured(fresh())),
-            "beit_fast, compiled blocks": compiled,
-            "beit_fast, SDPA attention": sdpa,
-            "beit_fast, gradient checkpointing": checkpointing,
-            "beit_fast, no position bias": no_bias,
-        },
-        shapes={"B": case.batch_size, "N": config.num_patches + 1, "M": batch.labels.shape[0], "D": config.width},
-        dtype=case.dtype,
-        flops=3 * case.batch_size * forward_flops(config, masked),
-        images=case.batch_size,
-        tolerance=1e-5 if case.dtype == "float32" else 1e-2,
-    )
+        group=f"options of our own step: {case.what}",
+        implementations=dict(zip(NAMES, builders, strict=True)),
+        shapes={"B": case.batch_size, "N": config.num_patches + 1, "M": masked, "D": config.width},
+        dtype=case.scale.dtype, images=case.batch_size, tolerance=1e-5 if case.dtype == torch.float32 else 1e-2,
+        flops=3 * case.batch_size * forward_flops(config, masked // case.batch_size),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_step(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, case.budget_s)
+@pytest.mark.parametrize("name", NAMES)
+def test_step(interleaved, case, name):
+    interleaved(case, lambda: compare(case), name)

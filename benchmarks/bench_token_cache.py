@@ -6,10 +6,8 @@ The same step every time (forward, backward, clipping, AdamW), and the same toke
 random images, which a real store on disk holds. Reading them verifies each record's crc32, as in a run.
 """
 
-from __future__ import annotations
-
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +16,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast import BeitConfig
 from beit_fast.data.pretraining import PretrainBatch
 from beit_fast.data.token_store import TokenStore
 from beit_fast.tokenizers import load_tokenizer
-from beit_fast.train.optim import decay_groups, optimizer_step
 from beit_fast.train.tasks.token_cache import TokenSource
-from benchmarks.harness import OURS, Comparison, Rival
-from benchmarks.mim_batches import forward_flops, make_batch, make_model
+from benchmarks.harness import OURS, Comparison, Implementation
+from benchmarks.models import MimBatch, ModelCase, OurStep, forward_flops, make_batch, make_model, model_cases
 
-RIVALS = [OURS, "beit_fast, tokens from the cache", "beit_fast, tokens by the demo tokenizer"]
+NAMES = [OURS, "beit_fast, tokens from the cache", "beit_fast, tokens by the demo tokenizer"]
 SAMPLES = 1000
 
 
-@dataclass(frozen=True)
-class Case:
-    size: Any
-    batch_size: int
-    dtype: str
-    device: torch.device
-    tiny: bool
-    folder: Path
-
-    @property
-    def config(self) -> BeitConfig:
-        small: dict[str, Any] = {"width": 48, "num_heads": 3, "depth": 1, "image_size": 64} if self.tiny else {}
-        return BeitConfig.from_preset(self.size, "plus", **small)
+def cases(scale: Any) -> dict[str, ModelCase]:
+    return model_cases(
+        scale, tiny=[("tiny", "plus", 64, 2)], cpu=[("base", "plus", 224, 2)], gpu=[("base", "plus", 224, 256)],
+        changes={"vocab_size": 8192},
+    )  # fmt: skip
 
 
-def cases(scale: Any) -> dict[str, Any]:
-    sizes = scale.pick(tiny={"tiny": 2}, cpu={"base": 2}, gpu={"base": 256})
-    return {f"{s}-{b}": (s, b, scale.dtype, scale.device, scale.name == "tiny") for s, b in sizes.items()}
-
-
-def compare(case: Case) -> Comparison:
-    config, device, dtype = case.config, case.device, getattr(torch, case.dtype)
+def compare(case: ModelCase, folder: Path) -> Comparison:
+    config, device = case.config, case.device
     inputs = make_batch(config, case.batch_size, device)
     tokenizer = load_tokenizer("demo", device=device)
     h, w = config.grid
@@ -62,7 +45,7 @@ def compare(case: Case) -> Comparison:
     indices = np.arange(case.batch_size, dtype=np.int64) * 7 % SAMPLES
     keys = torch.zeros(case.batch_size, dtype=torch.int64, device=device)
     batch = PretrainBatch(inputs.images, images, inputs.mask.view(-1, h, w), torch.from_numpy(indices), keys, rows, 0)
-    store = TokenStore(case.folder / "tokens", num_samples=SAMPLES, num_tokens=h * w, cycle=1, settings={})
+    store = TokenStore(folder / "tokens", num_samples=SAMPLES, num_tokens=h * w, cycle=1, settings={})
     whole_grid = tokenizer.encode(images)
     store.write(0, indices, whole_grid.flatten(1).cpu().numpy())
     given, weights = whole_grid.flatten()[rows], make_model(config, device)
@@ -75,38 +58,29 @@ def compare(case: Case) -> Comparison:
         here = here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
         return source.of(replace(batch, known_tokens=here, unknown=torch.empty(0, dtype=torch.int64)))
 
-    def rival(tokens_of: Any) -> Rival:
-        model = copy.deepcopy(weights).train()
-        optimizer = torch.optim.AdamW(decay_groups(model, 0.05), lr=1e-6, fused=True)
-        one = torch.ones((), device=device)
+    def with_tokens(tokens_of: Any) -> Implementation:
+        step = OurStep(copy.deepcopy(weights), inputs, case.dtype, update=True)
 
-        def step() -> dict[str, Tensor]:
+        def run() -> dict[str, Tensor]:
             tokens = tokens_of()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = model(batch.images, batch.mask, tokens, masked_indices=rows).loss
-            loss.backward()
-            optimizer_step(optimizer, one, 3.0)
-            return {"loss": loss.detach(), "tokens": tokens}
+            step.batch = MimBatch(inputs.images, inputs.mask, tokens)
+            return {"loss": step(), "tokens": tokens}
 
-        return Rival(step, step)
+        return Implementation(run, run)
 
     return Comparison(
-        group=f"pre-training step and where its tokens come from: {'toy' if case.tiny else f'BEiT-{case.size} plus'}, "
-        f"{config.image_hw[0]} px, B={case.batch_size}, {case.dtype}",
-        rivals={
-            OURS: lambda: rival(lambda: given),
-            RIVALS[1]: lambda: rival(from_cache),
-            RIVALS[2]: lambda: rival(lambda: TokenSource(tokenizer, None).of(batch)),
+        group=f"pre-training step and where its tokens come from: {case.what}",
+        implementations={
+            OURS: lambda: with_tokens(lambda: given),
+            NAMES[1]: lambda: with_tokens(from_cache),
+            NAMES[2]: lambda: with_tokens(lambda: TokenSource(tokenizer, None).of(batch)),
         },
         shapes={"B": case.batch_size, "N": h * w + 1, "M": rows.shape[0], "D": config.width},
-        dtype=case.dtype,
+        dtype=case.scale.dtype, images=case.batch_size, tolerance=1e-5 if case.dtype == torch.float32 else 1e-2,
         flops=3 * case.batch_size * forward_flops(config, rows.shape[0] // case.batch_size),
-        images=case.batch_size,
-        tolerance=1e-5 if case.dtype == "float32" else 1e-2,
-    )
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_tokens(in_turns, case, rival, tmp_path_factory):
-    in_turns(case, lambda: compare(Case(*case, tmp_path_factory.mktemp("tokens"))), rival, 12.0)
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens(interleaved, case, name, tmp_path_factory):
+    interleaved(case, lambda: compare(case, tmp_path_factory.mktemp("tokens")), name, 12.0)

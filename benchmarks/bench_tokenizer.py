@@ -3,11 +3,10 @@
     pytest benchmarks/bench_tokenizer.py --benchmark-only
 
 DALL-E's encoder has random weights here (the work is the same); the small one is the demo tokenizer that comes along.
-The tokens of all rivals are compared first; two logits that are nearly equal may fall either way in half precision.
+All tokens are compared first; two logits that are nearly equal may fall either way in half precision.
 """
 
-from __future__ import annotations
-
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,11 @@ from beit_fast.tokenizers import load_tokenizer
 from beit_fast.tokenizers.base import Tokenizer
 from beit_fast.tokenizers.dalle import DalleEncoder, DalleTokenizer
 from beit_fast.tokenizers.discrete_vae import DiscreteVAE
-from benchmarks.baselines.official_style import official_tokens
-from benchmarks.harness import OURS, Absent, Comparison, Disagreement, Rival
+from benchmarks.baselines.dalle_encoder import PlainDalleEncoder, official_tokens
+from benchmarks.harness import OURS, Comparison, Disagreement, Implementation, Unavailable
 
 MASKED = "beit_fast, masked positions only"
-RIVALS = [OURS, MASKED, "plain torch", "plain torch, channels last", "plain torch, compiled"]
+NAMES = [OURS, MASKED, "plain torch", "plain torch, channels last", "plain torch, compiled"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class Case:
     side: int
     device: torch.device
     compiled: bool
-    budget_s: float = 12.0
 
 
 def cases(scale: Any) -> dict[str, Case]:
@@ -56,71 +54,52 @@ class PlainDiscreteVAE(nn.Module):
 
 
 def compare(case: Case) -> Comparison:
-    device = case.device
+    device, half = case.device, case.device.type == "cuda"
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
     images = F.interpolate(torch.rand(case.batch_size, 3, case.side // 4, case.side // 4, generator=generator),
                            size=(case.side, case.side), mode="bicubic").clamp(0, 1).to(device)  # fmt: skip
     grid = case.side // 8
     count = round(grid * grid * 75 / 196)
-    order = torch.rand(case.batch_size, grid * grid, generator=generator).argsort(1)
-    mask = (order < count).to(device)
-
+    mask = (torch.rand(case.batch_size, grid * grid, generator=generator).argsort(1) < count).to(device)
+    tokenizer: Any
     if case.network == "dalle":
-        hidden = 8 if case.side == 32 else 256
-        encoder = DalleEncoder(hidden, 8192).requires_grad_(False)
-        state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-        tokenizer: Any = DalleTokenizer(encoder)
-        half = device.type == "cuda"
-        tokenizer.to_precision(torch.float16 if half else torch.float32).to(device).eval()
+        encoder = DalleEncoder(8 if case.side == 32 else 256, 8192).requires_grad_(False)
+        network: nn.Module = PlainDalleEncoder(encoder.state_dict(), half)
+        tokenizer = DalleTokenizer(encoder).eval()
+        tokenizer.to_precision(torch.float16 if half else torch.float32).to(device)
     else:
         tokenizer = load_tokenizer("demo", device=device)
+        assert isinstance(tokenizer, DiscreteVAE)
+        network = PlainDiscreteVAE(tokenizer)
+    assert isinstance(tokenizer, Tokenizer)
+    network = network.to(device)
 
-    def plain(channels_last: bool = False, compiled: bool = False) -> Rival:
+    def plain(channels_last: bool = False, compiled: bool = False) -> Implementation:
         if compiled and not case.compiled:
-            raise Absent("compiling takes minutes on a CPU: --full")
-        network: nn.Module
-        if case.network == "dalle":
-            network = DalleEncoder(encoder.width, 8192).requires_grad_(False).eval()
-            network.load_state_dict(state)
-            if device.type == "cuda":  # as in the original: fp16 but for the output convolution
-                network.half()
-                network.blocks.get_submodule("output.conv").float()  # type: ignore[operator]
-        else:
-            assert isinstance(tokenizer, DiscreteVAE)
-            network = PlainDiscreteVAE(tokenizer)
-        network = network.to(device)
-        given = images
-        if channels_last:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            given = images.to(memory_format=torch.channels_last)
-        forward: Any = torch.compile(network) if compiled else network
-        whole_grid = torch.ones_like(mask)
+            raise Unavailable("compiling takes minutes on a CPU: --full")
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        own, given = copy.deepcopy(network).to(memory_format=layout), images.to(memory_format=layout)  # type: ignore[call-overload]
+        forward, whole_grid = torch.compile(own) if compiled else own, torch.ones_like(mask)
 
         def run() -> Tensor:
-            if case.network == "dalle":
-                return official_tokens(forward, given, whole_grid)
-            with torch.no_grad():
-                return forward(given).argmax(1).flatten()
+            return official_tokens(forward, given, whole_grid)
 
-        return Rival(run, lambda: {"tokens": run().view(case.batch_size, -1)})
+        return Implementation(run, lambda: {"tokens": run().view(case.batch_size, -1)})
 
-    def ours(masked: bool) -> Rival:
+    def ours(masked: bool) -> Implementation:
         def run() -> Tensor:
             return tokenizer.encode(images, mask.view(-1, grid, grid) if masked else None)
 
         def result() -> dict[str, Tensor]:
             tokens = tokenizer.encode(images).view(case.batch_size, -1)
-            if masked:
-                tokens = tokens.masked_scatter(mask, run())
-            return {"tokens": tokens}
+            return {"tokens": tokens.masked_scatter(mask, run()) if masked else tokens}
 
-        return Rival(run, result, info={"masked_positions": count} if masked else {})
+        return Implementation(run, result, info={"masked_positions": count} if masked else {})
 
-    assert isinstance(tokenizer, Tokenizer)
     return Comparison(
         group=f"tokenizer: {case.network}, {case.side} px, B={case.batch_size}",
-        rivals={
+        implementations={
             OURS: lambda: ours(False),
             MASKED: lambda: ours(True),
             "plain torch": plain,
@@ -128,11 +107,9 @@ def compare(case: Case) -> Comparison:
             "plain torch, compiled": lambda: plain(compiled=True),
         },
         shapes={"B": case.batch_size, "tokens": grid * grid, "V": tokenizer.vocab_size},
-        dtype="float16" if case.network == "dalle" and device.type == "cuda" else "float32",
-        flops=2.0 * case.batch_size * tokenizer.multiply_adds(case.side, case.side),
-        images=case.batch_size,
-        compared_by=same_tokens,
-    )
+        dtype="float16" if case.network == "dalle" and half else "float32", images=case.batch_size,
+        flops=2.0 * case.batch_size * tokenizer.multiply_adds(case.side, case.side), compared_by=same_tokens,
+    )  # fmt: skip
 
 
 def same_tokens(ours: Any, theirs: Any) -> dict[str, float]:
@@ -143,6 +120,6 @@ def same_tokens(ours: Any, theirs: Any) -> dict[str, float]:
     return {"share_of_tokens_that_differ": differing}
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-def test_encode(in_turns, case, rival):
-    in_turns(case, lambda: compare(case), rival, case.budget_s)
+@pytest.mark.parametrize("name", NAMES)
+def test_encode(interleaved, case, name):
+    interleaved(case, lambda: compare(case), name, 12.0)

@@ -2,95 +2,81 @@
 
     pytest benchmarks/bench_waterfall.py --benchmark-only
 
-Every row is a process of its own, in which the step with k techniques and that with k - 1 take turns; the gain of a
-technique is that ratio, so it does not matter how busy the machine was while another row ran. Beside the speed stands
-the error of loss and gradient against float64. The step is forward, backward, clipping and AdamW; no tokenizer.
+All rows are measured in the same rounds; the gain of a technique is the ratio of its row to the row before. Beside the
+speed stands the error of loss and gradient against float64, on one image. The step is forward, backward, clipping and
+AdamW; no tokenizer.
 """
 
-from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.baselines.official_style import TECHNIQUES
-from benchmarks.harness import OURS, Comparison, Measured, ratio_of
-from benchmarks.machine import ROOT
+from benchmarks.baselines.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
+from benchmarks.harness import Comparison, Implementation, ratio_of
+from benchmarks.models import (
+    LEARNING_RATE,
+    ModelCase,
+    OfficialForwardBackward,
+    forward_flops,
+    make_batch,
+    make_model,
+    model_cases,
+)
 
-RUNGS = ["official style", *(f"+ {name}" for name in TECHNIQUES)]
-
-
-@dataclass(frozen=True)
-class Case:
-    config: str
-    name: str
-    batch_size: int
-    dtype: str
-    device: str
-    measure: str
-
-    @property
-    def group(self) -> str:
-        return f"waterfall, whole step without tokenizer: {self.name}, B={self.batch_size}, {self.dtype}"
+NAMES = ["official style", *(f"+ {name}" for name in TECHNIQUES)]
 
 
-def cases(scale: Any) -> dict[str, Case]:
+def cases(scale: Any) -> dict[str, ModelCase]:
     depth = scale.pick(tiny=1, cpu=2, gpu=12, full=12)
-    sizes = {"width": 768, "num_heads": 12, "depth": depth}
-    name = "BEiT-base plus" if depth == 12 else f"BEiT-base plus cut to {depth} blocks"
-    if scale.name == "tiny":
-        sizes, name = {"width": 48, "num_heads": 3, "depth": 1, "image_size": 32, "vocab_size": 64}, "toy"
-    how = {"pairs": scale.pairs, "budget_s": 0.0 if scale.name == "tiny" else 3.0, "most_pairs": 31}
-    batch = scale.pick(tiny=1, cpu=2, gpu=256)
-    return {
-        "waterfall": Case(
-            json.dumps(sizes), name, batch, scale.dtype, str(scale.device),
-            json.dumps(how | ({"most_pairs": 2} if scale.name == "tiny" else {})),
-        )
-    }  # fmt: skip
+    return model_cases(scale, tiny=[("tiny", "plus", 32, 1)], cpu=[("base", "plus", 224, 2)],
+                       gpu=[("base", "plus", 224, 256)], changes={"depth": depth})  # fmt: skip
 
 
-def run_rung(case: Case, number: int) -> dict[str, Any]:
-    """Seconds, errors and the rest, from a fresh process."""
-    techniques = ",".join(list(TECHNIQUES)[:number])
-    command = [sys.executable, "-m", "benchmarks.waterfall", "--techniques", techniques, "--config", case.config,
-               "--batch-size", str(case.batch_size), "--dtype", case.dtype, "--device", case.device,
-               "--measure", case.measure]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def compare(case: ModelCase) -> Comparison:
+    config, device = case.config, case.device
+    state = {name: tensor.clone() for name, tensor in make_model(config, device).state_dict().items()}
+    batch = make_batch(config, case.batch_size, device)
 
+    def gradients(techniques: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        step = OfficialForwardBackward(config, state, batch.first(1), dtype, techniques=techniques)
+        return step(), {name: p.grad for name, p in step.weights.items() if p.grad is not None}
 
-gains: dict[Case, dict[int, float]] = {}
+    exact_loss, exact = gradients((), torch.float64)
 
+    def errors(techniques: tuple[str, ...]) -> dict[str, float]:
+        """Of the loss, and relative (Frobenius) of the whole gradient and of its worst tensor."""
+        loss, found = gradients(techniques, case.dtype)
+        off = {name: float((found[name].double() - exact[name]).norm()) for name in exact}
+        size = {name: float(exact[name].norm()) for name in exact}
+        whole = sum(value**2 for value in off.values()) ** 0.5 / sum(value**2 for value in size.values()) ** 0.5
+        return {"loss_error": abs(float(loss) / float(exact_loss) - 1), "gradient_error": whole,
+                "worst_tensor_error": max(off[n] / size[n] for n in exact if size[n] > 0)}  # fmt: skip
 
-@pytest.mark.parametrize("number", range(len(RUNGS)), ids=RUNGS)
-def test_waterfall(benchmark, turns, case, number):
-    turns.check_time()
-    found = run_rung(case, number)
-    config = json.loads(case.config)
-    comparison = Comparison(case.group, {}, {"B": case.batch_size, **config}, case.dtype, images=case.batch_size)
-    measured = Measured(
-        comparison, torch.device(case.device), found["seconds"], peak_memory_mib=found["peak_memory_mib"],
-        calls=found["calls"], load=found["load"],
+    def rung(number: int) -> Implementation:
+        used = tuple(TECHNIQUES)[:number]
+        step = OfficialStep(OfficialStyle(config, trainable(state), used), LEARNING_RATE, dtype=case.dtype)
+        info = {"errors": errors(used), "rung": number}
+        return Implementation(lambda: step(batch.images, batch.mask, batch.labels), info=info)
+
+    cut = "" if config.depth == 12 or case.tiny else f" cut to {config.depth} blocks"
+    name = "toy" if case.tiny else f"BEiT-{case.size} {case.preset}{cut}"
+    masked = batch.labels.shape[0] // case.batch_size
+    return Comparison(
+        group=f"waterfall, whole step without tokenizer: {name}, B={case.batch_size}, {case.scale.dtype}",
+        implementations={name: lambda number=number: rung(number) for number, name in enumerate(NAMES)},  # type: ignore[misc]
+        shapes={"B": case.batch_size, "N": config.num_patches + 1, "depth": config.depth}, dtype=case.scale.dtype,
+        images=case.batch_size, flops=3 * case.batch_size * forward_flops(config, masked),
     )  # fmt: skip
-    row = measured.report(OURS) | {"rival": RUNGS[number], "errors": found["errors"], "rung": number}
-    del row["over_beit_fast"]  # here "beit_fast" is the rung itself
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_waterfall(interleaved, benchmark, case, name):
+    measured = interleaved(case, lambda: compare(case), name, 30.0)
+    number = NAMES.index(name)
     if number:
-        gain = ratio_of(found["seconds"]["before"], found["seconds"][OURS])
-        row["gain"] = gain._asdict() | {"what": TECHNIQUES[list(TECHNIQUES)[number - 1]]}
-        gains.setdefault(case, {})[number] = gain.median
-        known = gains[case]
-        if len(known) == number:  # all the rungs below ran too
-            product = 1.0
-            for value in known.values():
-                product *= value
-            row["gain_so_far"] = product
-    benchmark.group = case.group
-    benchmark.extra_info.update(row)
-    turns.replay(benchmark, found["seconds"][OURS])
+        times = [measured.seconds[one] for one in (NAMES[number - 1], name, NAMES[0])]
+        gain, so_far = ratio_of(times[0], times[1]), ratio_of(times[2], times[1])
+        benchmark.extra_info["gain"] = gain._asdict() | {"what": TECHNIQUES[name.removeprefix("+ ")]}
+        benchmark.extra_info["gain_so_far"] = so_far.median

@@ -108,7 +108,7 @@ def trace_step() -> Trace:
             config, output_dir=Path(folder) / "run", max_steps=5, device="cpu",
             data=dataclasses.replace(config.data, builtin_images=256),
             evaluation=dataclasses.replace(config.evaluation, images=8),
-            log=dataclasses.replace(config.log, progress="none"),
+            log=dataclasses.replace(config.log, progress="none")
         )  # fmt: skip
         engine.run(Traced(small))
     return trace

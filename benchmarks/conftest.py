@@ -1,4 +1,4 @@
-"""What all benchmarks share: sizes, the rounds in which rivals take turns, and what a record says."""
+"""What all benchmarks share: sizes, interleaved rounds, and what a record says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import OURS, Comparison, Disagreement, Measured, measure, recorded_clock
+from benchmarks.clocks import recorded_clock
+from benchmarks.harness import OURS, Comparison, Disagreement, Measured, measure_interleaved
 from benchmarks.machine import environment
+
+IMPORTANCE = (
+    "mim_step", "backbone", "drop_in", "input_pipeline", "tokenizer", "finetune_loop", "optimizer", "token_cache",
+    "attention", "mask_sampler", "segmentation", "step_options", "import_time", "checkpoint", "position_bias",
+    "residual", "gelu", "mim_loss", "waterfall",
+)  # fmt: skip
+"""Files in the order in which they are measured, without `bench_`."""
+SHORT_AFTER = 0.5
+"""Share of the time after which comparisons get one round each."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tiny", action="store_true", help="toy sizes that only show that everything runs")
     group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 3; 15 with --full)")
     group.addoption("--stop-after", type=float, default=None, metavar="S",
-                    help="start no comparison after S seconds (default 500; --full: no limit)")  # fmt: skip
+                    help="start no comparison after S seconds (default 460; --full: no limit)")  # fmt: skip
     group.addoption("--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -71,8 +81,11 @@ def scale(request: pytest.FixtureRequest) -> Scale:
     return scale_of(request.config)
 
 
-class Turns:
-    """Measures each comparison once, when its first rival's test asks, and keeps what was measured."""
+class Rounds:
+    """Measures each comparison once, when the test of its first row asks, and keeps what was measured.
+
+    In the default scale comparisons that start late get one round each, so that all of them are measured.
+    """
 
     def __init__(self, scale: Scale, stop_after_s: float) -> None:
         self.scale, self.stop_after_s = scale, stop_after_s
@@ -81,17 +94,15 @@ class Turns:
 
     def of(self, key: Hashable, make: Callable[[], Comparison], budget_s: float) -> Measured:
         if key not in self.measured:
-            self.check_time()
-            tiny = self.scale.name == "tiny"
+            elapsed = self.check_time()
+            tiny, late = self.scale.name == "tiny", elapsed > SHORT_AFTER * self.stop_after_s
+            share = {"tiny": 0.0, "default": 0.0 if late else 0.5, "full": 1.0}[self.scale.name]
+            pairs = self.scale.asked_pairs or (1 if late and self.scale.name == "default" else self.scale.pairs)
             try:
-                self.measured[key] = measure(
-                    make(),
-                    self.scale.device,
-                    pairs=self.scale.pairs,
-                    most_pairs=3 if tiny else 31,
-                    budget_s=budget_s * {"tiny": 0.0, "default": 0.5, "full": 1.0}[self.scale.name],
-                    turn_s=0.001 if tiny else 0.03,
-                )
+                self.measured[key] = measure_interleaved(
+                    make(), self.scale.device, pairs=pairs, most_pairs=3 if tiny else 31, budget_s=budget_s * share,
+                    call_s=0.001 if tiny else 0.03,
+                )  # fmt: skip
             except Disagreement as error:
                 self.measured[key] = error
         found = self.measured[key]
@@ -99,22 +110,24 @@ class Turns:
             raise found
         return found
 
-    def check_time(self) -> None:
-        """Skips the test where the time for starting comparisons is over."""
-        if time.monotonic() - self.started > self.stop_after_s:
+    def check_time(self) -> float:
+        """Seconds since the start; skips the test where the time for starting comparisons is over."""
+        elapsed = time.monotonic() - self.started
+        if elapsed > self.stop_after_s:
             pytest.skip(f"no comparison is started after {self.stop_after_s:.0f} s: --stop-after")
+        return elapsed
 
     @staticmethod
     def replay(benchmark: Any, seconds: list[float]) -> None:
-        """Makes recorded times the rounds of a row of the table."""
+        """Make recorded times the rounds of a row of the table."""
         rounds = recorded_clock.load(seconds)
         benchmark.pedantic(recorded_clock.next_round, rounds=rounds)
 
 
 @pytest.fixture(scope="session")
-def turns(request: pytest.FixtureRequest, scale: Scale) -> Turns:
+def rounds(request: pytest.FixtureRequest, scale: Scale) -> Rounds:
     given = request.config.getoption("--stop-after")
-    return Turns(scale, given if given is not None else math.inf if scale.name == "full" else 500.0)
+    return Rounds(scale, given if given is not None else math.inf if scale.name == "full" else 460.0)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -125,32 +138,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def in_turns(benchmark: Any, turns: Turns) -> Callable[..., Measured]:
-    """`in_turns(key, make, rival)`: the row of one rival in the comparison that `make()` describes.
+def interleaved(benchmark: Any, rounds: Rounds) -> Callable[..., Measured]:
+    """`interleaved(key, make, name)`: the row of one implementation in the comparison that `make()` describes.
 
-    All tests with the same key share one measurement. A rival that cannot take part is skipped with the reason.
+    All tests with the same key share one measurement. Who cannot take part is skipped with the reason.
     """
 
-    def report(key: Hashable, make: Callable[[], Comparison], rival: str, budget_s: float = 10.0) -> Measured:
+    def report(key: Hashable, make: Callable[[], Comparison], name: str, budget_s: float = 10.0) -> Measured:
         try:
-            measured = turns.of(key, make, budget_s)
+            measured = rounds.of(key, make, budget_s)
         except BaseException:
             benchmark.skipped = True
             raise
-        if rival not in measured.seconds:
+        if name not in measured.seconds:
             benchmark.skipped = True
-            pytest.skip(measured.absent.get(rival, "does not take part here"))
+            pytest.skip(measured.unavailable.get(name, "does not take part here"))
         benchmark.group = measured.comparison.group
-        benchmark.extra_info.update(measured.report(rival))
-        turns.replay(benchmark, measured.seconds[rival])
+        benchmark.extra_info.update(measured.report(name))
+        rounds.replay(benchmark, measured.seconds[name])
         return measured
 
     return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most important first, because time may run out."""
+    rank = {name: number for number, name in enumerate(IMPORTANCE)}
+    items.sort(key=lambda item: rank.get(item.path.stem.removeprefix("bench_"), len(rank)))
     for item in items:
-        if "turns" in getattr(item, "fixturenames", ()):
+        if "rounds" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=recorded_clock))
 
 

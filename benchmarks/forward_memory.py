@@ -14,8 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from benchmarks.baselines.libraries import timm_beit, transformers_beit
 from benchmarks.machine import environment
 from benchmarks.memory import PeakMemory
 
-RIVALS = ("beit_fast", "beit_fast, resized from 224 px", "timm", "transformers")
+NAMES = ("beit_fast", "beit_fast, resized from 224 px", "timm", "transformers")
 
 
 def bias_mib(config: BeitConfig) -> float:
@@ -32,16 +32,15 @@ def bias_mib(config: BeitConfig) -> float:
     return config.num_heads * (config.num_patches + 1) ** 2 * 4 / 2**20
 
 
-def peak_mib(rival: str, config: BeitConfig, batch_size: int, device: torch.device) -> float:
+def peak_mib(name: str, config: BeitConfig, batch_size: int, device: torch.device) -> float:
     """MiB of the second forward pass: the first fills caches that stay, and warms up."""
-    if rival == "timm":
+    if name == "timm":
         model = timm_beit(config)
-    elif rival == "transformers":
+    elif name == "transformers":
         model = transformers_beit(config, "BeitForImageClassification")
     else:
-        learned_at = BeitConfig.from_preset("base").image_size if "resized" in rival else config.image_size
-        values: Any = {**config.__dict__, "image_size": learned_at}
-        model = Beit(BeitConfig(**values))
+        learned_at = BeitConfig.from_preset("base").image_size if "resized" in name else config.image_size
+        model = Beit(replace(config, image_size=learned_at))
     model = model.to(device).eval()
     images = torch.randn(batch_size, config.in_chans, *config.image_hw, device=device)
     with torch.inference_mode():
@@ -64,28 +63,28 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.one:
-        rival, side, batch = json.loads(options.one)
+        name, side, batch = json.loads(options.one)
         config = BeitConfig.from_preset(options.size, image_size=side).for_classification()
-        print(peak_mib(rival, config, batch, device))
+        print(peak_mib(name, config, batch, device))
         return
     rows = []
     for side in options.sides:
         config = BeitConfig.from_preset(options.size, image_size=side).for_classification()
         for batch in options.batches:
-            for rival in RIVALS:
-                if "resized" in rival and side == 224:
+            for name in NAMES:
+                if "resized" in name and side == 224:
                     continue
                 command = [sys.executable, "-m", "benchmarks.forward_memory", "--device", options.device]
-                command += ["--size", options.size, "--one", json.dumps([rival, side, batch])]
+                command += ["--size", options.size, "--one", json.dumps([name, side, batch])]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(done.stderr)
-                row = {"rival": rival, "image_size": side, "B": batch, "N": config.num_patches + 1,
+                row = {"rival": name, "image_size": side, "B": batch, "N": config.num_patches + 1,
                        "peak_mib": float(done.stdout.split()[-1]), "one_bias_mib": bias_mib(config)}  # fmt: skip
                 rows.append(row)
                 print(
                     f"{side:5d} px  B={batch}  N={row['N']:5d}  {row['peak_mib']:7.0f} MiB  "
-                    f"(one (H, N, N): {row['one_bias_mib']:.0f} MiB)  {rival}",
+                    f"(one (H, N, N): {row['one_bias_mib']:.0f} MiB)  {name}",
                     flush=True,
                 )
     if options.json:

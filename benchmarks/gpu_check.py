@@ -1,11 +1,10 @@
-"""Proves a GPU: builds, tests, looks for bad memory accesses, measures, and ends with one table.
+"""Proves a GPU: builds, tests, looks for bad memory accesses, measures, trains, and ends with one table.
 
-    make gpu-check                        # into benchmarks/records/
+    make gpu-check                        # into benchmarks/records/, under nine minutes on one H100
+    make gpu-check ONLY=attention         # one part in two minutes: step, attention, tokenizer, input or recipes
     make gpu-check OUT=/somewhere WHEELS=folder/of/wheels
 
-Needs torch, Triton, pytest and pytest-benchmark, no network. Whatever else is missing is skipped and named. Ends in
-under nine minutes on one H200; every phase has its share of the time and is stopped when that is over.
-`--dry-run` goes through all of it on a CPU at toy sizes and proves nothing.
+Needs torch, Triton, pytest and pytest-benchmark, no network; what else is missing is skipped and named.
 """
 
 from __future__ import annotations
@@ -29,34 +28,55 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import ROOT, device_slug
-from benchmarks.predictions import PREDICTIONS, projected_hours
 from benchmarks.records import FOLDER, Record, read
 
-# Most important first: the time may run out.
-BENCHMARKS = (
-    "bench_mim_step.py",
-    "bench_step_options.py",
-    "bench_attention.py",
-    "bench_tokenizer.py",
-    "bench_pointwise.py",
-    "bench_optimizer.py",
-    "bench_backbone.py",
-    "bench_block.py",
+
+@dataclass(frozen=True)
+class Part:
+    """What `--only` chooses: benchmark files, most important first, and a pattern of the GPU tests that go along."""
+
+    benchmarks: tuple[str, ...]
+    tests: str
+
+
+PARTS = {
+    "step": Part(("mim_step", "step_options", "backbone", "optimizer"), r"tests/(train|models)/"),
+    "attention": Part(("attention",), r"tests/kernels/.*(attention|position_bias)"),
+    "tokenizer": Part(("tokenizer",), r"tests/tokenizers/|tests/kernels/.*conv"),
+    "input": Part(("input_pipeline",), r"tests/data/|tests/kernels/.*jitter"),
+    "recipes": Part((), r"tests/(cli|recipes)/"),
+}
+MORE = ("residual", "gelu", "mim_loss", "segmentation", "drop_in")
+"""Benchmarks of the whole check only."""
+RECIPES = (
+    "pretrain_beit_base --max-steps 8",
+    "pretrain_beit_base --max-steps 12",  # continues
+    "pretrain_beit_base --max-steps 8 --cuda-graph --output-dir {folder}/cuda_graph",
+    "pretrain_beit_base --max-steps 8 --compile --output-dir {folder}/compile",
+    "finetune_imagenet_base --max-steps 4",
+    "finetune_imagenet_384 --max-steps 2",
+    "linear_probe --max-steps 4",
+    "segment_ade20k_base --max-steps 4",
+    "pretrain_beit_large --max-steps 4",
 )
+"""Recipes that are run for a few steps on built-in images; where DALL-E's weights are missing, random ones are made."""
 NEEDED = ("pytest", "pytest_benchmark", "triton")
 OPTIONAL = {
     "nvidia.dali": "the input pipeline",
-    "xformers": "its attention as a rival",
-    "liger_kernel": "its kernels as rivals",
-    "timm": "its models as rivals",
-    "transformers": "its models as rivals",
+    "xformers": "its attention as a baseline",
+    "liger_kernel": "its kernels as baselines",
+    "timm": "its models as baselines",
+    "transformers": "its models as baselines",
     "tyro": "the recipes' command line",
 }
+IMAGENET_IMAGES, EPOCHS = 1_281_167, 800
 STEPS = {
     r"^pre-training, whole step with DALL-E": "tokens made in the step",
     r"^options of our own step": "tokens from the cache",
 }
-SECONDS = {"build": 60, "tests": 130, "sanitizer": 60, "benchmarks": 270}
+SECONDS = {"build": 50, "tests": 110, "sanitizer": 50, "benchmarks": 220, "recipes": 90}
+SECONDS_ONLY = {"build": 50, "tests": 25, "sanitizer": 0, "benchmarks": 60, "recipes": 100}
+"""Of each phase, in full and of one part: under nine minutes and about two."""
 
 
 @dataclass
@@ -76,9 +96,13 @@ class Check:
     out: Path
     wheels: Path | None = None
     dry_run: bool = False
-    only: tuple[str, ...] = ()
+    only: str | None = None
     phases: list[Phase] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def seconds(self) -> dict[str, int]:
+        return SECONDS_ONLY if self.only else SECONDS
 
     def run(self, name: str, command: list[str], limit_s: float, keep: str | None = None) -> str:
         """Runs a phase, shows its output as it comes, and returns it; `keep` is a pattern of the line to report."""
@@ -89,7 +113,7 @@ class Check:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+            start_new_session=True
         )  # fmt: skip
         assert process.stdout is not None
         late = threading.Event()
@@ -120,7 +144,7 @@ class Check:
             return
         site = Path(tempfile.mkdtemp(prefix="beit_fast_site_"))
         install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-        self.run("wheels", [*install, "--target", str(site), *files], SECONDS["build"])
+        self.run("wheels", [*install, "--target", str(site), *files], self.seconds["build"])
         paths = [str(site), *filter(None, [self.environment.get("PYTHONPATH")])]
         self.environment["PYTHONPATH"] = os.pathsep.join(paths)
 
@@ -144,46 +168,97 @@ class Check:
         elif not shutil.which("cmake") and importlib.util.find_spec("cmake") is None:
             self.skip("build", "no cmake: beit_fast._C stays unbuilt, and what needs the samplers is not measured")
         else:
-            self.run("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], SECONDS["build"])
+            self.run("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], self.seconds["build"])
 
     def tests(self) -> None:
-        tests = sorted((ROOT / "tests").rglob("test_*.py"))
-        marked = [str(p.relative_to(ROOT)) for p in tests if re.search(r"mark\.gpu|triton_device", p.read_text())]
+        tests = [p.relative_to(ROOT) for p in sorted((ROOT / "tests").rglob("test_*.py"))]
+        pattern = PARTS[self.only].tests if self.only else ""
+        marked = [str(p) for p in tests if re.search(pattern, str(p)) and _has_gpu_tests(ROOT / p)]
+        if not marked:
+            self.skip("GPU tests", f"{self.only} has none")
+            return
         command = [sys.executable, "-m", "pytest", "-m", "gpu", *marked, "-p", "no:cacheprovider"]
         command += ["--continue-on-collection-errors"]  # a file that needs what is missing must not hide the others
         command += ["--collect-only"] if self.dry_run else ["--maxfail", "50"]
-        self.run("GPU tests", command, SECONDS["tests"], keep=r"passed|failed|error|selected|collected|deselected")
+        self.run("GPU tests", command, self.seconds["tests"], keep=r"passed|failed|error|selected|collected|deselected")
 
     def sanitizer(self) -> None:
+        if self.only:
+            return
         tool = shutil.which("compute-sanitizer") or _cuda_tool("compute-sanitizer")
         script = [sys.executable, "-m", "benchmarks.small_shapes"]
         if self.dry_run:
-            self.run("small shapes", [*script, "--device", "cpu"], SECONDS["sanitizer"])
+            self.run("small shapes", [*script, "--device", "cpu"], self.seconds["sanitizer"])
         elif tool is None:
             self.skip("compute-sanitizer", "not installed")
-            self.run("small shapes", script, SECONDS["sanitizer"])
+            self.run("small shapes", script, self.seconds["sanitizer"])
         else:
             command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *script]
-            self.run("compute-sanitizer", command, SECONDS["sanitizer"], keep="ERROR SUMMARY|not supported|Error")
+            self.run("compute-sanitizer", command, self.seconds["sanitizer"], keep="ERROR SUMMARY|not supported|Error")
 
     def benchmarks(self) -> Record | None:
         device = torch.device("cpu" if self.dry_run else "cuda")
-        subject = "gpu_check_dry_run" if self.dry_run else "gpu_check"
+        subject = f"gpu_check{f'_{self.only}' if self.only else ''}{'_dry_run' if self.dry_run else ''}"
         path = self.out / f"{date.today().isoformat()}_{device_slug(device)}_{subject}.json"
         number = 2
         while path.exists():
             path = path.with_name(f"{path.stem.rsplit('-run', 1)[0]}-run{number}.json")
             number += 1
-        chosen = [name for name in self.only or BENCHMARKS if (ROOT / "benchmarks" / name).exists()]
+        names = (
+            PARTS[self.only].benchmarks if self.only else (*(n for p in PARTS.values() for n in p.benchmarks), *MORE)
+        )
+        if not names:
+            return None
         options = ["--benchmark-only", "--benchmark-json", str(path), "-p", "no:cacheprovider"]
         if self.dry_run:
             options += ["--tiny", "--bench-device", "cpu"]
         else:
-            options += ["--pairs", "15", "--stop-after", str(SECONDS["benchmarks"] - 60)]
-        files = [f"benchmarks/{name}" for name in chosen]
-        self.run("benchmarks", [sys.executable, "-m", "pytest", *files, *options], SECONDS["benchmarks"],
+            options += ["--pairs", "15", "--stop-after", str(self.seconds["benchmarks"] - 30)]
+        files = [f"benchmarks/bench_{name}.py" for name in names]
+        self.run("benchmarks", [sys.executable, "-m", "pytest", *files, *options], self.seconds["benchmarks"],
                  keep=r"passed|failed|error")  # fmt: skip
         return read(path) if path.exists() else None
+
+    def recipes(self) -> None:
+        """A few steps of each recipe on built-in images; a dry run plans the tiny one only."""
+        if self.only not in (None, "recipes"):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            lines = ("pretrain_tiny_builtin --dry-run",) if self.dry_run else RECIPES
+            tokenizer = [] if self.dry_run else ["--tokenizer.name", _random_dalle(Path(folder))]
+            began = time.perf_counter()
+            for line in lines:
+                recipe, *options = line.format(folder=folder).split()
+                given = tokenizer if recipe.startswith("pretrain") else []
+                if "--output-dir" not in options and not self.dry_run:
+                    options += ["--output-dir", f"{folder}/{recipe}"]
+                left = self.seconds["recipes"] - (time.perf_counter() - began)
+                if left < 5:
+                    self.skip(line, "the time for recipes is over")
+                    continue
+                command = [sys.executable, "-m", "beit_fast", "train", recipe, *options, *given]
+                self.run(line.split(" --output-dir")[0], command, left, keep="images/s|complete|error")
+
+
+def _random_dalle(folder: Path) -> str:
+    """DALL-E's encoder with random weights of the released shapes, as a file; `dalle` where the real one is there."""
+    from beit_fast.tokenizers import load_tokenizer
+    from beit_fast.tokenizers.base import TokenizerError
+    from beit_fast.tokenizers.dalle import DalleEncoder
+
+    try:
+        load_tokenizer("dalle")
+    except (TokenizerError, OSError, ValueError):
+        from safetensors.torch import save_file
+
+        path = folder / "encoder.safetensors"
+        save_file({name: t.contiguous() for name, t in DalleEncoder().state_dict().items()}, path)
+        return str(path)
+    return "dalle"
+
+
+def _has_gpu_tests(path: Path) -> bool:
+    return bool(re.search(r"mark\.gpu|triton_device", path.read_text()))
 
 
 def _stop(process: subprocess.Popen[str], late: threading.Event) -> None:
@@ -210,32 +285,33 @@ def _cuda_tool(name: str) -> str | None:
 
 
 def result_table(record: Record | None) -> list[str]:
-    """beit_fast's time, the best rival's ratio, the prediction, for each comparison."""
+    """beit_fast's time, rate, share of the data sheet's and of the measured peak, and the closest baseline."""
     if record is None:
         return ["no benchmark was recorded"]
-    lines = [f"{'comparison':<88} {'ms':>9} {'predicted':>10} {'images/s':>9} {'MiB':>8}  closest rival"]
+    lines = [f"{'comparison':<88} {'ms':>9} {'images/s':>9} {'MFU':>5} {'of peak':>7} {'MiB':>8}  closest baseline"]
     for group, rows in record.groups().items():
-        ours = next((row for row in rows if row.rival == "beit_fast"), None)
+        ours = next((row for row in rows if row.name == "beit_fast"), None)
         if ours is None:
             continue
-        others = [row for row in rows if row.ratio is not None and not row.rival.startswith("beit_fast")]
+        others = [row for row in rows if row.ratio is not None and not row.is_ours]
         closest = min(others, key=lambda row: row.ratio[0] if row.ratio else 0.0, default=None)
         beside = ""
         if closest is not None and closest.ratio is not None:
             middle, low, high = closest.ratio
-            beside = f"{middle:.2f} [{low:.2f}, {high:.2f}] {closest.rival}"
-        predicted = next((ms for pattern, ms in PREDICTIONS.items() if re.search(pattern, group)), None)
-        images, memory = ours.info.get("images_per_s"), ours.info.get("peak_memory_mib")
+            beside = f"{middle:.2f} [{low:.2f}, {high:.2f}] {closest.name}"
+        info = ours.info
+        images, memory = info.get("images_per_s"), info.get("peak_memory_mib")
+        shares = [f"{share:.0%}" if (share := info.get(key)) else "" for key in ("mfu", "share_of_matmul")]
         lines.append(
-            f"{group[:88]:<88} {1e3 * ours.median_s:9.3f} {f'~{predicted:g}' if predicted else '':>10} "
-            f"{f'{images:,.0f}' if images else '':>9} {f'{memory:,.0f}' if memory else '':>8}  {beside}"
+            f"{group[:88]:<88} {1e3 * ours.median_s:9.3f} {f'{images:,.0f}' if images else '':>9} "
+            f"{shares[0]:>5} {shares[1]:>7} {f'{memory:,.0f}' if memory else '':>8}  {beside}"
         )
         lines += [
-            f"  {row.rival:<86} {1e3 * row.median_s:9.3f} {'':>10} {'':>9} {row.info.get('peak_memory_mib') or 0:8,.0f}"
+            f"  {row.name:<86} {1e3 * row.median_s:9.3f} {'':>23} {row.info.get('peak_memory_mib') or 0:8,.0f}"
             for row in rows
-            if row.rival.startswith("beit_fast, ")
+            if row.is_ours and row is not ours
         ]
-    lines.append("predicted: arithmetic made before anything was measured, not a measurement")
+    lines.append("MFU: of the data sheet's peak; of peak: of what a matrix product reached in the same rounds")
     return lines
 
 
@@ -245,9 +321,9 @@ def projections(record: Record | None) -> list[str]:
     for group, rows in record.groups().items() if record else ():
         tokens = next((text for pattern, text in STEPS.items() if re.search(pattern, group)), None)
         for row in rows:
-            if tokens and row.rival.startswith("beit_fast") and "no position bias" not in row.rival:
-                hours = projected_hours(row.info["images_per_s"], 8)
-                lines.append(f"  {hours:7.1f} h  {group.split(': ')[1]}, {tokens}, {row.rival}")
+            if tokens and row.is_ours and "no position bias" not in row.name:
+                hours = EPOCHS * IMAGENET_IMAGES / (8 * row.info["images_per_s"]) / 3600
+                lines.append(f"  {hours:7.1f} h  {group.split(': ')[1]}, {tokens}, {row.name}")
     if lines:
         lines.insert(0, "projection: 800 epochs of ImageNet-1k on 8 of these, at eight times one GPU's rate (gradients "
                         "exchanged and images decoded for nothing); the paper: BEiT-B, 120 h on 16 V100")  # fmt: skip
@@ -261,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--wheels", type=Path, default=None, help="folder of wheels to install first, for this run only"
     )
     parser.add_argument("--dry-run", action="store_true", help="every phase on a CPU at toy sizes")
-    parser.add_argument("--only", nargs="*", default=(), metavar="FILE", help="these benchmark files instead of all")
+    parser.add_argument("--only", choices=PARTS, help="one part instead of everything")
     given = parser.parse_args(arguments)
     if not given.dry_run and not torch.cuda.is_available():
         print(
@@ -269,7 +345,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     given.out.mkdir(parents=True, exist_ok=True)
-    check = Check(given.out.resolve(), given.wheels, given.dry_run, tuple(given.only))
+    check = Check(given.out.resolve(), given.wheels, given.dry_run, given.only)
     started = time.perf_counter()
     check.install_wheels()
     missing = check.missing()
@@ -280,6 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.tests()
     check.sanitizer()
     record = check.benchmarks()
+    check.recipes()
     print("\n" + "\n".join([*result_table(record), *projections(record), ""]))
     if missing:
         print("not installed: " + "; ".join(f"{name} ({use})" for name, use in missing.items()))
@@ -288,7 +365,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'all':<18} {'':<12} {time.perf_counter() - started:6.0f} s  record: {record.path if record else 'none'}")
     if check.dry_run:
         print("dry run on a CPU: nothing above says anything about a GPU")
-    return 1 if record is None or any(p.state in ("failed", "out of time") for p in check.phases) else 0
+    nothing = record is None and given.only != "recipes"
+    return 1 if nothing or any(p.state in ("failed", "out of time") for p in check.phases) else 0
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed blocks of up to 32 MB, its own limit, and what is free at the end of the heap.
 
     Otherwise it gives the end back whenever that exceeds twice the largest block freed so far. Whose blocks lie there,
-    and are then mapped anew page by page, is chance: of two rivals that ran the same code one came out 1.1 times as
+    and are then mapped anew page by page, is chance: of two that ran the same code one came out 1.1 times as
     fast in one process, and the other in the next.
     """
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
 
 def _reset_resident_peak() -> float | None:
     """Gives freed memory back, sets the process's peak to what it holds now, and returns that; None off Linux."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc's; else what an earlier rival freed would come for free
+    with contextlib.suppress(OSError, AttributeError):  # glibc's; else what was freed before would come for free
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -16,14 +16,19 @@ FOLDER = Path(__file__).parent / "records"
 
 @dataclass(frozen=True)
 class Row:
-    """One rival in one comparison."""
+    """One implementation in one comparison."""
 
     group: str
-    rival: str
+    name: str
     median_s: float
     quartiles_s: tuple[float, float]
     rounds: int
     info: dict[str, Any]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is beit_fast or a variant of it, not a baseline."""
+        return self.name.startswith("beit_fast")
 
     @property
     def ratio(self) -> tuple[float, float, float] | None:
@@ -39,7 +44,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str]:
-        return self.group, self.rival
+        return self.group, self.name
 
 
 @dataclass(frozen=True)

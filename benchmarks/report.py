@@ -20,13 +20,13 @@ from pathlib import Path
 
 from benchmarks import faults
 from benchmarks.records import FOLDER, Record, Row, history, newest, read_all
-from benchmarks.remarks import ACCEPTED, why
+from benchmarks.remarks import ACCEPTED, remarks, unused, why
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = Path(__file__).parent / "pictures"
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 SLOWER = 0.97
-"""Below this ratio beit_fast counts as slower than the rival."""
+"""Below this ratio beit_fast counts as slower than a baseline."""
 
 HEADLINES = (
     r"^pre-training",
@@ -51,8 +51,8 @@ def three_digits(value: float) -> str:
 
 
 def is_slower(row: Row) -> bool:
-    """Whether beit_fast takes longer than this rival: a median ratio below 0.97. Its own variants are no rivals."""
-    return row.ratio is not None and not row.rival.startswith("beit_fast") and row.ratio[0] < SLOWER
+    """Whether beit_fast takes longer than this baseline: a median ratio below 0.97."""
+    return row.ratio is not None and not row.is_ours and row.ratio[0] < SLOWER
 
 
 def table(record: Record, page: Path, pattern: str | None = None) -> list[str]:
@@ -68,15 +68,15 @@ def table(record: Record, page: Path, pattern: str | None = None) -> list[str]:
     for group, rows in groups.items():
         for number, row in enumerate(rows):
             low, high = row.quartiles_s
-            mark = ""
-            if is_slower(row) and (reason := why(group, row.rival)):
-                mark = f" ({notes.setdefault(reason, len(notes) + 1)})"
-            beside = format_ratio(row.ratio) if row.rival != "beit_fast" else "1"
+            mark = "".join(
+                f" ({notes.setdefault(text, len(notes) + 1)})" for text in remarks(record, row, is_slower(row))
+            )
+            beside = format_ratio(row.ratio) if row.name != "beit_fast" else "1"
             if row.gain:
                 beside = f"{format_ratio(row.gain)} times as fast as the row above"
             title = group if number == 0 else ""
             lines.append(
-                f"| {title} | {row.rival}{mark} | {write_time(row.median_s)} "
+                f"| {title} | {row.name}{mark} | {write_time(row.median_s)} "
                 f"({write_time(low)} to {write_time(high)}) | {row.rounds} | {beside} |"
             )
     lines.append("")
@@ -143,8 +143,8 @@ def replaced(path: Path, text: str, begin: str = BEGIN, end: str = END) -> str:
 def regressions(records: list[Record]) -> list[str]:
     """Where a newer record is slower than the one before it, beyond the noise of both.
 
-    Judged by what was measured in the same rounds as a rival (or the rung below): the machine may be busier than it was
-    then, but so is the rival. A ratio fell if its 95 % interval lies below the old one, and by more than 3 %.
+    Judged by what was measured in the same rounds as a baseline (or the rung below): the machine may be busier than it
+    was then, but so is the baseline. A ratio fell if its 95 % interval lies below the old one, and by more than 3 %.
     """
     found = []
     for (device, subject), sequence in history(records).items():
@@ -152,12 +152,12 @@ def regressions(records: list[Record]) -> list[str]:
             before = {row.key: row.ratio or row.gain for row in old.rows}
             for row in new.rows:
                 was, now = before.get(row.key), row.ratio or row.gain
-                if was is None or now is None or row.rival == "beit_fast":
+                if was is None or now is None or row.name == "beit_fast":
                     continue
                 fell = now[2] < was[1] and now[0] < SLOWER * was[0]
                 if fell and (device, *row.key) not in ACCEPTED:
                     found.append(
-                        f"{device}, {subject}: {row.group}, beside {row.rival}: {format_ratio(now)} on {new.date}, "
+                        f"{device}, {subject}: {row.group}, beside {row.name}: {format_ratio(now)} on {new.date}, "
                         f"{format_ratio(was)} on {old.date}"
                     )
     return found
@@ -166,11 +166,11 @@ def regressions(records: list[Record]) -> list[str]:
 def unexplained(records: list[Record]) -> list[str]:
     """Slower rows without a reason in remarks.py."""
     return [
-        f"{record.path.name}: {row.group}: beit_fast is slower than {row.rival} "
+        f"{record.path.name}: {row.group}: beit_fast is slower than {row.name} "
         f"({format_ratio(row.ratio)}) and remarks.py does not say why"
         for record in newest(records)
         for row in record.rows
-        if is_slower(row) and why(row.group, row.rival) is None
+        if is_slower(row) and why(row.group, row.name) is None
     ]
 
 
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--records", type=Path, default=FOLDER)
     given = parser.parse_args(arguments)
     records = read_all(given.records)
-    problems = regressions(records) + unexplained(records)
+    problems = regressions(records) + unexplained(records) + unused(records)
     for path, text, begin, end in targets(records, given.records):
         try:
             wanted = replaced(path, text, begin, end)

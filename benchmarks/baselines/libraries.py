@@ -1,5 +1,6 @@
 """What beit_fast is measured beside: other libraries, and straight ports where no library has the job."""
 
+import inspect
 import math
 import random
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from beit_fast import BeitConfig
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from benchmarks.harness import Unavailable
 
 
 class RandomNumbers(Protocol):
@@ -21,8 +23,9 @@ class RandomNumbers(Protocol):
 class PythonBlockwiseMasking:
     """BEiT's blockwise mask sampler (paper, algorithm 1, as the official code runs it) in plain Python and numpy.
 
-    One mask per call, as a data loader's transform: the peer of `beit_fast.data.BlockwiseMasking` in mode `official`,
-    the oracle of its statistics. An area bound may exceed the patches left; `uniform` then has its bounds swapped.
+    One mask per call, as a data loader's transform: what `beit_fast.data.BlockwiseMasking` is compared with, and the
+    oracle of its statistics in mode `official`. An area bound may exceed the patches left; `uniform` then has its
+    bounds swapped.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class PythonBlockwiseMasking:
 def timm_beit(config: BeitConfig, **overrides: Any) -> Any:
     """timm's `Beit` of the same architecture, its weights at random."""
     make_torchvision_importable()
+    import timm
     from timm.models.beit import Beit
 
     values: dict[str, Any] = {
@@ -92,7 +96,13 @@ def timm_beit(config: BeitConfig, **overrides: Any) -> Any:
         "use_shared_rel_pos_bias": config.relative_position_bias == "shared",
         "drop_path_rate": config.drop_path_rate,
     }
-    return Beit(**{**values, **overrides})
+    values |= overrides
+    known = inspect.signature(Beit).parameters
+    if "use_fc_norm" not in known and values["use_fc_norm"] in (None, values["global_pool"] == "avg"):
+        del values["use_fc_norm"]  # versions without it decide so themselves
+    if unknown := [name for name in values if name not in known]:
+        raise Unavailable(f"timm {timm.__version__} has no {unknown[0]}")
+    return Beit(**values)
 
 
 def transformers_beit(config: BeitConfig, kind: str, **overrides: Any) -> Any:

@@ -218,10 +218,3 @@ class OfficialStep:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return loss.item(), accuracy.item()
-
-
-def official_tokens(encoder: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
-    """Labels (M,) by DALL-E's encoder as the official code runs it: all logits, arg-max, then the mask."""
-    with torch.no_grad():
-        logits = encoder(0.8 * images + 0.1)  # DALL-E's map of pixels to [0.1, 0.9]
-        return logits.argmax(dim=1).flatten(1)[mask]

@@ -27,7 +27,7 @@ from beit_fast.train.tasks.probe import ProbeConfig
 Labels = Literal["scenes", "hues"]
 SHAPE: dict[str, Any] = {
     "size": "tiny", "width": 128, "depth": 4, "num_heads": 4, "image_size": 64, "patch_size": 8, "drop_path_rate": 0.0,
-    "init_std": 0.05, "use_abs_pos_emb": True, "layer_scale_init": 0.0,
+    "init_std": 0.05, "use_abs_pos_emb": True, "layer_scale_init": 0.0
 }  # fmt: skip
 """The model: absolute positions and a shared relative position bias. For width 128 an initial standard deviation of
 0.05 is what 0.02 is for 768."""
@@ -168,7 +168,7 @@ def common(protocol: Protocol, folder: str, every: int) -> dict[str, Any]:
     """What all runs share; a line of metrics `every` so many steps."""
     return {
         "output_dir": protocol.output / "runs" / folder, "device": protocol.device, "precision": protocol.precision,
-        "log": LogConfig(every_steps=every, progress="lines"), "checkpoint": CheckpointConfig(every_steps=250),
+        "log": LogConfig(every_steps=every, progress="lines"), "checkpoint": CheckpointConfig(every_steps=250)
     }  # fmt: skip
 
 
@@ -198,10 +198,10 @@ def pretraining(protocol: Protocol, row: str, seed: int) -> PretrainConfig:
         masking=MaskingConfig(num_masked=26, min_num_patches=4),
         data=DataConfig(
             path=str(scenes), normalization="half", scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.0,
-            threads=protocol.threads, view_cycle=2, token_cache=tokens,
+            threads=protocol.threads, view_cycle=2, token_cache=tokens
         ),
         tokenizer=TokenizerConfig(name="demo"), evaluation=EvaluationConfig(images=protocol.held_out, path=str(others)),
-        optim=OptimConfig(lr=1.5e-3, warmup_steps=steps // 16, betas=(0.9, 0.98)),
+        optim=OptimConfig(lr=1.5e-3, warmup_steps=steps // 16, betas=(0.9, 0.98))
     )  # fmt: skip
     config: PretrainConfig = changed(base, ROWS[row].changes)
     return config
@@ -216,7 +216,7 @@ def labelled(protocol: Protocol, labels: Labels, seed: int, count: int) -> Label
         validation = check_disjoint(protocol, tuning, labels)
     return LabelledDataConfig(
         path=str(training), validation_path=str(validation), normalization="half", crop_share=1.0,
-        threads=protocol.threads,
+        threads=protocol.threads
     )  # fmt: skip
 
 
@@ -227,7 +227,7 @@ def downstream(protocol: Protocol, row: str, seed: int) -> dict[str, Any]:
     scratch = ROWS[row].length == 0
     return {
         "model": ClassifierModelConfig(**(SHAPE | model)), "scratch": scratch, "seed": seed,
-        "weights": None if scratch else str(weights),
+        "weights": None if scratch else str(weights)
     }  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def finetuning(protocol: Protocol, row: str, labels: Labels, seed: int, rate: fl
         augment=AugmentConfig(
             scale=(0.7, 1.0), rand_augment=0.0, erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0
         ),
-        optim=OptimConfig(lr=rate, min_lr=1e-6, warmup_steps=steps // 10, clip_grad=3.0),
+        optim=OptimConfig(lr=rate, min_lr=1e-6, warmup_steps=steps // 10, clip_grad=3.0)
     )  # fmt: skip
 
 
@@ -252,5 +252,5 @@ def probing(protocol: Protocol, row: str, labels: Labels, seed: int, rate: float
         **common(protocol, f"{row}/probe_{labels}_seed{seed}_lr{rate:g}", 800), **downstream(protocol, row, seed),
         epochs=protocol.probe_epochs, batch_size=min(100, protocol.probe_images), batch_per_device=100, augment=False,
         standardise=True, data=labelled(protocol, labels, seed, protocol.probe_images),
-        optim=OptimConfig(lr=rate, min_lr=0.0, warmup_steps=0, weight_decay=1e-4, clip_grad=None),
+        optim=OptimConfig(lr=rate, min_lr=0.0, warmup_steps=0, weight_decay=1e-4, clip_grad=None)
     )  # fmt: skip

@@ -125,7 +125,7 @@ def _line(row: Row, values: Mapping[int, float], found: Difference | None) -> st
     spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
     cells = (
         row.label, f"{statistics.mean(numbers):.2f}{spread}, {len(numbers)}", interval(found),
-        "" if row.paper is None else f"{row.paper:+.2f}", "" if found is None else found.verdict(row.paper),
+        "" if row.paper is None else f"{row.paper:+.2f}", "" if found is None else found.verdict(row.paper)
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -179,7 +179,7 @@ def _pretraining(line: Mapping[str, Any]) -> str:
     unit = "nats" if "token_entropy_nats" in metrics else "squared error"
     cells = (
         ROWS[line["row"]].label, str(line["seed"]), f"{metrics['held_out_loss']:.3f} {unit}", f"{without:.3f}",
-        "" if other is None else f"{other:.3f}",
+        "" if other is None else f"{other:.3f}"
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

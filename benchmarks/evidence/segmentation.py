@@ -87,13 +87,13 @@ def segmenting(protocol: Protocol, weights: str | None, rate: float, seed: int) 
         data=SegmentationDataConfig(
             builtin_images=protocol.labelled_images, builtin_validation_images=protocol.validation_images,
             builtin_size=64, builtin_seed=1000 + seed, cache_dir=protocol.cache_dir, normalization="half",
-            threads=protocol.threads,
+            threads=protocol.threads
         ),
         model=SegmentationModelConfig(**SHAPE, channels=16, auxiliary_channels=16),
         crops=CropConfig(base=(64, 64), ratio=(1.0, 1.0), cat_max_ratio=1.0, photometric=False),
         evaluation=SegmentationEvaluationConfig(windows_per_batch=1, pictures=6),
         optim=OptimConfig(lr=rate, min_lr=0.0, warmup_steps=steps // 10, schedule="poly", clip_grad=3.0),
-        checkpoint=CheckpointConfig(every_steps=1000), log=LogConfig(every_steps=40, progress="lines"),
+        checkpoint=CheckpointConfig(every_steps=1000), log=LogConfig(every_steps=40, progress="lines")
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def gather(protocol: Protocol) -> dict[str, Any]:
             "tuning_mean_iou_percent_by_rate": tuned, "chosen_rate": best, "scores": scores,
             "mean_iou_percent": values, "mean": statistics.mean(values),
             "standard_deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "curves": [curve(config) for config in configs],
+            "curves": [curve(config) for config in configs]
         }  # fmt: skip
     found["pretrained_minus_scratch_points"] = found["pretrained"]["mean"] - found["scratch"]["mean"]
     return found

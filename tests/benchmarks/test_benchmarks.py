@@ -1,5 +1,7 @@
-"""The benchmarks measure what they say: in turns, results compared before timing, rivals that do equal work."""
+"""The benchmarks measure what they say: interleaved rounds, results compared before timing, baselines of equal work."""
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -11,15 +13,16 @@ import torch
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from benchmarks.baselines.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
+from benchmarks.clocks import RecordedClock
+from benchmarks.conftest import Scale
 from benchmarks.harness import (
     OURS,
-    Absent,
     Comparison,
     Disagreement,
-    RecordedClock,
-    Rival,
+    Implementation,
+    Unavailable,
     interval_rank,
-    measure,
+    measure_interleaved,
     ratio_of,
 )
 from benchmarks.memory import PeakMemory
@@ -29,23 +32,22 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-def comparison(**rivals):
-    return Comparison("a group", rivals, {"B": 1})
+def comparison(**implementations):
+    return Comparison("a group", implementations, {"B": 1})
 
 
 def sleeping(seconds, **values):
     result = (lambda: {name: torch.tensor(value) for name, value in values.items()}) if values else None
-    return lambda: Rival(lambda: time.sleep(seconds), result)
+    return lambda: Implementation(lambda: time.sleep(seconds), result)
 
 
-def test_rivals_take_turns_and_the_ratio_is_that_of_their_rounds():
+def test_rounds_are_interleaved_and_the_ratio_is_that_of_a_round():
     order = []
-    case = Comparison(
-        "g", {OURS: lambda: Rival(lambda: order.append("a")), "other": lambda: Rival(lambda: order.append("b"))}, {}
-    )
-    measured = measure(case, CPU, pairs=12, most_pairs=12, turn_s=1e-9)
-    rounds = ["".join(order[-2 * i - 2 :][:2]) for i in range(12)]
-    assert set(rounds) == {"ab", "ba"}  # once each, and who goes first changes
+    ways = {name: lambda name=name: Implementation(lambda: order.append(name)) for name in (OURS, "other")}
+    case = Comparison("g", ways, {})
+    measured = measure_interleaved(case, CPU, pairs=12, most_pairs=12, call_s=1e-9)
+    rounds = [tuple(order[-2 * i - 2 :][:2]) for i in range(12)]
+    assert set(rounds) == {(OURS, "other"), ("other", OURS)}  # once each, and who goes first changes
     assert {len(times) for times in measured.seconds.values()} == {12}
     assert ratio_of([3.0, 8.0, 2.0], [1.0, 2.0, 2.0]) == (3.0, 1.0, 4.0, 3)
 
@@ -61,47 +63,66 @@ def test_the_interval_holds_the_median_in_95_of_100_trials():
         assert tighter < 0.955
 
 
-def test_a_rival_that_computes_something_else_is_not_timed():
+def test_a_baseline_that_computes_something_else_is_not_timed():
     slow = sleeping(10.0, loss=2.0)
     with pytest.raises(Disagreement, match="other computes something else: loss differs by 1"):
-        measure(comparison(beit_fast=sleeping(10.0, loss=1.0), other=slow), CPU)
+        measure_interleaved(comparison(beit_fast=sleeping(10.0, loss=1.0), other=slow), CPU)
     with pytest.raises(Disagreement, match="loss"):
-        measure(comparison(beit_fast=sleeping(0.0, loss=1.0), other=sleeping(0.0, loss=float("nan"))), CPU)
+        measure_interleaved(comparison(beit_fast=sleeping(0.0, loss=1.0), other=sleeping(0.0, loss=float("nan"))), CPU)
 
 
-def test_an_absent_rival_is_named_with_its_reason():
+def test_in_half_precision_errors_against_fp64_are_judged_by_those_of_plain_operations():
+    exact, eager = {"loss": torch.tensor(1.0)}, {"loss": torch.tensor(1.02)}
+
+    def measured(ours, theirs):
+        ways = {"beit_fast": sleeping(0.0, loss=ours), "other": sleeping(0.0, loss=theirs)}
+        case = Comparison("g", ways, {}, dtype="bfloat16", exact=lambda: (exact, eager))
+        return measure_interleaved(case, CPU, pairs=2, most_pairs=2, call_s=1e-9).errors
+
+    assert measured(1.023, 1.05)["beit_fast"]["loss"] == pytest.approx(0.023, rel=1e-3)
+    with pytest.raises(Disagreement, match=r"beit_fast .* loss is 2\.50e-02 from fp64, .* bfloat16 are 2\.00e-02"):
+        measured(1.025, 1.0)
+    with pytest.raises(Disagreement, match="other computes something else"):
+        measured(1.0, 1.07)
+    eager["loss"] = torch.tensor(1.0)  # below the floor nobody is judged
+    assert measured(1.0019, 1.0019)
+    with pytest.raises(Disagreement):
+        measured(1.0, 1.0021)
+
+
+def test_an_unavailable_baseline_is_named_with_its_reason():
     def absent():
-        raise Absent("no such library")
+        raise Unavailable("no such library")
 
     def missing():
         import a_package_that_does_not_exist  # noqa: F401
 
-    measured = measure(
-        comparison(beit_fast=sleeping(0.0), one=absent, two=missing), CPU, pairs=2, most_pairs=2, turn_s=1e-9
+    measured = measure_interleaved(
+        comparison(beit_fast=sleeping(0.0), one=absent, two=missing), CPU, pairs=2, most_pairs=2, call_s=1e-9
     )
-    assert measured.absent == {"one": "no such library", "two": "No module named 'a_package_that_does_not_exist'"}
+    assert measured.unavailable == {"one": "no such library", "two": "No module named 'a_package_that_does_not_exist'"}
     assert list(measured.seconds) == [OURS]
 
 
-def test_a_rival_that_fails_is_left_out_but_our_own_failure_is_an_error():
+def test_a_baseline_that_fails_is_left_out_but_our_own_failure_is_an_error():
     def failing():
         raise RuntimeError("no kernel image\nmore lines")
 
     def fails_later():
-        return Rival(lambda: None, failing)
+        return Implementation(lambda: None, failing)
 
     fine = sleeping(0.0, loss=1.0)
-    rounds = {"pairs": 2, "most_pairs": 2, "turn_s": 1e-9}
-    measured = measure(comparison(beit_fast=fine, one=failing, two=fails_later), CPU, **rounds)
-    assert measured.absent == dict.fromkeys(("one", "two"), "fails here: RuntimeError: no kernel image")
+    rounds = {"pairs": 2, "most_pairs": 2, "call_s": 1e-9}
+    measured = measure_interleaved(comparison(beit_fast=fine, one=failing, two=fails_later), CPU, **rounds)
+    assert measured.unavailable == dict.fromkeys(("one", "two"), "fails here: RuntimeError: no kernel image")
     assert list(measured.seconds) == [OURS]
     with pytest.raises(RuntimeError, match="no kernel image"):
-        measure(comparison(beit_fast=failing, one=fine), CPU)
+        measure_interleaved(comparison(beit_fast=failing, one=fine), CPU)
 
 
 def test_the_report_carries_work_over_time_and_conditions():
     case = Comparison("g", {OURS: sleeping(0.01)}, {"B": 4, "grid": (2, 3)}, flops=2e7, bytes=1e7, images=4)
-    row = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0).report(OURS)
+    row = measure_interleaved(case, CPU, pairs=2, most_pairs=2, call_s=0.0).report(OURS)
     assert 0.5 < row["gflop_per_s"] <= 2.01
     assert row["gb_per_s"] == pytest.approx(row["gflop_per_s"] / 2)
     assert row["images_per_s"] == pytest.approx(row["gflop_per_s"] * 200)
@@ -182,25 +203,24 @@ def test_cpu_time_counts_work_not_waiting():
         while time.thread_time() < until:
             pass
 
-    case = Comparison(
-        "g", {OURS: lambda: Rival(working), "waiting": lambda: Rival(lambda: time.sleep(0.1))}, {}, clock="cpu"
-    )
-    measured = measure(case, CPU, pairs=2, most_pairs=2, turn_s=0.0)
+    ways = {OURS: lambda: Implementation(working), "waiting": lambda: Implementation(lambda: time.sleep(0.1))}
+    case = Comparison("g", ways, {}, clock="cpu")
+    measured = measure_interleaved(case, CPU, pairs=2, most_pairs=2, call_s=0.0)
     assert min(measured.seconds[OURS]) > 0.04
     assert max(measured.seconds["waiting"]) < 0.04
 
 
 @pytest.mark.slow
-def test_every_benchmark_runs_at_toy_sizes_beside_at_least_five_peers(tmp_path):
+def test_every_benchmark_runs_at_toy_sizes_beside_at_least_five_baselines(tmp_path):
     path = tmp_path / "2026-11-21_box_all.json"
     command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "--tiny", "--stop-after", "inf"]
     command += ["--bench-device", "cpu", "--benchmark-json", str(path), "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = read(path)
-    measured = {row.rival for row in found.rows}
-    peers = {"timm", "transformers, SDPA", "torch fused", "safetensors", "plain Python", "Pillow, official order"}
-    assert peers <= measured
+    measured = {row.name for row in found.rows}
+    baselines = {"timm", "transformers, SDPA", "torch fused", "safetensors", "plain Python", "Pillow, official order"}
+    assert baselines <= measured
     files = {Path(entry["fullname"].split("::")[0]).name for entry in json.loads(path.read_text())["benchmarks"]}
     assert files == {file.name for file in (ROOT / "benchmarks").glob("bench_*.py")}
     for row in found.rows:
@@ -209,3 +229,22 @@ def test_every_benchmark_runs_at_toy_sizes_beside_at_least_five_peers(tmp_path):
     assert found.environment["versions"]["torch"] == torch.__version__
     assert "pytest benchmarks/ --benchmark-only --tiny" in found.command
     assert "times as long as beit_fast: median of the rounds and its 95 % interval" in done.stdout
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfPrecision(Scale):
+    """Toy sizes on a CPU in bf16, as a GPU has them."""
+
+    dtype = "bfloat16"
+
+
+@pytest.mark.parametrize("name", ["mim_step", "backbone", "attention"])
+def test_in_bf16_everyone_is_within_the_relation_to_fp64(name):
+    module = importlib.import_module(f"benchmarks.bench_{name}")
+    compare = {"mim_step": "forward_backward"}.get(name, "compare")
+    for case in module.cases(HalfPrecision("tiny", CPU)).values():
+        comparison = getattr(module, compare)(case)
+        assert comparison.dtype == "bfloat16"
+        measured = measure_interleaved(comparison, CPU, pairs=1, most_pairs=1, call_s=1e-9)
+        assert OURS in measured.errors
+        assert len(measured.errors) > 1

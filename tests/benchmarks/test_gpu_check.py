@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import gpu_check
 from benchmarks.gpu_check import Check
-from benchmarks.predictions import projected_hours
 from benchmarks.records import read
 
 ROOT = Path(__file__).parents[2]
@@ -82,9 +81,10 @@ def record(tmp_path):
     group = "options of our own step: BEiT-base plus, 224 px, B=256, bfloat16"
     stats = {"median": 0.05, "q1": 0.049, "q3": 0.051, "rounds": 15}
 
-    def entry(rival, ratio):
+    def entry(name, ratio):
         over = {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1, "pairs": 15}
-        info = {"rival": rival, "images_per_s": 5000.0, "peak_memory_mib": 20000.0, "over_beit_fast": over}
+        info = {"rival": name, "images_per_s": 5000.0, "peak_memory_mib": 20000.0, "over_beit_fast": over,
+                "mfu": 0.42, "share_of_matmul": 0.51}  # fmt: skip
         return {"group": group, "stats": stats, "extra_info": info}
 
     path = tmp_path / "2026-11-21_nvidia-h200_gpu_check.json"
@@ -93,23 +93,41 @@ def record(tmp_path):
     return read(path)
 
 
-def test_the_table_sets_prediction_and_closest_rival_beside_the_time(record):
+def test_the_table_sets_rate_share_of_the_peak_and_closest_baseline_beside_the_time(record):
     lines = gpu_check.result_table(record)
     assert "50.000" in lines[1]
-    assert "~56.5" in lines[1]
+    assert "5,000   42%     51%" in lines[1]
     assert lines[1].endswith("1.40 [1.30, 1.50] SDPA")
     assert "beit_fast, CUDA graph" in lines[2]
-    assert "not a measurement" in lines[-1]
     assert gpu_check.result_table(None) == ["no benchmark was recorded"]
 
 
 def test_the_projection_is_the_papers_epochs_at_eight_times_the_rate(record):
-    assert projected_hours(5000.0, 8) == pytest.approx(800 * 1_281_167 / 40_000 / 3600)
     first, *rows = gpu_check.projections(record)
     assert first.startswith("projection: 800 epochs of ImageNet-1k on 8")
     assert len(rows) == 2
     assert "7.1 h  BEiT-base plus, 224 px, B=256, bfloat16, tokens from the cache, beit_fast" in rows[0]
     assert gpu_check.projections(None) == []
+
+
+@pytest.mark.parametrize("only", [None, *gpu_check.PARTS])
+def test_the_budgets_end_in_nine_minutes_and_each_part_in_about_two(tmp_path, only):
+    check = Check(tmp_path, only=only)
+    phases = dict(check.seconds)
+    if only is not None and not gpu_check.PARTS[only].benchmarks:
+        del phases["benchmarks"]
+    elif only is not None:
+        del phases["recipes"]
+    assert sum(phases.values()) - phases["build"] <= (480 if only is None else 125)
+    assert sum(phases.values()) <= 540
+
+
+def test_every_benchmark_file_of_the_check_and_every_recipe_of_it_exists():
+    names = [name for part in gpu_check.PARTS.values() for name in part.benchmarks]
+    for name in (*names, *gpu_check.MORE):
+        assert (ROOT / "benchmarks" / f"bench_{name}.py").exists()
+    for line in gpu_check.RECIPES:
+        assert (ROOT / "recipes" / f"{line.split()[0]}.py").exists()
 
 
 def test_small_shapes_run_every_operation():
@@ -121,18 +139,17 @@ def test_small_shapes_run_every_operation():
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     """All phases, at toy sizes; the other benchmark files run in tests/benchmarks/test_benchmarks.py."""
-    files = ("bench_mim_step.py", "bench_step_options.py", "bench_block.py")
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(tmp_path), "--only", *files]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--out", str(tmp_path), "--only", "step"]
     # pytest-benchmark measures nothing where it believes to run in a worker of pytest-xdist, as this test may
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (path,) = tmp_path.glob("*.json")
-    assert path.stem.endswith("_gpu_check_dry_run")
+    assert path.stem.endswith("_gpu_check_step_dry_run")
     found = read(path)
-    assert len(found.groups()) == 7
-    assert {"beit_fast", "timm", "transformers, SDPA", "official style"} <= {row.rival for row in found.rows}
+    assert len(found.groups()) == 10
+    assert {"beit_fast", "timm", "transformers, SDPA", "official style"} <= {row.name for row in found.rows}
     tail = done.stdout[-6000:]
     assert "nothing above says anything about a GPU" in tail
-    for phase in ("GPU tests          ok", "small shapes       ok", "benchmarks         ok", "projection: 800 epochs"):
+    for phase in ("GPU tests          ok", "benchmarks         ok", "projection: 800 epochs"):
         assert phase in tail

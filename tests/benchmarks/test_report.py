@@ -1,6 +1,7 @@
 """Records to tables: what is shown, what is refused, and what counts as a regression."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -75,6 +76,31 @@ def test_a_slower_row_is_shown_with_its_reason_and_refused_without(tmp_path, mon
     assert "(1) it does less." in text
 
 
+def test_a_remark_stands_beside_its_number_and_must_have_one(tmp_path, monkeypatch):
+    path = write(tmp_path, "2026-11-21", step(0.75, (1.5, 1.4, 1.6)))
+    monkeypatch.setitem(remarks.REMARKS, (path.name, "^pre-training", "transformers"), "it did more")
+    records = read_all(tmp_path)
+    text = report.headline_tables(records, tmp_path / "README.md")
+    assert "transformers, SDPA (1) | 750 ms" in text
+    assert "(1) it did more." in text
+    assert not remarks.unused(records)
+    monkeypatch.setitem(remarks.REMARKS, (path.name, "^pre-training", "timm"), "nobody measured it")
+    assert "timm, which no record holds" in remarks.unused(records)[0]
+
+
+def test_bars_show_the_numbers_of_the_record_and_leave_out_what_it_lacks(tmp_path):
+    group = "pre-training, whole step with DALL-E's tokenizer: BEiT-base plus, 224 px, B=256, bfloat16"
+    rows = [entry(group, "beit_fast", 0.15, (1, 1, 1), images_per_s=1700.0),
+            entry(group, "official style", 0.30, (2, 1.9, 2.1), images_per_s=850.0)]  # fmt: skip
+    write(tmp_path, "2026-11-26", rows, cuda="13.0", device="NVIDIA H100")
+    text = plots.headline(read_all(tmp_path))
+    assert "150 ms, 1,700 images/s<" in text
+    assert "300 ms, 850 images/s, 2.00 times as long" in text
+    assert "BEiT-L" not in text
+    assert "Backbone" not in text
+    ElementTree.fromstring(text)
+
+
 def test_a_variant_of_our_own_needs_no_reason(tmp_path):
     rows = [entry("g", "beit_fast", 1.0, (1, 1, 1)), entry("g", "beit_fast, fast path", 0.5, (0.5, 0.4, 0.6))]
     write(tmp_path, "2026-11-21", rows)
@@ -133,7 +159,7 @@ def test_check_fails_until_the_tables_are_written(pages, capsys):
     assert (pages / "docs/performance.md").read_text().startswith("before\n")
     assert (pages / "docs/performance.md").read_text().endswith("after\n")
     assert report.main(["--check", *folder]) == 0
-    assert {path.name for path in (pages / "pictures").iterdir()} == {"box_ratios.png", "box_trend.png"}
+    assert {path.name for path in (pages / "pictures").iterdir()} == {"box_ratios.png"}
     (pages / "docs/performance.md").write_text("no markers")
     assert report.main(["--check", *folder]) == 1
     assert "performance.md needs one pair of markers" in capsys.readouterr().err
