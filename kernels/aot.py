@@ -1,6 +1,6 @@
 """What each Triton kernel costs before it runs: registers, stack, shared memory, tensor-core instructions.
 
-Compiles every configuration of `all_specs()` for sm_80 and sm_90; needs no GPU.
+Compiles every configuration of `all_specs()` for sm_80 and sm_90, those of BEiT-B for all architectures; needs no GPU.
 
     python -m beit_fast.kernels.aot            # compare with static_costs.json
     python -m beit_fast.kernels.aot --write    # replace this Triton version's part of it
@@ -10,32 +10,36 @@ Compiles every configuration of `all_specs()` for sm_80 and sm_90; needs no GPU.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from beit_fast.kernels.launch_table import launch_config
+from beit_fast.kernels.aot_specs import FOLDERS, AotSpec, all_specs
 
 TABLE = Path(__file__).with_name("static_costs.json")
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use (CUDA C++ Programming Guide, table 27)
-STACK_LIMIT = {80: 32, 90: 0}  # bytes per thread; whatever is spilled lies on the stack
+# bytes one program may use (CUDA C++ Programming Guide, table 27)
+SHARED_LIMIT = dict.fromkeys((86, 89, 120), 99 * 1024) | {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+STACK_LIMIT = {80: 32, 86: 32, 89: 32}  # bytes per thread, else 0; whatever is spilled lies on the stack
+MATRIX = {90: "hgmma", 100: "utcmma"}  # the matrix instructions of an architecture, else hmma
 REGISTER_SLACK = 8
 
 
 @dataclass(frozen=True)
 class Cost:
-    """registers and stack (bytes) per thread, shared memory (bytes) per program, HMMA / HGMMA instructions.
+    """Registers and stack (bytes) per thread, shared memory (bytes) per program, and counts of instructions.
 
-    `narrow` counts loads and stores of 8 or 16 bits in global memory: a mask that the compiler cannot prove to be the
-    same for neighbours turns one of 128 bits into eight of them.
+    Args:
+        hmma, hgmma, utcmma: matrix instructions: of a warp, of a warp group (sm_90), of tensor memory (sm_100).
+        waits: groups of HGMMA, each of which is waited for. As many groups as HGMMA would run one by one.
+        narrow: loads and stores of 8 or 16 bits in global memory: a mask that the compiler cannot prove to be the same
+            for neighbours turns one of 128 bits into eight of them.
+        loop_stores, loop_loads: of the stack, within loops; loads alone are of what does not change there.
     """
 
     registers: int
@@ -44,201 +48,14 @@ class Cost:
     hmma: int
     hgmma: int
     narrow: int
-
-
-@dataclass(frozen=True)
-class AotSpec:
-    """One configuration of a kernel to compile ahead of time, so that its static costs can be checked without a GPU.
-
-    Args:
-        label: unique within a folder; names the row in static_costs.json.
-        kernel: the `triton.jit` function.
-        signature: argument name -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out.
-        constants: constexpr name -> value (None for a pointer that is not given).
-        num_warps, num_stages: as at the launch.
-        has_matmul: whether tensor-core instructions must appear in the machine code.
-        unaligned: arguments not known to be divisible by 16; pointers and integers otherwise are.
-        architectures: compute capabilities this configuration is launched on.
-    """
-
-    label: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 1
-    has_matmul: bool = False
-    unaligned: frozenset[str] = frozenset()
-    architectures: tuple[int, ...] = field(default=(80, 90))
-
-
-FLOATS = ("eps", "scale", "shift", "scale_log2", "log2e", "slack", "sum_error")
-
-
-def _spec(
-    label: str, kernel: Any, values: Mapping[str, Any], pointers: Mapping[str, str], unaligned: str = ""
-) -> AotSpec:
-    """A specification whose signature is read off the kernel's arguments.
-
-    Args:
-        values: the launch row and all constants; what of it the kernel does not take is the launcher's.
-        pointers: argument without `_ptr` -> element type; "" is that of all others.
-        unaligned: names, between spaces, of integers that need not be divisible by 16.
-    """
-    signature = {}
-    for name in kernel.arg_names:
-        if name.endswith("_ptr"):
-            signature[name] = "*" + pointers.get(name.removesuffix("_ptr"), pointers.get("", ""))
-        elif name not in values:
-            signature[name] = "fp32" if name in FLOATS or name.startswith(("scale_", "shift_")) else "i32"
-    constants = {name: value for name, value in values.items() if name in kernel.arg_names}
-    odd = frozenset(unaligned.split()) & set(signature)
-    return AotSpec(label, kernel, signature, constants, values["num_warps"], values["num_stages"], unaligned=odd)
-
-
-def _row(name: str, bucket: int | None = None, **constants: Any) -> dict[str, Any]:
-    """The default launch row of a kernel, and further constants."""
-    return {**launch_config(name, "default", bucket), **constants}
-
-
-def _gelu() -> Iterator[AotSpec]:
-    from beit_fast.kernels.gelu.kernel import bias_gelu_backward_kernel, bias_gelu_kernel
-
-    for dtype in ("bf16", "fp32"):
-        pointers = {"": dtype, "bias": "fp32", "partial": "fp32"}
-        yield _spec(f"gelu_forward {dtype}", bias_gelu_kernel, _row("gelu_forward", HAS_BIAS=True), pointers)
-        values = _row("gelu_backward", HAS_BIAS=True, NEED_BIAS=True)
-        yield _spec(f"gelu_backward {dtype}", bias_gelu_backward_kernel, values, pointers)
-
-
-def _color_jitter() -> Iterator[AotSpec]:
-    from beit_fast.kernels.color_jitter.kernel import color_jitter_kernel
-
-    for dtype in ("bf16", "fp32"):
-        pointers = {"": "fp32", "crops": "u8", "flips": "u8", "out": dtype}
-        yield _spec(f"color_jitter {dtype}", color_jitter_kernel, _row("color_jitter"), pointers)
-
-
-def _position_bias() -> Iterator[AotSpec]:
-    from beit_fast.kernels.position_bias.kernel import gather_bias_kernel, scatter_table_grad_kernel
-
-    sizes = "h w H N R"
-    yield _spec("gather_bias fp32", gather_bias_kernel, _row("gather_bias"), {"": "fp32"}, sizes)
-    for dtype in ("fp32", "bf16"):
-        label, values = f"scatter_table_grad {dtype}", _row("scatter_table_grad")
-        yield _spec(label, scatter_table_grad_kernel, values, {"": dtype}, sizes)
-
-
-def _residual_norm() -> Iterator[AotSpec]:
-    """The widths of BEiT-B and larger, everything switched on."""
-    from beit_fast.kernels.residual_norm import kernel
-
-    names = "HAS_GAMMA HAS_DROP HAS_BRANCH_BIAS NORM HAS_GRAD_TOTAL NEED_BRANCH NEED_GAMMA NEED_NORM NEED_BRANCH_BIAS"
-    flags = dict.fromkeys(names.split(), True)
-    for stream, D in (("fp32", 768), ("bf16", 768), ("fp32", 1280)):
-        pointers = dict.fromkeys(("branch", "normed", "grad_normed", "grad_branch"), "bf16") | {"": "fp32"}
-        pointers |= dict.fromkeys(("x", "total", "grad_total", "grad_x"), stream)
-        block = 1 << (D - 1).bit_length()
-        for name, function in (
-            ("residual_norm_forward", kernel.residual_norm_kernel),
-            ("residual_norm_backward", kernel.residual_norm_backward_kernel),
-        ):
-            yield _spec(f"{name} {stream} D={D}", function, _row(name, block, BLOCK=block, **flags), pointers, "N R")
-    values = _row("residual_norm_finish", **flags)
-    yield _spec("residual_norm_finish", kernel.residual_norm_finish_kernel, values, {"": "fp32"})
-
-
-def _mim_loss() -> Iterator[AotSpec]:
-    """The heads of BEiT-B and BEiT-L, V = 8192."""
-    from beit_fast.kernels.mim_loss import kernel
-
-    pointers = {"": "fp32", "rows": "i64", "targets": "i64", "normed": "bf16", "grad_normed": "bf16"}
-    for D in (768, 1024):
-        block = 1 << (D - 1).bit_length()
-        for name, function in (
-            ("gather_norm_forward", kernel.gather_norm_kernel),
-            ("gather_norm_backward", kernel.gather_norm_backward_kernel),
-        ):
-            yield _spec(f"{name} D={D}", function, _row(name, block, BLOCK=block), pointers, "M")
-    pointers = {"logits": "bf16", "targets": "i64", "loss": "fp32", "hit": "i32"}
-    for gradient, whole in ((True, True), (False, True), (True, False)):
-        values = _row("cross_entropy", GRADIENT=gradient, WHOLE=whole)
-        kind = f"{'gradient' if gradient else 'value'} {'whole' if whole else 'looped'} {values['BLOCK']}"
-        yield _spec(f"cross_entropy {kind}", kernel.cross_entropy_kernel, values, pointers)
-
-
-def _attention() -> Iterator[AotSpec]:
-    """197 tokens: head dims 32 to 128 in bf16 (96 runs as 80 does); 64 also in fp16, and without a bias."""
-    from beit_fast.kernels.attention import backward, bias, forward
-
-    kernels = {
-        "attention_forward": forward.attention_forward_kernel,
-        "attention_backward_query": backward.attention_backward_query_kernel,
-        "attention_backward_key": backward.attention_backward_key_kernel,
-    }
-    specs: dict[str, AotSpec] = {}
-    cases = [(head_dim, "bf16", True) for head_dim in (32, 64, 80, 128)] + [(64, "bf16", False), (64, "fp16", True)]
-    for (head_dim, dtype, with_bias), capability in itertools.product(cases, (80, 90)):
-        pointers = {"": dtype, "bias": "fp16" if dtype == "bf16" else "fp32", "lse": "fp32", "delta": "fp32"}
-        block = forward.block_of(head_dim)
-        for name, kernel in kernels.items():
-            values: dict[str, Any] = dict(launch_config(name, f"sm_{capability}", block))
-            tile = f"{values['ROWS']}x{values['COLS']} w{values['num_warps']} s{values['num_stages']}"
-            label = f"{name} {dtype} K={head_dim}{'' if with_bias else ' without bias'} {tile}"
-            values |= {"K": head_dim, "BLOCK_K": block, "TAIL": bias.tail_of(197, values["COLS"])}
-            values |= {"HAS_BIAS": with_bias, "STORE_DS": with_bias, "SAVE_LSE": True}
-            both = label in specs  # the same configuration on both architectures
-            spec = _spec(label, kernel, values, pointers, "N H first_pair")
-            specs[label] = replace(spec, has_matmul=True, architectures=(80, 90) if both else (capability,))
-    yield from specs.values()
-    for dtype, stored in (("bf16", "fp16"), ("fp16", "fp32")):
-        values, pointers = _row("prepare_bias", TRANSPOSED=True), {"bias": "fp32", "padded": stored}
-        yield _spec(f"prepare_bias {dtype}", bias.prepare_bias_kernel, values, pointers, "N bias_h bias_q bias_k")
-        values, pointers = _row("reduce_bias_gradient", ACCUMULATE=True), {"ds": dtype, "grad_bias": "fp32"}
-        label, kernel = f"reduce_bias_gradient {dtype}", bias.reduce_bias_gradient_kernel
-        yield _spec(label, kernel, values, pointers, "N H samples")
-
-
-def _conv() -> Iterator[AotSpec]:
-    """DALL-E's encoder in fp16 and, for cards whose users prefer it, bf16."""
-    from beit_fast.kernels.conv import kernel
-
-    for dtype in ("fp16", "bf16"):
-        pointers = {"": dtype, "bias": "fp32", "images": "fp32"}
-        yield _spec(f"bias_relu {dtype}", kernel.bias_relu_kernel, _row("bias_relu"), pointers)
-        yield _spec(f"pool_bias_relu {dtype}", kernel.pool_bias_relu_kernel, _row("pool_bias_relu"), pointers, "W")
-        values = _row("pixel_conv", CHANNELS=3, SIZE=7, TAPS=160)
-        yield replace(_spec(f"pixel_conv {dtype}", kernel.pixel_conv_kernel, values, pointers), has_matmul=True)
-        pointers = {"": "fp32", "rows": dtype, "ids": "i64"}
-        yield _spec(f"exact_argmax {dtype}", kernel.exact_argmax_kernel, _row("exact_argmax", BLOCK_C=2048), pointers)
-
-
-SPECS = {
-    "attention": _attention,
-    "color_jitter": _color_jitter,
-    "conv": _conv,
-    "gelu": _gelu,
-    "mim_loss": _mim_loss,
-    "position_bias": _position_bias,
-    "residual_norm": _residual_norm,
-}
-FOLDERS = tuple(SPECS)
-
-
-def all_specs(folders: Iterable[str] = FOLDERS) -> dict[str, AotSpec]:
-    """ "folder/label" -> every configuration of the kernels of these folders that is shipped."""
-    specs: dict[str, AotSpec] = {}
-    for folder in folders:
-        for spec in SPECS[folder]():
-            key = f"{folder}/{spec.label}"
-            if key in specs:
-                raise ValueError(f"two configurations are labelled {key!r}")
-            specs[key] = spec
-    return specs
+    waits: int = 0
+    utcmma: int = 0
+    loop_stores: int = 0
+    loop_loads: int = 0
 
 
 def measure(spec: AotSpec, capability: int) -> Cost:
-    """Compiles one configuration for one architecture (80, 90) and reads the machine code."""
+    """Compiles one configuration for one architecture and reads the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -264,6 +81,7 @@ def measure(spec: AotSpec, capability: int) -> Cost:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {spec.label}: {usage.strip()}")
+    in_loops = _instructions_in_loops(code)
     # LOCAL is memory beside the stack that only dynamically indexed arrays take; kernels here have none
     return Cost(
         registers=int(found[1]),
@@ -272,7 +90,23 @@ def measure(spec: AotSpec, capability: int) -> Cost:
         hmma=len(re.findall(r"\bHMMA\.", code)),
         hgmma=len(re.findall(r"\bHGMMA\.", code)),
         narrow=len(re.findall(r"\b(?:LDG|STG)\.E\S*\.[US](?:8|16)\b", code)),
+        waits=len(re.findall(r"\bHGMMA\.[^;]*\bgsb0\b", code)),
+        utcmma=len(re.findall(r"\bUTC\w*MMA\b", code)),
+        loop_stores=sum("STL" in instruction for instruction in in_loops),
+        loop_loads=sum("LDL" in instruction for instruction in in_loops),
     )
+
+
+def _instructions_in_loops(code: str) -> list[str]:
+    """The machine code between each jump backwards and where it goes."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
+    lines = [(int(address, 16), instruction) for address, instruction in found]
+    loops = []
+    for address, instruction in lines:
+        jump = re.search(r"\bBRA (?:\w+, )?0x([0-9a-f]+)", instruction)
+        if jump and int(jump[1], 16) < address:
+            loops.append((int(jump[1], 16), address))
+    return [text for address, text in lines if any(first <= address <= last for first, last in loops)]
 
 
 def _cuobjdump(flag: str, path: str) -> str:
@@ -289,12 +123,22 @@ def faults(spec: AotSpec, capability: int, cost: Cost, recorded: Cost | None) ->
     """What is wrong with a cost: against the limits of the architecture, and against the checked-in table."""
     where = f"{spec.label} sm_{capability}"
     found = []
-    if cost.stack > STACK_LIMIT[capability]:
-        found.append(f"{where}: {cost.stack} bytes of stack, limit {STACK_LIMIT[capability]}")
+    limit = STACK_LIMIT.get(capability, 0)
+    if spec.has_stack and recorded is not None:
+        limit = recorded.stack
+        for kind in ("stores", "loads"):
+            count, known = (getattr(c, f"loop_{kind}") for c in (cost, recorded))
+            if count > known:
+                found.append(f"{where}: {count} {kind} of the stack in loops, recorded {known}")
+    if cost.stack > limit:
+        found.append(f"{where}: {cost.stack} bytes of stack, limit {limit}")
     if cost.shared > SHARED_LIMIT[capability]:
         found.append(f"{where}: {cost.shared} bytes of shared memory, limit {SHARED_LIMIT[capability]}")
-    if spec.has_matmul and not (cost.hgmma if capability == 90 else cost.hmma):
-        found.append(f"{where}: no {'HGMMA' if capability == 90 else 'HMMA'} instruction in a matmul kernel")
+    kind = MATRIX.get(capability, "hmma")
+    if spec.has_matmul and not getattr(cost, kind):
+        found.append(f"{where}: no {kind.upper()} instruction in a matmul kernel")
+    if cost.hgmma and cost.waits >= cost.hgmma:
+        found.append(f"{where}: {cost.waits} waits for {cost.hgmma} HGMMA: each runs alone")
     if recorded is None:
         found.append(f"{where}: not in {TABLE.name}; python -m beit_fast.kernels.aot --write")
         return found
@@ -302,6 +146,8 @@ def faults(spec: AotSpec, capability: int, cost: Cost, recorded: Cost | None) ->
         found.append(f"{where}: {cost.registers} registers, recorded {recorded.registers}")
     if cost.shared > recorded.shared:
         found.append(f"{where}: {cost.shared} bytes of shared memory, recorded {recorded.shared}")
+    if cost.waits > recorded.waits:
+        found.append(f"{where}: {cost.waits} waits for HGMMA, recorded {recorded.waits}")
     if cost.narrow > recorded.narrow:
         found.append(f"{where}: {cost.narrow} loads or stores of 8 or 16 bits, recorded {recorded.narrow}")
     return found
@@ -345,7 +191,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
             key = f"{name} sm_{capability}"
             cost = costs[key] = measure(spec, capability)
             print(f"{key:64s} {cost.registers:4d} regs {cost.stack:5d} B stack {cost.shared / 1024:6.1f} KB "
-                  f"{cost.hmma:4d} HMMA {cost.hgmma:4d} HGMMA {cost.narrow:3d} narrow", flush=True)  # fmt: skip
+                  f"{cost.hmma:4d} HMMA {cost.hgmma:4d} HGMMA {cost.waits:2d} waits {cost.utcmma:3d} UTCMMA "
+                  f"{cost.narrow:3d} narrow", flush=True)  # fmt: skip
             wrong += faults(spec, capability, cost, cost if options.write else recorded.get(key))
     if options.write:
         write(costs, folders)

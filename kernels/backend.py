@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from types import TracebackType
 
 import torch
@@ -106,7 +107,13 @@ def interpreting() -> bool:
 
 @functools.cache
 def device_runs_triton(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= _MINIMUM_CAPABILITY
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _MINIMUM_CAPABILITY:
+        name, (major, minor) = torch.cuda.get_device_name(index), capability
+        warnings.warn(
+            f"{name}: compute capability {major}.{minor} is below 8.0, torch's operators are used", stacklevel=2
+        )
+    return capability >= _MINIMUM_CAPABILITY
 
 
 @functools.cache

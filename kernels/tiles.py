@@ -20,12 +20,12 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b in fp32. Triton's interpreter multiplies the bit patterns of bfloat16, so there both are made wide."""
+def dot(a, b, acc=None):
+    """acc + a @ b in fp32. Triton's interpreter multiplies the bit patterns of bfloat16: there both are made wide."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -1,17 +1,22 @@
 """Times launch configurations on the GPU at hand and writes the user's own table: `python -m beit_fast tune`.
 
-Every kernel starts from its shipped row; another row replaces it only if it is at least 3 % faster, measured in turns.
+Every kernel starts from the row in force; another replaces it only if it is at least 3 % faster, measured in turns. All
+rows are compiled first, in a process for each core.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +25,16 @@ from typing import Any
 import torch
 
 from beit_fast.kernels.backend import triton_installed
-from beit_fast.kernels.launch_table import Config, architecture_of, forget, launch_config, trial, user_table_path
+from beit_fast.kernels.launch_table import (
+    CANDIDATES,
+    Config,
+    architecture_of,
+    forget,
+    launch_config,
+    recording,
+    trial,
+    user_table_path,
+)
 
 GAIN = 0.97  # a new row must take at most this share of the shipped row's time
 TURNS = 7
@@ -34,16 +48,26 @@ class Subject:
         kernel, bucket: its row in the launch table.
         run: launches it, with whatever row is in force.
         axes: what is varied, by the row's own names.
+        rows: to be tried as they are, in place of axes; without one of them another kernel does the work.
     """
 
     kernel: str
     bucket: str | None
     run: Callable[[], object]
     axes: Mapping[str, Sequence[int]]
+    rows: Sequence[Config] = ()
 
     @property
-    def row(self) -> str:
+    def name(self) -> str:
         return self.kernel if self.bucket is None else f"{self.kernel}/{self.bucket}"
+
+    def all_rows(self, device: torch.device) -> list[Config]:
+        """Every row to be tried."""
+        if self.rows:
+            return list(self.rows)
+        now = launch_config(self.kernel, device, self.bucket)
+        choices = itertools.product(*self.axes.values())
+        return [{**now, **dict(zip(self.axes, values, strict=True))} for values in choices]
 
 
 def subjects(
@@ -116,20 +140,62 @@ def subjects(
     ]  # fmt: skip
     qkv = draw(B, N, 3, heads, D // heads, kind=dtype)
     q, k, v = qkv.unbind(2)
-    padded = bias.prepare_bias(draw(heads, N, N), dtype, True)
-    scale = (D // heads) ** -0.5
-    out, lse = forward.attention_forward(q, k, v, padded, scale, True)
+    scale, learned = (D // heads) ** -0.5, draw(heads, N, N)
+    prepared = bias.prepare_bias(learned, dtype, True, None)
+    out, lse = forward.attention_forward(q, k, v, prepared[0], scale, True)
+
+    @functools.cache
+    def prepared_for(keys: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return bias.prepare_bias(learned, dtype, True, {"KEYS": keys, "QUERIES": queries})
 
     def run_backward() -> object:
-        return backward.attention_backward(out, q, k, v, padded, out, lse, scale, True)
+        row = bias.one_pass_row(N, device)
+        given = prepared if row is None else prepared_for(row["KEYS"], row["QUERIES"])
+        return backward.attention_backward(out, q, k, v, learned, *given, out, lse, scale, True)
 
     tiles = {"ROWS": (32, 64, 128), "COLS": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
     head_bucket = str(forward.block_of(D // heads))
     runs: dict[str, Callable[[], object]] = {
-        "attention_forward": lambda: forward.attention_forward(q, k, v, padded, scale, True)
+        "attention_forward": lambda: forward.attention_forward(q, k, v, prepared[0], scale, True)
     }
     runs |= dict.fromkeys(("attention_backward_query", "attention_backward_key"), run_backward)
-    return found + [Subject(name, head_bucket, run, tiles) for name, run in runs.items()]
+    found += [Subject(name, head_bucket, run, tiles) for name, run in runs.items()]
+    bucket = str((N + 15) // 16 * 16)
+    rivals = CANDIDATES.get(architecture_of(device), {}).get(f"attention_backward_one_pass/{bucket}", ())
+    if not rivals or D // heads > 64:
+        return found
+    return [*found, Subject("attention_backward_one_pass", bucket, run_backward, {}, rivals)]
+
+
+def compile_all(found: Iterable[Subject], device: torch.device) -> None:
+    """Compiles every row of every kernel into Triton's cache, in a process for each core."""
+    jobs = []
+    for subject in found:
+        for row in subject.all_rows(device):
+            with trial(subject.kernel, subject.bucket, row), recording() as launches:
+                subject.run()
+            jobs += [job for launch in launches if (job := compile_job(*launch)) not in jobs]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        for error in pool.map(_compile, jobs):
+            if error:
+                raise RuntimeError(error)
+
+
+def compile_job(kernel: Any, grid: object, arguments: Sequence[Any], constants: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What another process needs to know to compile a launch: names, and of tensors the dtype."""
+    kinds = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in arguments)
+    return kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(sorted(constants.items()))
+
+
+def _compile(job: tuple[Any, ...]) -> str:
+    """Compiles one launch; what went wrong, unless the row just does not fit the GPU."""
+    module, name, kinds, constants = job
+    try:
+        getattr(importlib.import_module(module), name).warmup(*kinds, grid=(1,), **dict(constants))
+    except Exception as error:
+        return "" if _does_not_fit(error) else f"{name}: {error}"
+    return ""
 
 
 def best_row(subject: Subject, device: torch.device, clock: Callable[[Callable[[], object]], float]) -> Config | None:
@@ -138,10 +204,8 @@ def best_row(subject: Subject, device: torch.device, clock: Callable[[Callable[[
     Args:
         clock: seconds of a call.
     """
-    shipped = launch_config(subject.kernel, device, subject.bucket)
     times: dict[int, float] = {}
-    rows: list[Config] = [dict(shipped) | dict(zip(subject.axes, values, strict=True))
-            for values in itertools.product(*subject.axes.values())]  # fmt: skip
+    rows = subject.all_rows(device)
     for index, row in enumerate(rows):
         with trial(subject.kernel, subject.bucket, row):
             try:
@@ -154,11 +218,9 @@ def best_row(subject: Subject, device: torch.device, clock: Callable[[Callable[[
     best = rows[min(times, key=times.__getitem__)]
     ratios = []
     for _ in range(TURNS):
-        seconds = []
-        for row in (best, shipped):
-            with trial(subject.kernel, subject.bucket, row):
-                seconds.append(clock(subject.run))
-        ratios.append(seconds[0] / seconds[1])
+        with trial(subject.kernel, subject.bucket, best):
+            seconds = clock(subject.run)
+        ratios.append(seconds / clock(subject.run))
     return best if median(ratios) < GAIN else None
 
 
@@ -176,13 +238,16 @@ def tune(found: Iterable[Subject], device: torch.device, path: Path, say: Callab
     Returns:
         the number of rows written.
     """
+    found = list(found)
+    if device.type == "cuda":
+        compile_all(found, device)
     clock = _gpu_clock if device.type == "cuda" else _wall_clock
     rows: dict[str, Config] = {}
     for subject in found:
         row = best_row(subject, device, clock)
-        say(f"{subject.row:36s} {'as shipped' if row is None else json.dumps(row)}")
+        say(f"{subject.name:36s} {'as shipped' if row is None else json.dumps(row)}")
         if row is not None:
-            rows[subject.row] = row
+            rows[subject.name] = row
     if rows:
         table: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         table.setdefault(architecture_of(device), {}).update(rows)

@@ -4,13 +4,23 @@
 Scores, bias, tails and offsets as in `forward.py`.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.attention.bias import LOG2E, padded_width, reduce_bias_gradient
+from beit_fast.kernels.attention.bias import (
+    LOG2E,
+    one_pass_row,
+    padded_width,
+    prepare_bias,
+    reduce_bias_gradient,
+    transposed_shape,
+)
 from beit_fast.kernels.attention.forward import config_of, query_scores, readable, strides_of, tile_rows
+from beit_fast.kernels.attention.one_pass import one_pass
 from beit_fast.kernels.launch_table import launch
 from beit_fast.kernels.tiles import dot, load_tile, narrow, store_tile
 
@@ -43,7 +53,7 @@ def attention_backward_query_kernel(
     first_pair, N, H, W, scale_log2, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     HAS_BIAS: tl.constexpr, STORE_DS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """grad_q and delta = rowsum(grad * out) of one tile of queries; the tile's rows of dS if the bias wants them.
 
@@ -71,11 +81,13 @@ def attention_backward_query_kernel(
     q = load_tile(q_ptr + b * q_b + h * q_h, read, q_n, K, BLOCK_K)
     grad_q = tl.zeros([ROWS, BLOCK_K], tl.float32)
     full = N // COLS * COLS
-    for start in range(0, full, COLS):
-        grad_q = _query_step(
-            grad_q, q, grad, lse, delta, k_base, v_base, k_n, v_n, bias_base, read * W, ds_base, inside, start, N,
-            scale_log2, HAS_BIAS, STORE_DS, COLS, False, K, BLOCK_K,
-        )  # fmt: skip
+    if FULL:
+        tl.assume(full > 0)  # else copies for an empty loop come between products and their waits
+        for start in range(0, full, COLS):
+            grad_q = _query_step(
+                grad_q, q, grad, lse, delta, k_base, v_base, k_n, v_n, bias_base, read * W, ds_base, inside, start, N,
+                scale_log2, HAS_BIAS, STORE_DS, COLS, False, K, BLOCK_K,
+            )  # fmt: skip
     if TAIL > 0:
         grad_q = _query_step(
             grad_q, q, grad, lse, delta, k_base, v_base, k_n, v_n, bias_base, read * W, ds_base, inside, full, N,
@@ -120,7 +132,7 @@ def attention_backward_key_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, lse_ptr, delta_ptr, grad_qkv_ptr, N, H, W, scale_log2, scale,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     HAS_BIAS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of one tile of keys; `bias_ptr` is the transposed copy (H, keys, W)."""
     tiles = tl.cdiv(N, ROWS)
@@ -140,11 +152,13 @@ def attention_backward_key_kernel(
     grad_k = tl.zeros([ROWS, BLOCK_K], tl.float32)
     grad_v = tl.zeros([ROWS, BLOCK_K], tl.float32)
     full = N // COLS * COLS
-    for start in range(0, full, COLS):
-        grad_k, grad_v = _key_step(
-            grad_k, grad_v, k, v, q_base, grad_base, q_n, H * K, lse_base, delta_base, bias_base, read * W, start, N,
-            scale_log2, HAS_BIAS, COLS, False, K, BLOCK_K,
-        )  # fmt: skip
+    if FULL:
+        tl.assume(full > 0)  # else copies for an empty loop come between products and their waits
+        for start in range(0, full, COLS):
+            grad_k, grad_v = _key_step(
+                grad_k, grad_v, k, v, q_base, grad_base, q_n, H * K, lse_base, delta_base, bias_base, read * W, start,
+                N, scale_log2, HAS_BIAS, COLS, False, K, BLOCK_K,
+            )  # fmt: skip
     if TAIL > 0:
         grad_k, grad_v = _key_step(
             grad_k, grad_v, k, v, q_base, grad_base, q_n, H * K, lse_base, delta_base, bias_base, read * W, full, N,
@@ -155,10 +169,9 @@ def attention_backward_key_kernel(
     store_tile(out_base + 2 * H * K, rows, 3 * H * K, inside, grad_v, K, BLOCK_K)
 
 
-def samples_per_chunk(batch: int, num_heads: int, num_tokens: int, itemsize: int) -> int:
+def samples_per_chunk(batch: int, bytes_of_sample: int) -> int:
     """Samples whose dS is held at once, at least one. Never a property of the device."""
-    sample = num_heads * num_tokens * padded_width(num_tokens) * itemsize
-    return max(1, min(batch, SCRATCH_BYTES // sample))
+    return max(1, min(batch, SCRATCH_BYTES // bytes_of_sample))
 
 
 def attention_backward(
@@ -166,7 +179,9 @@ def attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
     padded: Tensor | None,
+    transposed: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -176,28 +191,36 @@ def attention_backward(
     q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
     batch, num_tokens, num_heads, head_dim = q.shape
     width = padded_width(num_tokens)
+    row = one_pass_row(num_tokens, q.device) if head_dim <= 64 and scale > 0 else None
+    shape = transposed_shape(num_heads, num_tokens, row)
+    if bias is not None and (padded is None or transposed is None or transposed.shape != shape):
+        padded, transposed = prepare_bias(bias, q.dtype, True, row)  # it was prepared for another kernel, or for none
     grad_qkv = q.new_empty(batch, num_tokens, 3, num_heads, head_dim)
     grad_bias = q.new_empty((num_heads, num_tokens, num_tokens) if need_bias else 0, dtype=torch.float32)
     delta = torch.empty_like(lse)
-    chunk = samples_per_chunk(batch, num_heads, num_tokens, q.element_size()) if need_bias else batch
-    ds = q.new_empty((chunk, num_heads, num_tokens, width) if need_bias else 0)
-    bias, transposed = (q, q) if padded is None else padded.unbind(0)
+    chunk = samples_per_chunk(batch, math.prod(shape) * q.element_size()) if need_bias else batch
+    ds = q.new_empty((chunk, *shape) if need_bias else 0)
     sizes = (num_tokens, num_heads, width, scale * LOG2E, scale, *strides_of(q, k, v))
+    flags = {"HAS_BIAS": padded is not None, "STORE_DS": need_bias}
+    padded, transposed = q if padded is None else padded, q if transposed is None else transposed
 
     config, programs = config_of("attention_backward_query", q)
     for first in range(0, batch, chunk):
         samples = min(chunk, batch - first)
-        launch(
-            attention_backward_query_kernel, (programs * samples,),
-            grad_out, q, k, v, bias, out, lse, grad_qkv, delta, ds, first * num_heads, *sizes,
-            HAS_BIAS=padded is not None, STORE_DS=need_bias, **config,
-        )  # fmt: skip
+        pointers = (grad_out, q, k, v, padded, out, lse, grad_qkv, delta, ds)
+        if row is None:
+            launch(
+                attention_backward_query_kernel, (programs * samples,), *pointers, first * num_heads, *sizes,
+                **flags, **config,
+            )  # fmt: skip
+        else:
+            one_pass(grad_out, q, k, v, transposed, out, lse, grad_qkv, delta, ds, first, samples, scale, row, flags)
         if need_bias:
             reduce_bias_gradient(ds[:samples], grad_bias, accumulate=first > 0)
-
-    config, programs = config_of("attention_backward_key", q)
-    launch(
-        attention_backward_key_kernel, (programs * batch,),
-        grad_out, q, k, v, transposed, lse, delta, grad_qkv, *sizes, HAS_BIAS=padded is not None, **config,
-    )  # fmt: skip
+    if row is None:
+        config, programs = config_of("attention_backward_key", q)
+        launch(
+            attention_backward_key_kernel, (programs * batch,),
+            grad_out, q, k, v, transposed, lse, delta, grad_qkv, *sizes, HAS_BIAS=flags["HAS_BIAS"], **config,
+        )  # fmt: skip
     return grad_qkv, grad_bias

@@ -63,7 +63,7 @@ def attention_forward_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, N, H, W, scale_log2,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     HAS_BIAS: tl.constexpr, SAVE_LSE: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TAIL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one (sample, head); the tiles of a pair are neighbours, so its keys stay in the cache."""
     tiles = tl.cdiv(N, ROWS)
@@ -81,11 +81,13 @@ def attention_forward_kernel(
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
     l_i = tl.zeros([ROWS], tl.float32)
     full = N // COLS * COLS
-    for start in range(0, full, COLS):
-        acc, m_i, l_i = _forward_step(
-            acc, m_i, l_i, q, k_base, v_base, k_n, v_n, bias_base, read * W, start, N, scale_log2,
-            HAS_BIAS, COLS, False, K, BLOCK_K,
-        )  # fmt: skip
+    if FULL:
+        tl.assume(full > 0)  # else copies for an empty loop come between products and their waits
+        for start in range(0, full, COLS):
+            acc, m_i, l_i = _forward_step(
+                acc, m_i, l_i, q, k_base, v_base, k_n, v_n, bias_base, read * W, start, N, scale_log2,
+                HAS_BIAS, COLS, False, K, BLOCK_K,
+            )  # fmt: skip
     if TAIL > 0:
         acc, m_i, l_i = _forward_step(
             acc, m_i, l_i, q, k_base, v_base, k_n, v_n, bias_base, read * W, full, N, scale_log2,
@@ -118,7 +120,8 @@ def config_of(name: str, q: Tensor) -> tuple[dict[str, int], int]:
     _, num_tokens, num_heads, head_dim = q.shape
     block = block_of(head_dim)
     config = dict(launch_config(name, q.device, block))
-    config |= {"K": head_dim, "BLOCK_K": block, "TAIL": tail_of(num_tokens, config["COLS"])}
+    config |= {"K": head_dim, "BLOCK_K": block}
+    config |= {"FULL": num_tokens >= config["COLS"], "TAIL": tail_of(num_tokens, config["COLS"])}
     return config, triton.cdiv(num_tokens, config["ROWS"]) * num_heads
 
 

@@ -13,10 +13,11 @@ from beit_fast.kernels.registration import fused_op
 
 
 class PreparedBias(NamedTuple):
-    """A bias ready for the kernels: `bias` (H, N, N) takes the gradient, `padded` is what the kernels read."""
+    """A bias ready for the kernels: `bias` (H, N, N) takes the gradient, the others are what the kernels read."""
 
     bias: Tensor
     padded: Tensor
+    transposed: Tensor
 
 
 Bias = Tensor | PreparedBias | None
@@ -40,7 +41,7 @@ def prepare_bias(bias: Tensor, dtype: torch.dtype) -> Tensor | PreparedBias:
         raise ValueError(f"bias must be floating (H, N, N), got {bias.dtype} {tuple(bias.shape)}")
     if select("biased_attention", bias, dtype) != "triton":
         return bias
-    return PreparedBias(bias, _prepare_bias(bias.detach(), dtype, torch.is_grad_enabled()))
+    return PreparedBias(bias, *_prepare_bias(bias.detach(), dtype, torch.is_grad_enabled()))
 
 
 def packed_attention(qkv: Tensor, bias: Bias = None, scale: float | None = None) -> Tensor:
@@ -105,7 +106,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Bias = None, scale: 
 
 def _run(q: Tensor, k: Tensor | None, v: Tensor | None, given: Bias, scale: float | None) -> Tensor:
     """The attention of the backend in force; without k and v, q is the packed (B, N, 3, H, K)."""
-    bias, padded = (given.bias, given.padded) if isinstance(given, PreparedBias) else (given, None)
+    bias, padded, transposed = given if isinstance(given, PreparedBias) else (given, None, None)
     num_tokens, num_heads, head_dim = q.shape[1], q.shape[-2], q.shape[-1]
     if bias is not None:
         if tuple(bias.shape) != (num_heads, num_tokens, num_tokens) or not bias.is_floating_point():
@@ -124,23 +125,24 @@ def _run(q: Tensor, k: Tensor | None, v: Tensor | None, given: Bias, scale: floa
     learned = torch.is_grad_enabled() and bias is not None and bias.requires_grad
     saves = learned or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)))
     if backend == "triton" and bias is not None and padded is None:
-        padded = _prepare_bias(bias.detach(), q.dtype, saves)
-    return _attention(q, k, v, bias, padded, scale, saves, learned, backend)[0]
+        padded, transposed = _prepare_bias(bias.detach(), q.dtype, saves)
+    return _attention(q, k, v, bias, padded, transposed, scale, saves, learned, backend)[0]
 
 
-def _prepare_fake(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    from beit_fast.kernels.attention.bias import padded_width, prepared_dtype
+def _prepare_fake(bias: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+    from beit_fast.kernels.attention.bias import one_pass_row, padded_width, prepared_dtype, transposed_shape
 
     num_heads, num_tokens, _ = bias.shape
-    shape = (2 if transposed else 1, num_heads, num_tokens, padded_width(num_tokens))
-    return bias.new_empty(shape, dtype=prepared_dtype(dtype))
+    padded = bias.new_empty((num_heads, num_tokens, padded_width(num_tokens)), dtype=prepared_dtype(dtype))
+    shape = transposed_shape(num_heads, num_tokens, one_pass_row(num_tokens, bias.device)) if transposed else (0,)
+    return padded, padded.new_empty(shape)
 
 
 @fused_op("beit_fast::prepare_bias", fake=_prepare_fake)
-def _prepare_bias(bias: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    from beit_fast.kernels.attention.bias import prepare_bias
+def _prepare_bias(bias: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+    from beit_fast.kernels.attention.bias import one_pass_row, prepare_bias
 
-    return prepare_bias(bias, dtype, transposed)
+    return prepare_bias(bias, dtype, transposed, one_pass_row(bias.shape[1], bias.device))
 
 
 def _fake(q: Tensor, k: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
@@ -159,6 +161,7 @@ def _attention(
     v: Tensor | None,
     bias: Tensor | None,
     padded: Tensor | None,
+    transposed: Tensor | None,
     scale: float,
     saves: bool,
     learned: bool,
@@ -193,6 +196,7 @@ def _attention_backward(
     v: Tensor | None,
     bias: Tensor | None,
     padded: Tensor | None,
+    transposed: Tensor | None,
     out: Tensor,
     saved: Tensor,
     scale: float,
@@ -203,11 +207,8 @@ def _attention_backward(
     q, k, v = q.unbind(2) if k is None or v is None else (q, k, v)
     if backend == "triton":
         from beit_fast.kernels.attention.backward import attention_backward
-        from beit_fast.kernels.attention.bias import prepare_bias
 
-        if bias is not None and (padded is None or padded.shape[0] < 2):  # prepared where no gradient was in sight
-            padded = prepare_bias(bias, q.dtype, transposed=True)
-        return attention_backward(grad_out, q, k, v, padded, out, saved, scale, need_bias)
+        return attention_backward(grad_out, q, k, v, bias, padded, transposed, out, saved, scale, need_bias)
     return cpu.backward(grad_out, q, k, v, bias, out, saved, scale, need_bias)
 
 
@@ -219,9 +220,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 @_attention.backward(_save)
 def _gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, padded, out, saved = ctx.saved_tensors
+    q, k, v, bias, padded, transposed, out, saved = ctx.saved_tensors
     need_bias = ctx.needs_input_grad[3]
-    given = (grad_out, q, k, v, bias, padded, out, saved, ctx.scale, need_bias, ctx.backend)
+    given = (grad_out, q, k, v, bias, padded, transposed, out, saved, ctx.scale, need_bias, ctx.backend)
     grad_qkv, grad_bias = _attention_backward(*given)
     grad_q, grad_k, grad_v = (grad_qkv, None, None) if k is None else grad_qkv.unbind(2)
-    return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype) if need_bias else None, None, None, None, None, None
+    return grad_q, grad_k, grad_v, grad_bias.to(bias.dtype) if need_bias else None, *(None,) * 6

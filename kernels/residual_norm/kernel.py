@@ -217,9 +217,9 @@ def residual_norm_backward(
     programs = max(1, min(config.pop("PROGRAMS"), R))
     sums = need_norm or need_gamma or need_branch_bias
     partial = total.new_empty((4, programs, D) if sums else 0, dtype=torch.float32)
+    make = total.new_zeros if R == 0 else total.new_empty  # the finishing kernel writes them
     grad_gamma, grad_weight, grad_bias, grad_branch_bias = (
-        total.new_zeros(D if need else 0, dtype=torch.float32)
-        for need in (need_gamma, need_norm, need_norm, need_branch_bias)
+        make(D if need else 0, dtype=torch.float32) for need in (need_gamma, need_norm, need_norm, need_branch_bias)
     )
     flags = {
         "HAS_GAMMA": gamma is not None, "HAS_BRANCH_BIAS": branch_bias is not None, "NEED_GAMMA": need_gamma,

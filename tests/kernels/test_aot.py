@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: what every shipped kernel costs on sm_80 and sm_90, without a GPU."""
+"""Ahead-of-time compilation: what every shipped kernel costs on each architecture, without a GPU."""
 
 import re
 from pathlib import Path
@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from beit_fast.kernels import aot
-from beit_fast.kernels.aot import FOLDERS, AotSpec, Cost, all_specs, faults, measure, recorded_costs
+from beit_fast.kernels.aot import Cost, faults, measure, recorded_costs
+from beit_fast.kernels.aot_specs import ARCHITECTURES, FOLDERS, AotSpec, all_specs
 from beit_fast.kernels.launch_table import SHIPPED, forget, launch_config
 
 triton = pytest.importorskip("triton")
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_configuration_stays_within_its_recorded_costs(folder: str, capability: int) -> None:
     recorded = recorded_costs().get(triton.__version__)
@@ -38,7 +39,7 @@ def test_labels_and_table_agree() -> None:
 
 
 SPEC = AotSpec("name", kernel=None, signature={}, constants={}, has_matmul=True)
-GOOD = Cost(registers=128, stack=0, shared=49152, hmma=80, hgmma=13, narrow=0)
+GOOD = Cost(registers=128, stack=0, shared=49152, hmma=80, hgmma=13, narrow=0, waits=5, utcmma=25)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,12 @@ GOOD = Cost(registers=128, stack=0, shared=49152, hmma=80, hgmma=13, narrow=0)
         ({"shared": 50000}, 80, "shared memory, recorded"),
         ({"narrow": 8}, 90, "8 loads or stores"),
         ({"hgmma": 0}, 90, "no HGMMA"),
+        ({"waits": 6}, 90, "6 waits for HGMMA, recorded 5"),
+        ({"waits": 13}, 90, "each runs alone"),
+        ({"utcmma": 0}, 100, "no UTCMMA"),
+        ({"hmma": 0}, 120, "no HMMA"),
+        ({"stack": 8}, 100, "8 bytes of stack"),
+        ({"shared": 100 * 1024}, 86, "shared memory, limit"),
         ({"hmma": 0}, 80, "no HMMA"),
     ],
 )

@@ -1,6 +1,7 @@
 """Attention with a bias on CPU, against its definition in fp64: results, gradients, contracts with autograd."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from beit_fast.kernels import biased_attention, packed_attention, prepare_bias, use_backend
 from beit_fast.kernels.attention import cpu, reference
+from beit_fast.kernels.launch_table import trial
 
 Check = Callable[[str, Tensor, Tensor, Tensor], None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -229,20 +231,20 @@ def check_ops(dtype: torch.dtype, bias_only: bool) -> None:
     ops = torch.ops.beit_fast
     learned = bias.detach().requires_grad_()
     packed = (qkv.requires_grad_(), None, None)
-    torch.library.opcheck(ops.attention.default, (*packed, learned, None, 0.5, True, True, "cpu"))
+    torch.library.opcheck(ops.attention.default, (*packed, learned, None, None, 0.5, True, True, "cpu"))
     if bias_only:
         return
-    torch.library.opcheck(ops.attention.default, (*packed, None, None, 0.5, True, False, "cpu"))
-    torch.library.opcheck(ops.attention.default, (*packed, bias, None, 0.5, True, False, "cpu"))
+    torch.library.opcheck(ops.attention.default, (*packed, None, None, None, 0.5, True, False, "cpu"))
+    torch.library.opcheck(ops.attention.default, (*packed, bias, None, None, 0.5, True, False, "cpu"))
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.attention.default, (*leaves, learned, None, 0.5, True, True, "cpu"))
+    torch.library.opcheck(ops.attention.default, (*leaves, learned, None, None, 0.5, True, True, "cpu"))
     constants = [x.detach() for x in (q, k, v, bias)]
-    torch.library.opcheck(ops.attention.default, (*constants, None, 0.5, False, False, "cpu"))
+    torch.library.opcheck(ops.attention.default, (*constants, None, None, 0.5, False, False, "cpu"))
     for need_bias in (True, False):
-        out, saved = (x.detach() for x in ops.attention(*packed, bias, None, 0.5, True, need_bias, "cpu"))
-        arguments = (grad, *constants, None, out, saved, 0.5, need_bias, "cpu")
+        out, saved = (x.detach() for x in ops.attention(*packed, bias, None, None, 0.5, True, need_bias, "cpu"))
+        arguments = (grad, *constants, None, None, out, saved, 0.5, need_bias, "cpu")
         torch.library.opcheck(ops.attention_backward.default, arguments)
-        packed_arguments = (grad, qkv.detach(), None, None, bias, None, out, saved, 0.5, need_bias, "cpu")
+        packed_arguments = (grad, qkv.detach(), None, None, bias, None, None, out, saved, 0.5, need_bias, "cpu")
         torch.library.opcheck(ops.attention_backward.default, packed_arguments)
 
 
@@ -357,11 +359,80 @@ def test_scratch_is_bounded_by_memory_alone() -> None:
     backward = pytest.importorskip("beit_fast.kernels.attention.backward")
     for tokens in (2, 65, 197, 257, 577, 785, 1025, 1601, 4097):
         for heads in (1, 3, 12, 16, 24):
-            samples = backward.samples_per_chunk(256, heads, tokens, 2)
+            one = heads * tokens * backward.padded_width(tokens) * 2
+            samples = backward.samples_per_chunk(256, one)
             assert samples >= 1
-            assert samples == 1 or samples * heads * tokens * backward.padded_width(tokens) * 2 <= 512 * 2**20
-    assert backward.samples_per_chunk(256, 12, 197, 2) == 256
-    assert backward.samples_per_chunk(8, 12, 197, 2) == 8
+            assert samples == 1 or samples * one <= 512 * 2**20
+    assert backward.samples_per_chunk(256, 12 * 197 * 208 * 2) == 256
+    assert backward.samples_per_chunk(8, 12 * 197 * 208 * 2) == 8
+
+
+ONE_PASS_CASES = [  # tokens, batch, heads, head dim, dtype, with bias, keys, queries
+    (17, 3, 2, 32, torch.bfloat16, True, 64, 32),
+    (33, 2, 2, 64, torch.float16, False, 64, 32),
+    (50, 2, 1, 48, torch.float32, True, 64, 32),
+    (101, 1, 2, 64, torch.bfloat16, True, 128, 64),
+    (197, 1, 1, 64, torch.bfloat16, True, 64, 32),
+]
+
+
+@pytest.fixture
+def one_pass() -> Iterator[Callable[[int, int, int], None]]:
+    """Calling it with (tokens, keys, queries) gives the one-pass backward kernel a launch row for so many tokens."""
+    with ExitStack() as stack:
+
+        def use(tokens: int, keys: int, queries: int) -> None:
+            row = {"KEYS": keys, "QUERIES": queries, "num_warps": 4 if keys == 64 else 8, "num_stages": 1}
+            bucket = str((tokens + 15) // 16 * 16)
+            stack.enter_context(trial("attention_backward_one_pass", bucket, row))
+
+        yield use
+
+
+@pytest.mark.parametrize("case", ONE_PASS_CASES, ids=str)
+def test_one_pass_kernel(
+    case: tuple[int, int, int, int, torch.dtype, bool, int, int],
+    triton_device: str,
+    one_pass: Callable[[int, int, int], None],
+    assert_accurate: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same gradients as of two kernels, by one; nothing else writes them; two runs agree bit for bit."""
+    from beit_fast.kernels.attention import backward
+
+    tokens, batch, heads, head_dim, dtype, with_bias, keys, queries = case
+    one_pass(tokens, keys, queries)
+    monkeypatch.setattr(backward, "attention_backward_query_kernel", None)  # to launch it would fail
+    monkeypatch.setattr(backward, "attention_backward_key_kernel", None)
+    qkv, bias, grad = on(triton_device, *inputs_of(batch, tokens, heads, head_dim, dtype))
+    given = bias if with_bias else None
+    first = compare(assert_accurate, qkv, given, grad)
+    torch.use_deterministic_algorithms(True)  # fills every new tensor with NaN
+    try:
+        again = run(packed_attention, qkv, given, grad)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_one_pass_kernel_in_chunks_and_with_a_bias_prepared_for_another(
+    triton_device: str, one_pass: Callable[[int, int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the batch is cut changes nothing; a bias prepared without the row, or a head dim too large, still works."""
+    from beit_fast.kernels.attention import backward
+
+    qkv, bias, grad = on(triton_device, *inputs_of(3, 33, 1, 16, torch.bfloat16))
+    wide = on(triton_device, *inputs_of(1, 33, 1, 80, torch.bfloat16))
+    two_kernels = run(packed_attention, *wide)
+    early = prepare_bias(bias, qkv.dtype)
+    one_pass(33, 64, 32)
+    whole = run(packed_attention, qkv, bias, grad)
+    monkeypatch.setattr(backward, "samples_per_chunk", lambda *_: 2)
+    cut = run(packed_attention, qkv, bias, grad)
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    late = run(lambda x, _: packed_attention(x, early), qkv, None, grad)
+    assert all(torch.equal(a, b) for a, b in zip(late, whole, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(run(packed_attention, *wide), two_kernels, strict=True))
 
 
 def test_kernels_take_views_and_ignore_uninitialised_memory(

@@ -1,6 +1,8 @@
 """`python -m beit_fast tune`: what it tries, what it keeps, where it writes."""
 
+import importlib
 import json
+import pickle
 import time
 from collections import UserDict
 from collections.abc import Iterator
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from beit_fast.kernels import tune
-from beit_fast.kernels.launch_table import SHIPPED, forget, launch_config, trial
+from beit_fast.kernels.launch_table import SHIPPED, find_config, forget, launch_config, recording, trial
 from beit_fast.kernels.tune import Subject, best_row
 
 
@@ -74,6 +76,37 @@ def test_rows_that_do_not_fit_are_passed_over_and_real_faults_are_not() -> None:
         best_row(Subject("gelu_forward", None, broken, {"num_warps": (2,)}), CPU, lambda run: run() or 1.0)  # type: ignore[func-returns-value]
 
 
+def test_rows_of_a_rival_kernel_are_tried_against_what_runs_without_them() -> None:
+    def run() -> None:
+        row = find_config("attention_backward_one_pass", CPU, 208)
+        time.sleep(0.01 if row is None else 0.002 * row["KEYS"])
+
+    slow, fast = {"KEYS": 8}, {"KEYS": 2}
+    found = [
+        best_row(Subject("attention_backward_one_pass", "208", run, {}, rows), CPU, tune._wall_clock)
+        for rows in ([slow, fast], [slow])
+    ]
+    assert found == [fast, None] or found == [fast, slow]
+    assert find_config("attention_backward_one_pass", CPU, 208) is None
+
+
+def test_every_row_is_a_job_for_a_process() -> None:
+    """What is to be compiled is listed without running it, and can be sent to another process and found there."""
+    with recording():  # whose own inputs some kernels would make
+        subjects = tune.subjects(CPU, 1, 5, 32, 2, 24, torch.float32)
+    for subject in subjects:
+        jobs = set()
+        for row in subject.all_rows(CPU):
+            with trial(subject.kernel, subject.bucket, row), recording() as launches:
+                subject.run()
+            jobs |= {tune.compile_job(*launch) for launch in launches}
+        warps = {row["num_warps"] for row in subject.all_rows(CPU)}
+        assert warps <= {dict(constants)["num_warps"] for *_, constants in jobs}
+        for module, name, kinds, constants in map(pickle.loads, map(pickle.dumps, jobs)):
+            kernel = getattr(importlib.import_module(module), name)
+            assert len(kinds) + len(dict(constants).keys() & set(kernel.arg_names)) == len(kernel.arg_names)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert tune.main([]) == 2
@@ -97,11 +130,11 @@ def test_every_subject_runs(triton_device: str) -> None:
     device = torch.device(triton_device)
     names = set()
     for subject in tune.subjects(device, 1, 5, 32, 2, 24, torch.float32):
-        row = dict(launch_config(subject.kernel, device, subject.bucket))
+        row = dict(subject.all_rows(device)[0])
         assert set(subject.axes) <= set(row)
         watched = Watched(row)
         with trial(subject.kernel, subject.bucket, watched):
             subject.run()
-        assert watched.read == set(row), subject.row
+        assert watched.read == set(row), subject.name
         names.add(subject.kernel)
     assert names <= set(SHIPPED["default"])
