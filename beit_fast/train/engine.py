@@ -235,11 +235,11 @@ class TrainingRun:
             f"{world.size} {world.device.type}{parallel_name} x {self.accumulation} x {micro_batch}, "
             f"{self.precision}, run folder {self.folder.path}"
         )
-        report = self.folder.path / f"hang_rank{world.rank}.txt"
         rank = f"rank {world.rank} of {world.size}"
         self.watchdog = Watchdog(
-            report, config.hang_timeout_s, lambda: f"{rank} stands still, {self.phase}, {self.step} steps done"
-        )
+            self.folder.path, world.rank, world.size, config.hang_timeout_s,
+            lambda: f"{rank} stands still, {self.phase}, {self.step} steps done",
+        )  # fmt: skip
 
     def next_batches(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of a step. Where they cannot be had the step before is saved first."""

@@ -211,10 +211,10 @@ def test_the_suggestion_is_arithmetic():
 def test_a_rank_that_never_answers_ends_with_a_report(ranks, tmp_path):
     """One rank sleeps for ever in its data; both say where they are, and the run ends."""
     done = ranks.run(
-        tmp_path / "run", 2, "--stuck", "3,1", "--hang-timeout-s", 3, task="beit", limit_s=40,
+        tmp_path / "run", 2, "--stuck", "3,1", "--hang-timeout-s", 12, task="beit", limit_s=240,
     )  # fmt: skip
     assert (done.code, done.hung) == (1, False), done.log
-    assert "rank 1 of 2 stands still, training, 3 steps done: no progress for 3 s" in done.log
+    assert "rank 1 of 2 stands still, training, 3 steps done: no progress for 12 s" in done.log
     stuck = (tmp_path / "run" / "hang_rank1.txt").read_text()
     assert "in prepare" in stuck
     waiting = (tmp_path / "run" / "hang_rank0.txt").read_text()

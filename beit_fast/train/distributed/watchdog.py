@@ -1,5 +1,6 @@
 """A run that stands still ends with a report: where every thread of every rank is."""
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -10,18 +11,30 @@ from pathlib import Path
 
 TICK_S = 0.5
 FIRST_STEP_S = 1800.0
-"""Until the first step is done kernels are compiled and data are opened, so more patience is due."""
+"""Until the first step is done kernels are compiled and data are opened, which takes longer than a step."""
+OTHERS_S = 60.0
+"""How long a rank that has reported waits for the reports of the others: a launcher ends them when it ends."""
 
 
 class Watchdog:
     """Ends the process when `beat` was not called for `timeout_s`; writes the stacks of all threads first.
 
-    One rank that is stuck makes all others wait in their next collective, so each of them reports where it waits. Time
-    during which the whole process was stopped (SIGSTOP, a suspended machine) does not count.
+    One rank that is stuck makes all others wait in their next collective, so each of them reports where it waits; none
+    ends before all have. Time during which the whole process was stopped (SIGSTOP, a suspended machine) does not count.
     """
 
-    def __init__(self, report: Path, timeout_s: float, describe: Callable[[], str]) -> None:
-        self.report, self.timeout_s, self.describe = report, timeout_s, describe
+    def __init__(self, folder: Path, rank: int, ranks: int, timeout_s: float, describe: Callable[[], str]) -> None:
+        """Start watching.
+
+        Args:
+            folder: each rank writes its `hang_rank<rank>.txt` there; all ranks of the run can read it.
+            rank, ranks: of this process, and how many there are.
+            timeout_s: seconds without a step; the first one gets at least `FIRST_STEP_S`.
+            describe: says in one line what this rank is doing.
+        """
+        reports = [folder / f"hang_rank{number}.txt" for number in range(ranks)]
+        self.report, self.timeout_s, self.describe = reports[rank], timeout_s, describe
+        self._others = {path: _modified(path) for path in reports if path != self.report}  # of an earlier start
         self._waited_s = 0.0
         self._limit_s = max(timeout_s, FIRST_STEP_S)
         self._closed = threading.Event()
@@ -30,11 +43,11 @@ class Watchdog:
         self._thread.start()
 
     def beat(self) -> None:
-        """A step is done."""
+        """Note that a step is done."""
         self._waited_s, self._limit_s, self._paused = 0.0, self.timeout_s, False
 
     def pause(self) -> None:
-        """What comes now may take as long as it likes (evaluation); the next `beat` ends the pause."""
+        """Allow any time for what comes now (evaluation); the next `beat` ends the pause."""
         self._paused = True
 
     def close(self) -> None:
@@ -53,10 +66,12 @@ class Watchdog:
 
     def _end(self) -> None:
         try:
-            with self.report.open("w") as file:
+            work = self.report.with_suffix(".tmp")
+            with work.open("w") as file:
                 file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {self.describe()}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
+            work.replace(self.report)  # whole, where the others look for it
             where = str(self.report)
         except OSError:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
@@ -67,4 +82,14 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        give_up = time.monotonic() + OTHERS_S
+        while time.monotonic() < give_up and any(_modified(path) == old for path, old in self._others.items()):
+            time.sleep(0.05)
         os._exit(1)
+
+
+def _modified(path: Path) -> int:
+    """When the file was written, in nanoseconds; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime_ns
+    return 0
