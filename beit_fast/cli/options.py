@@ -1,5 +1,6 @@
 """From a command line to a dataclass of options, and from an error to one line and an exit code."""
 
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -8,12 +9,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from beit_fast.data.screening import TooManyBadImages
 from beit_fast.data.sources.source import SourceUnavailable
+from beit_fast.train.config import expand_home
 
 Options = TypeVar("Options")
 
@@ -52,7 +55,10 @@ def parse(default: Options, arguments: Sequence[str], program: str | None = None
             fail(f"unexpected argument {unknown[0]!r}; options look like --optim.lr 1e-3, --help lists them", code=2)
         near = nearest_options(wrong, option_names(default))
         fail(f"unknown option {wrong}; {did_you_mean(near) or '--help lists them'}", code=2)
-    result: Options = options
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may be no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
+    result: Options = expand_home(options)
     return result
 
 
@@ -98,6 +104,26 @@ def _one_line(box: str) -> str:
     rules = [number for number, line in enumerate(lines) if re.search("(─|-){5,}$", line)]
     text = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else []
     return " ".join(text) or " ".join(box.split()) or "wrong command line; --help lists the options"
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """Name what is made of each image: by its stem, or, where two share one, by its path.
+
+    Raises:
+        ValueError: two images would still get one name.
+    """
+    parts = [path.absolute().parts for path in images]
+    shared = len(Path(os.path.commonpath([path.absolute().parent for path in images])).parts)
+    stems = collections.Counter(path.stem for path in set(images))
+    names = [
+        path.stem if stems[path.stem] == 1 else "_".join(part[shared:])
+        for path, part in zip(images, parts, strict=True)
+    ]
+    first: dict[str, Path] = {}
+    for name, path in zip(names, images, strict=True):
+        if first.setdefault(name, path) != path:
+            raise ValueError(f"{first[name]} and {path} would both be written as {name}; give them one after the other")
+    return names
 
 
 def fail(message: str, code: int) -> NoReturn:

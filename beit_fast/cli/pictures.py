@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional
 
-from beit_fast.cli.options import errors_in_one_line, fail, parse
+from beit_fast.cli.options import errors_in_one_line, fail, output_names, parse
 from beit_fast.cli.predict import read_view
 from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.models import Beit, BeitForMaskedImageModeling
@@ -171,7 +171,7 @@ def tokens_command(arguments: Sequence[str]) -> int:
         fail("tokens takes images: beit-fast tokens IMAGE...", code=2)
     with errors_in_one_line():
         tokenizer = load_tokenizer(chosen.tokenizer, decoder=True)
-        for source in chosen.images:
+        for source, name in zip(chosen.images, output_names(chosen.images), strict=True):
             image = _image(source, chosen.size)
             ids = tokenizer.encode(image[None])
             print(f"{source}: {ids.shape[1]} x {ids.shape[2]} tokens of {tokenizer.vocab_size} ({chosen.tokenizer})")
@@ -179,7 +179,7 @@ def tokens_command(arguments: Sequence[str]) -> int:
             row = [image, pictures.labels(ids[0], tokenizer.stride), tokenizer.decode(ids)[0]]
             page = pictures.sheet([row], columns=["image", "tokens", "decoded"])
             chosen.output_dir.mkdir(parents=True, exist_ok=True)
-            path = chosen.output_dir / f"{source.stem}_tokens.png"
+            path = chosen.output_dir / f"{name}_tokens.png"
             page.save(path)
             print(f"wrote {path}")
     return 0
@@ -235,10 +235,10 @@ def _attention(options: AttentionOptions) -> int:
     size = options.image_size or model.config.image_hw[0]
     if size % model.config.patch_size:
         raise ValueError(f"--image-size must be a multiple of {model.config.patch_size}, got {size}")
-    for path in options.images:
+    for path, name in zip(options.images, output_names(options.images), strict=True):
         image = _image(path, size).to(device)
         maps = attention_maps(model, (image - mean) / std, options.query, options.block, options.mass)
-        folder = options.output_dir / path.stem
+        folder = options.output_dir / name
         save_attention(folder, image, maps)
         attention_sheet(image, maps).save(folder / "sheet.png")
         print(f"wrote {folder}, patch {maps.query} of {'x'.join(map(str, maps.maps.shape[1:]))}, block {options.block}")

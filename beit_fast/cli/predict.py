@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tyro.conf import Positional
 
-from beit_fast.cli.options import errors_in_one_line, fail, parse
+from beit_fast.cli.options import errors_in_one_line, fail, output_names, parse
 from beit_fast.data import reading
 from beit_fast.data.classification import centre_view
 from beit_fast.data.decoding import Crop
@@ -123,6 +123,7 @@ def segment_command(arguments: Sequence[str]) -> int:
         inference = replace(
             segmentor.inference, ratios=chosen.ratios, flip=chosen.flip, windows_per_batch=chosen.windows_per_batch
         )
+        names = dict(zip(chosen.images, output_names(chosen.images), strict=True))
         chosen.output_dir.mkdir(parents=True, exist_ok=True)
     model, count = segmentor.model.to(device), len(segmentor.classes)
     unread: list[Path] = []
@@ -131,10 +132,10 @@ def segment_command(arguments: Sequence[str]) -> int:
             classes = inference.classes(model, torch.from_numpy(picture).to(device)).cpu().numpy()
         shares = np.bincount(classes.ravel(), minlength=count) / classes.size
         largest = [number for number in np.argsort(-shares, kind="stable")[:5].tolist() if shares[number]]
-        target = chosen.output_dir / f"{path.stem}_segments.png"
+        target = chosen.output_dir / f"{names[path]}_segments.png"
         Pillow.fromarray(overlay(picture, classes, count, chosen.opacity)).save(target)
         legend = overlay_sheet(picture, classes, segmentor.classes, chosen.opacity)
-        legend.save(target.with_name(f"{path.stem}_legend.png"))
+        legend.save(target.with_name(f"{names[path]}_legend.png"))
         print(f"{target}: " + ", ".join(f"{100 * shares[n]:.1f} % {segmentor.classes[n]}" for n in largest))
     return int(bool(unread))
 
@@ -171,7 +172,7 @@ def readable(
 def read_picture(path: Path) -> Crop | str:
     """Pixels uint8 (H, W, 3) of an image file, or why there are none."""
     picture = reading.read_picture(path)
-    return picture.reason if isinstance(picture, Rejection) else picture
+    return picture.reason.removeprefix("cannot be read: ") if isinstance(picture, Rejection) else picture
 
 
 def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | str:

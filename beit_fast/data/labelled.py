@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,6 @@ from beit_fast.data import builtin, scenes
 from beit_fast.data.sources import (
     VALIDATION_FOLDERS,
     ArraySource,
-    Contents,
     FolderSource,
     ImageSource,
     local_path,
@@ -41,12 +40,11 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def contents(self) -> Contents:
-        """What the source holds, with the number of images of each class."""
+    def __post_init__(self) -> None:
         counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
         known = self.source.contents
-        folders = {name: 0 for name in known.classes if name not in self.classes}  # those without an image
-        return replace(known, classes=folders | dict(zip(self.classes, counts, strict=True)))
+        empty = {name: 0 for name, count in known.classes.items() if not count and name not in self.classes}
+        known.classes = empty | dict(zip(self.classes, counts, strict=True))
 
 
 def open_training(path: str | os.PathLike[str]) -> LabelledImages:

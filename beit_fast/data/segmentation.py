@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from beit_fast.data import builtin, scenes
 from beit_fast.data.decoding import oriented
 from beit_fast.data.screening import Header, Rejection, screen
-from beit_fast.data.sources import FolderSource, ImageSource, open_source
+from beit_fast.data.sources import FolderSource, ImageSource, local_path, open_source, read_file
 
 IGNORE = -1
 """Of a pixel that counts neither in the loss nor in a score."""
@@ -78,6 +80,37 @@ class SegmentationImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def check_labels(self, seed: int, count: int = 256) -> LabelCounts:
+        """Count the pixels of some label maps, drawn by `seed`, and note them in the contents of the source.
+
+        Raises:
+            ValueError: nearly all pixels are ignored, or all that count are of one class: a score would say nothing.
+        """
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count]).tolist()
+        with ThreadPoolExecutor(4) as pool:
+            counts = [found for found in pool.map(self._count, chosen) if found is not None]
+        result = LabelCounts(np.sum(counts, 0, np.int64), len(counts))
+        if not counts:
+            return result
+        folder, line = os.path.dirname(self.labels[0]), result.line(self.classes)
+        hint = (
+            f"{self.rule.ignore_value} in a label file means ignored (--data.ignore-label)"
+            + (", and so does 0 (--data.reduce-zero-label)" if self.rule.reduce_zero else "")
+            + "; masks of 0 and 255 need their second class written as 1"
+        )
+        if result.ignored_share > 0.9 or (len(self.classes) > 1 and np.count_nonzero(result.pixels[1:]) < 2):
+            raise ValueError(f"{folder}: {line}: nothing can be learnt or measured; {hint}")
+        self.source.contents.notes.append(line)
+        return result
+
+    def _count(self, index: int) -> NDArray[np.int64] | None:
+        path = self.labels[index]
+        try:
+            numbers = read_numbers(read_file(str(path)), str(path))
+        except OSError:  # counted as bad where it is read in earnest
+            return None
+        return count_labels(self.rule.apply(numbers, str(path)), self.rule.num_classes)
+
     def read_label(self, index: int, header: Header) -> NDArray[np.int64] | Rejection:
         """Return the label map int64 (H, W) of image `index`, whose size is `header`'s.
 
@@ -88,7 +121,7 @@ class SegmentationImages:
         """
         path = self.labels[index]
         try:
-            numbers = read_numbers(path.read_bytes(), str(path))
+            numbers = read_numbers(read_file(str(path)), str(path))
         except OSError as error:
             return Rejection(f"its label {path} cannot be read: {error.strerror or error}")
         if numbers.shape != (header.height, header.width):
@@ -97,6 +130,31 @@ class SegmentationImages:
                 f"{self.source.name(index)} {header.width} x {header.height}; both have to be of one size"
             )
         return self.rule.apply(numbers, str(path))
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Pixels of label maps: how many of each class, and how many that do not count."""
+
+    pixels: NDArray[np.int64]
+    """(C + 1,): ignored ones, then those of each class."""
+    maps: int
+
+    @property
+    def ignored_share(self) -> float:
+        return float(self.pixels[0]) / max(int(self.pixels.sum()), 1)
+
+    def line(self, classes: Sequence[str]) -> str:
+        """The same for people."""
+        absent = [name for name, count in zip(classes, self.pixels[1:], strict=True) if not count]
+        shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
+        without = f"; {len(absent)} of {len(classes)} classes without a pixel ({shown})" if absent else ""
+        return f"{self.maps:,} label maps: {100 * self.ignored_share:.1f} % of the pixels ignored{without}"
+
+
+def count_labels(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
+    """Pixels of a label map (H, W): ignored ones, then those of each class; (num_classes + 1,)."""
+    return np.bincount((labels - IGNORE).ravel(), minlength=num_classes + 1)
 
 
 def read_numbers(data: bytes, name: str) -> NDArray[np.integer]:
@@ -138,7 +196,7 @@ def open_segmentation(
     Raises:
         ValueError: in one line, where there is no such folder, or images have no label.
     """
-    root = Path(path)
+    root = local_path(path)
     if not root.is_dir():
         raise ValueError(f"no such folder: {root}")
     images, labels = _folders(root, train)

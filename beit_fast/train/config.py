@@ -5,6 +5,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,22 @@ Config = TypeVar("Config")
 def free(default: Any) -> Any:
     """A field that may differ when a run is resumed: it changes speed, reports or length, not the result of a step."""
     return field(default=default, metadata={"free": True})
+
+
+def expand_home(config: Config) -> Config:
+    """Return the configuration with `~` expanded in every path; no other value begins with `~`."""
+    changed: dict[str, Any] = {}
+    for each in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            changed[each.name] = expand_home(value)
+        elif isinstance(value, (str, Path)):
+            changed[each.name] = type(value)(os.path.expanduser(value))
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, (str, Path)) for item in value):
+            changed[each.name] = type(value)(
+                type(item)(os.path.expanduser(item)) if isinstance(item, (str, Path)) else item for item in value
+            )
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
 def at_least_1(option: str, value: int | None) -> None:

@@ -1,8 +1,7 @@
 """The loop of every training: `run(task)`. It alone touches optimizer, clock and disk.
 
-A run is a function of its configuration: step `s` always sees the same samples, whatever the world size, the split into
-micro-batches or the number of interruptions before it. The gradient of a step is that of the sum of all target losses
-in the global batch divided by their global number.
+A run is a function of its configuration: step `s` always sees the same samples, whatever the world size, micro-batches
+or interruptions. The gradient of a step is that of the sum of the global batch's target losses over their number.
 """
 
 import contextlib
@@ -227,6 +226,8 @@ class TrainingRun:
             self.metrics_file = MetricsFile(self.folder.metrics, self.step)
             self.anomalies_file = MetricsFile(self.folder.anomalies, self.step)
             self.folder.record_start(self.step, world.size, world.device)
+            for line in self.folder.record_data(self.task.contents()):
+                self.log(line)
             self.progress = Progress(config.log.progress, self.task.name, self.step, self.target)
         parallel_name = "" if world.size == 1 else f" {config.parallel}"
         micro_batch = -(-config.batch_size // world.size // self.accumulation)
@@ -235,10 +236,9 @@ class TrainingRun:
             f"{world.size} {world.device.type}{parallel_name} x {self.accumulation} x {micro_batch}, "
             f"{self.precision}, run folder {self.folder.path}"
         )
-        rank = f"rank {world.rank} of {world.size}"
         self.watchdog = Watchdog(
             self.folder.path, world.rank, world.size, config.hang_timeout_s,
-            lambda: f"{rank} stands still, {self.phase}, {self.step} steps done",
+            lambda: f"rank {world.rank} of {world.size} stands still, {self.phase}, {self.step} steps done",
         )  # fmt: skip
 
     def next_batches(self, batches: Iterator[Any]) -> list[Any]:

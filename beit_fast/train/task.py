@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from beit_fast.data.loader import Request
+from beit_fast.data.sources import Contents
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.optim import decay_groups
@@ -67,6 +68,10 @@ class Task:
 
     def identity(self) -> dict[str, Any]:
         """JSON values that a run and its continuation must share, e.g. fingerprints of data and tokenizer."""
+        return {}
+
+    def contents(self) -> dict[str, Contents]:
+        """What was found in the data, by what it is for (`training`, ...); asked after `build`."""
         return {}
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Any]:

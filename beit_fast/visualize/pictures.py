@@ -5,6 +5,7 @@ Sheets are transparent where they are empty and their words are grey, so that th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -108,7 +109,7 @@ def write(draw: ImageDraw.ImageDraw, position: tuple[float, float], words: str) 
     """Write words in the grey that can be read on a light and on a dark page; returns where they end."""
     from PIL import ImageFont
 
-    font = ImageFont.load_default(size=12)
+    font, words = ImageFont.load_default(size=12), printable(words)
     draw.text(position, words, fill=_WORDS, font=font)
     return position[0] + max(font.getlength(line) for line in words.split("\n"))
 
@@ -138,3 +139,8 @@ def class_legend(entries: Sequence[tuple[str, tuple[int, ...]]], width: int) -> 
         draw.rectangle((left, top + 2, left + 14, top + 16), colour)
         write(draw, (left + 20, top), name[:22])
     return legend
+
+
+def printable(name: str) -> str:
+    """Return a name for fonts: bytes that are no UTF-8 (surrogates in `name`) become question marks in boxes."""
+    return os.fsencode(name).decode(errors="replace")

@@ -115,7 +115,7 @@ def write_report(run_dir: Path) -> Path:
         _section("Environment", "".join(_start(start) for start in run.starts)),
     ]
     path = run_dir / "report.html"
-    path.write_text(_page(f"{run.name}: {run.task}", "".join(parts)))
+    path.write_text(_page(f"{run.name}: {run.task}", "".join(parts)), errors="surrogateescape")
     return path
 
 
@@ -146,7 +146,7 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
         _section("Where the configurations differ", _table(differing, ("field", *names))),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page("comparison of runs", "".join(parts)))
+    path.write_text(_page("comparison of runs", "".join(parts)), errors="surrogateescape")
     return path
 
 

@@ -68,8 +68,8 @@ def test_a_class_whose_files_all_have_another_suffix_is_named(tmp_path):
     write(tmp_path, "cat/1.JPG", "cat/2.Jpeg", "dog/1.heic", "dog/2.HEIC", "eel/notes")
     images = open_training(tmp_path)
     assert images.classes == ("cat",)
-    assert images.contents().classes == {"cat": 2, "dog": 0, "eel": 0}
-    lines = "\n".join(images.contents().lines())
+    assert images.source.contents.classes == {"cat": 2, "dog": 0, "eel": 0}
+    lines = "\n".join(images.source.contents.lines())
     assert "without an image: 2 classes (dog, eel)" in lines
     assert "2 x suffix .heic (dog/1.heic, dog/2.HEIC)" in lines
     assert "1 x file without a suffix (eel/notes)" in lines
@@ -196,7 +196,7 @@ def test_names_that_are_no_utf8_come_back(tmp_path):
             file.write(jpeg())
     images = open_training(tmp_path)
     assert {os.fsencode(name) for name in images.classes} == set(os.listdir(os.fsencode(tmp_path)))
-    assert all(source_name.isprintable() or source_name for source_name in images.contents().classes)
+    assert all(source_name.isprintable() or source_name for source_name in images.source.contents.classes)
 
 
 # Archives

@@ -36,11 +36,11 @@ class Contents:
         most = sorted(self.skipped.items(), key=lambda item: -item[1][0])[:3]
         return ", ".join(f"{count} {kind.removeprefix('suffix ')}" for kind, (count, *_) in most) or "nothing"
 
-    def lines(self) -> list[str]:
-        """The same for people, a line each."""
+    def lines(self, use: str = "") -> list[str]:
+        """The same for people, a line each; `use` stands in front of the first."""
         shards = f" in {_count(self.shards, 'tar shard')}" if self.shards else ""
         classes = f", {_count(len(self.classes), 'class', 'classes')}" if self.classes else ""
-        lines = [f"{self.path}: {_count(self.images, 'image')}{shards}{classes}"]
+        lines = [f"{use}{self.path}: {_count(self.images, 'image')}{shards}{classes}"]
         for kind, (count, *names) in self.skipped.items():
             more = ", ..." if count > len(names) else ""
             lines.append(f"  left out: {count:,} x {kind} ({', '.join(names)}{more})")
@@ -56,8 +56,15 @@ class Contents:
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
         skipped = {kind: {"count": count, "first": names} for kind, (count, *names) in self.skipped.items()}
-        return {"path": self.path, "form": self.form, "images": self.images, "shards": self.shards,
-                "classes": self.classes, "left_out": skipped, "notes": self.notes}  # fmt: skip
+        value: dict[str, Any] = {"path": self.path, "form": self.form, "images": self.images, "shards": self.shards}
+        if self.classes:
+            counts = self.classes.values()
+            value |= {
+                "classes": len(self.classes),
+                "images_per_class": {"fewest": min(counts), "most": max(counts)},
+                "classes_without_an_image": [name for name, count in self.classes.items() if not count],
+            }
+        return value | {"left_out": skipped, "notes": self.notes}
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -181,6 +181,13 @@ class RunFolder:
                 shutil.rmtree(old, ignore_errors=True)
         return source.name
 
+    def record_data(self, contents: dict[str, Any]) -> list[str]:
+        """Write what was found in the data (`data.sources.Contents` by use) to data.json; the same as lines of text."""
+        work = self.path / "data.json.tmp"
+        checkpoint.write_json(work, {use: found.to_json() for use, found in contents.items()})
+        work.replace(self.path / "data.json")
+        return [line for use, found in contents.items() for line in found.lines(f"{use}: ")]
+
     def record_start(self, step: int, world_size: int, device: torch.device) -> None:
         """Add this start to environment.json: when, where, with what."""
         path = self.path / "environment.json"

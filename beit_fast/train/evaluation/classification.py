@@ -14,6 +14,7 @@ from torch import nn
 
 from beit_fast.data.classification import EvaluationLoader
 from beit_fast.train.distributed.world import World
+from beit_fast.visualize.pictures import printable
 
 CONFUSION_CLASSES = 1000
 """Up to this number of classes the whole confusion matrix is kept."""
@@ -55,7 +56,7 @@ class Evaluation:
             percents = (f"{100 * int(hits[number]) / count:.2f}" for hits in (self.top1, self.top5))
             rows.append("\t".join([self.classes[number], str(count), *percents, self._taken_for(int(number))]))
         table = folder / "per_class.tsv"
-        table.write_text("\n".join(rows) + "\n")
+        table.write_text("\n".join(rows) + "\n", errors="surrogateescape")
         return [table] if self.confusion is None else [table, self._picture(folder / "confusion.png")]
 
     def _taken_for(self, number: int) -> str:
@@ -79,8 +80,9 @@ class Evaluation:
         title = f"top-1 {100 * int(self.top1.sum()) / int(self.images.sum()):.2f} % of {int(self.images.sum())} images"
         axes.set(xlabel="taken for", ylabel="true class", title=title)
         if len(self.classes) <= 40:
-            axes.set_xticks(range(len(self.classes)), self.classes, rotation=90, fontsize=7)
-            axes.set_yticks(range(len(self.classes)), self.classes, fontsize=7)
+            names = [printable(name) for name in self.classes]
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+            axes.set_yticks(range(len(names)), names, fontsize=7)
         figure.savefig(path, dpi=120)
         return path
 

@@ -87,6 +87,8 @@ class SegmentationScores:
     confusion: NDArray[np.int64]
     """(C, C) pixels of class i taken for class j."""
     images: int
+    ignored: int = 0
+    """Pixels that do not count."""
     examples: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]] = field(default_factory=list)
     """Image, label and prediction of the first few."""
 
@@ -107,6 +109,8 @@ class SegmentationScores:
             "mean_accuracy_percent": 100 * float(np.nanmean(self.accuracy)),
             "pixel_accuracy_percent": 100 * int(self.confusion.trace()) / int(self.confusion.sum()),
             "validation_images": float(self.images),
+            "ignored_pixels_percent": 100 * self.ignored / (self.ignored + int(self.confusion.sum())),
+            "classes_without_a_pixel": float((self.confusion.sum(1) == 0).sum()),
         }
 
     def write(self, folder: Path) -> list[Path]:
@@ -123,7 +127,7 @@ class SegmentationScores:
             cells = [self.names[number], str(pixels[number]), f"{100 * iou[number]:.2f}", found, taken]
             rows.append("\t".join(cells))
         table = folder / "per_class.tsv"
-        table.write_text("\n".join(rows) + "\n")
+        table.write_text("\n".join(rows) + "\n", errors="surrogateescape")
         if not self.examples:
             return [table]
         picture = folder / "segmentations.png"
@@ -157,16 +161,19 @@ def evaluate_segmentation(
     """
     count = len(names)
     confusion = torch.zeros(count, count, dtype=torch.int64, device=world.device)
+    ignored = torch.zeros((), dtype=torch.int64, device=world.device)
     seen = torch.zeros((), dtype=torch.int64, device=world.device)
     examples: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]] = []
     for image in images.images(world.rank, world.size):
         found = inference.classes(model, image.pixels.to(world.device, non_blocking=True))
         confusion += confusion_matrix(image.label.to(world.device, non_blocking=True), found, count)
+        ignored += (image.label < 0).sum()
         seen += 1
         if len(examples) < pictures:
             examples.append((image.pixels.numpy(), image.label.numpy(), found.cpu().numpy()))
     world.sum(confusion)
     world.sum(seen)
+    world.sum(ignored)
     if not int(confusion.sum()):
         raise ValueError("not one labelled pixel of a validation image could be used; bad files are named above")
-    return SegmentationScores(tuple(names), confusion.cpu().numpy(), int(seen), examples)
+    return SegmentationScores(tuple(names), confusion.cpu().numpy(), int(seen), int(ignored), examples)

@@ -67,6 +67,9 @@ class LabelledDataConfig(ImageDataConfig):
     """Which scenes are drawn for training; those for validation are always the same."""
     crop_share: float | None = None
     """Share of the shorter side that evaluation crops; None: 0.875 below 384 pixels, 1 from there on."""
+    class_map: str | None = None
+    """File that says which validation class is which of training, where their names differ: a line each, validation
+    class, tab, training class (or its number)."""
 
     def open(self) -> tuple[LabelledImages, LabelledImages | None]:
         """Training images and, where asked for, validation images with the same classes; ValueError in one line."""
@@ -79,7 +82,7 @@ class LabelledDataConfig(ImageDataConfig):
         else:
             training = open_training(self.path)
             if self.validate:
-                validation = open_validation(self.path, training.classes, self.validation_path)
+                validation = open_validation(self.path, training.classes, self.validation_path, self.class_map)
         count = len(training.classes)
         if self.num_classes is not None and count != self.num_classes:
             raise ValueError(

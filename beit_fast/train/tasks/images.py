@@ -8,7 +8,7 @@ import torch
 
 from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
-from beit_fast.data.sources import ImageSource, fingerprint
+from beit_fast.data.sources import Contents, ImageSource, fingerprint
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.task import Task
 
@@ -23,6 +23,8 @@ class ImageDataConfig:
     """Where built-in images are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
     normalization: Literal["imagenet", "half"] = "imagenet"
     """Mean and standard deviation of the pixels: ImageNet's, or 0.5; those of the pre-training."""
+    value_range: tuple[float, float] | None = None
+    """Values of float and 32-bit pixels that are black and white; without it such images are refused."""
     max_bad_share: float = free(0.01)
     """Stop the run when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
     decoder: Literal["auto", "dali", "pil"] = free("auto")
@@ -37,7 +39,7 @@ class ImageDataConfig:
         mean, std = NORMALIZATION[self.normalization]
         return {
             "mean": mean, "std": std, "device": device, "decoder": self.decoder, "threads": self.threads,
-            "prefetch": self.prefetch,
+            "prefetch": self.prefetch, "value_range": self.value_range,
         }  # fmt: skip
 
 
@@ -88,6 +90,10 @@ class ImageTask(Task):
 
     def identity(self) -> dict[str, Any]:
         return {"data": fingerprint(self.source)}
+
+    def contents(self) -> dict[str, Contents]:
+        held_out = [loader.source.contents for loader in self.others if loader.source is not self.source]
+        return {"training": self.source.contents} | ({"validation": held_out[-1]} if held_out else {})
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
         batches: Iterator[Any] = self.loader.batches(requests)

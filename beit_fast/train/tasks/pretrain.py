@@ -15,7 +15,7 @@ from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader, resolve_decoder
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.screening import BadImages
-from beit_fast.data.sources import ImageSource, fingerprint, open_source
+from beit_fast.data.sources import ImageSource, fingerprint, open_source, open_training_source
 from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
@@ -171,7 +171,7 @@ class MaskedImageModeling(ImageTask):
         c, data = self.config, self.config.data
         masking = self.open_tokenizer(world)
         if data.path is not None:
-            source = open_source(data.path)
+            source = open_training_source(data.path)
         else:
             source = builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
         bad_images = self.screen(source, data.max_bad_share)

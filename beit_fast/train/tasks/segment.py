@@ -78,6 +78,8 @@ class SegmentationDataConfig(ImageDataConfig):
         else:
             rule = (self.num_classes, self.reduce_zero_label, self.ignore_label)
             parts = [open_segmentation(self.path, train, *rule) for train in (True, False)[: 1 + self.validate]]
+            for part in parts:
+                part.check_labels(self.builtin_seed)
         roots = [images.source.root for images in parts if isinstance(images.source, FolderSource)]
         if len(parts) == 2 and roots[0] == roots[1]:
             raise ValueError(

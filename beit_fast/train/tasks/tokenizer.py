@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit_fast.data import builtin
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
-from beit_fast.data.sources import ImageSource, open_source
+from beit_fast.data.sources import ImageSource, open_training_source
 from beit_fast.tokenizers import Tokenizer
 from beit_fast.train.config import RunConfig, free
 from beit_fast.train.distributed.world import World
@@ -156,7 +156,7 @@ class TrainTokenizer(ImageTask):
         if data.path is None:
             source = builtin.builtin_source(data.cache_dir, data.builtin_images)
         else:
-            source = open_source(data.path)
+            source = open_training_source(data.path)
         self.total_steps = run_length(c, len(source))[1]
         self.loader = PretrainLoader(
             source, BlockwiseMasking((1, 1), 0, mode="none"), CropSampler(), seed=c.seed,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from beit_fast.cli.main import main as commands
-from beit_fast.data.segmentation import builtin_segmentation
+from beit_fast.data.segmentation import SegmentationImages, builtin_segmentation
 from beit_fast.data.segmentation_loader import SegmentationBatch, WholeImages, scaled_size
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling, BeitForSemanticSegmentation
 from beit_fast.models.segmentation_windows import sliding_logits, window_starts
@@ -377,7 +377,15 @@ def test_folders_train_and_validate(config, tmp_path):
     assert metrics["validation_images"] == 3
 
 
-def test_nothing_but_ignored_pixels_is_a_loss_of_zero(config, tmp_path):
+def test_nothing_but_ignored_pixels_is_refused(config, tmp_path):
+    data = folder_of(tmp_path / "data", number=lambda index: 255)
+    ignored = change(config, data__path=data, data__num_classes=3)
+    with pytest.raises(ValueError, match=r"annotations/training: 6 label maps: 100\.0 % of the pixels ignored; 3 of 3"):
+        engine.run(Segment(ignored))
+
+
+def test_nothing_but_ignored_pixels_is_a_loss_of_zero(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(SegmentationImages, "check_labels", lambda images, seed: None)
     data = folder_of(tmp_path / "data", number=lambda index: 255)
     ignored = change(config, data__path=data, data__num_classes=3, data__validate=False)
     _, metrics = train(ignored)
