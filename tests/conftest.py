@@ -37,7 +37,7 @@ def program(environment):
             return subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
     return run
 

@@ -98,7 +98,7 @@ print("DONE", engine.run(MaskedImageModeling(config)).exit_code)
 def test_nothing_is_fetched_unasked(tmp_path):
     """With a socket that ends the process at the first connection, a model is listed and a demo trained."""
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(tmp_path)], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        [sys.executable, "-c", OFFLINE, str(tmp_path)], capture_output=True, text=True, timeout=600, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert "DONE 0" in done.stdout, done.stdout + done.stderr

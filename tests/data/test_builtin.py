@@ -126,7 +126,7 @@ def test_several_processes_fill_one_cache(tmp_path):
         assert other.poll() in (None, 0)
         time.sleep(0.02)
     source = builtin.builtin_source(tmp_path, 44, size=16)
-    assert other.wait(timeout=120) == 0
+    assert other.wait(timeout=600) == 0
     assert len(list(tmp_path.rglob("*.jpg"))) == 44
     alone = builtin.builtin_source(tmp_path / "alone", 44, size=16)
     assert [source.read(i) for i in range(44)] == [alone.read(i) for i in range(44)]

@@ -179,12 +179,20 @@ for number, line in enumerate(sys.stdin):
     path = pathlib.Path(line.rstrip())
     store = token_store.TokenStore(path, num_samples=400, num_tokens=TOKENS, cycle=CYCLE, settings={SETTINGS})
     order = np.random.default_rng(number)
-    end = time.monotonic() + 20  # should nobody kill it
+    end = time.monotonic() + 600  # should nobody kill it
     while time.monotonic() < end:
         epoch, indices = int(order.integers(3)), order.integers(0, 400, 8)
         store.write(epoch, indices, np.stack([expected(epoch, int(i)) for i in indices]))
     os._exit(0)
 """
+
+
+def count_of(path):
+    """How many records are there while they are written."""
+    if not path.exists():
+        return 0
+    with opened(path, samples=400) as store:
+        return check(store)
 
 
 def kill_writers_and_check(path, times, writers):
@@ -201,8 +209,7 @@ def kill_writers_and_check(path, times, writers):
                 launcher.stdin.write(f"{path}\n")
                 launcher.stdin.flush()
                 running.append(int(launcher.stdout.readline()))
-            deadline = time.monotonic() + 10
-            while turn % 2 and not path.exists() and time.monotonic() < deadline:
+            while (turn % 2 and not path.exists()) or (turn == times - 1 and count_of(path) <= 20):
                 time.sleep(0.01)
             time.sleep(clock.uniform(0, 0.4))
             for process in running:

@@ -153,5 +153,5 @@ def start(words, environ):
     if words[0] in ("pip", "make", "pytest", "sbatch"):
         return
     command = [sys.executable, *toy_words(words)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(words)}\n{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -57,7 +57,7 @@ class Ranks:
 
     def close(self):
         self.server.stdin.close()
-        self.server.wait(timeout=20)
+        self.server.wait(timeout=600)
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +136,6 @@ def program():
         tiny = HERE.parent / "train" / "tiny_task.py"
         command = [sys.executable, str(tiny), "--output-dir", str(folder), "--device", "cpu", *map(str, arguments)]
         environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
     return run

@@ -184,7 +184,7 @@ def serve():
             with contextlib.suppress(BaseException):
                 launcher(job)
             os._exit(1)
-        child, limit = Forked(pid), job.get("limit_s", 60)
+        child, limit = Forked(pid), job.get("limit_s", 240)
         killed = hung = False
         signalled = job.get("signal_tree")
         while child.poll() is None:

@@ -31,7 +31,7 @@ def beit(ranks, tmp_path_factory):
     root = tmp_path_factory.mktemp("worlds")
 
     def run(name, count, *arguments, expected=0):
-        done = ranks.run(root / name, count, *arguments, task="beit", limit_s=120)
+        done = ranks.run(root / name, count, *arguments, task="beit", limit_s=480)
         assert (done.code, done.hung) == (expected, False), done.log
         return root / name
 

@@ -66,13 +66,13 @@ def test_a_signalled_job_is_saved_and_requeued(batch, tiny, tmp_path):
             break
     for pid in (tmp_path / "pids").read_text().split():
         os.killpg(int(pid), signal.SIGUSR1)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=600)[0]
     assert process.returncode == 0, rest
     assert "stopped by a signal: saved step" in rest
     assert (tmp_path / "requeued").read_text() == "requeue 4321\n"
     # the requeued job goes on; when it is complete it is not requeued again
     process = batch(*options[:-2])
-    rest = process.communicate(timeout=90)[0]
+    rest = process.communicate(timeout=600)[0]
     assert process.returncode == 0, rest
     assert "continuing" in rest
     assert "complete: step 200" in rest
@@ -83,7 +83,7 @@ def test_a_signalled_job_is_saved_and_requeued(batch, tiny, tmp_path):
 def test_a_failing_job_is_not_requeued(batch, tiny, tmp_path):
     began = time.monotonic()
     process = batch(tiny.__file__, "--output-dir", tmp_path / "run", "--optim.lrr", 1)
-    rest = process.communicate(timeout=60)[0]
+    rest = process.communicate(timeout=600)[0]
     assert process.returncode == 2, rest
     assert not (tmp_path / "requeued").exists()
     assert time.monotonic() - began < 60

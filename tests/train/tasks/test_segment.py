@@ -527,7 +527,7 @@ def test_two_processes_train_what_one_does(cache, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, start in (("one", [sys.executable]), ("two", launch)):
         command = [*start, str(recipe), *options, "--output-dir", str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     models = [BeitForSemanticSegmentation.from_pretrained(tmp_path / name / "model") for name in ("one", "two")]
     one, two = (model.state_dict() for model in models)

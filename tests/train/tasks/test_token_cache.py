@@ -239,5 +239,5 @@ def test_a_run_killed_again_and_again_ends_with_the_same_losses(config, images, 
         time.sleep(clock.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=600)
     assert losses(config) == losses(uncached)
