@@ -35,6 +35,20 @@ def segment(arguments: list[str]) -> int:
     return segment_command(arguments)
 
 
+def embed(arguments: list[str]) -> int:
+    """embed MODEL IMAGES FILE           features of images, as .npy or .parquet"""
+    from beit_fast.cli.embed import embed_command
+
+    return embed_command(arguments)
+
+
+def knn(arguments: list[str]) -> int:
+    """knn MODEL IMAGES                  k-NN accuracy of a model's features on a labelled set"""
+    from beit_fast.cli.embed import knn_command
+
+    return knn_command(arguments)
+
+
 def export(arguments: list[str]) -> int:
     """export RUN FOLDER --to TARGET     as files of timm, transformers, onnx or torch-export, compared with the run"""
     from beit_fast.cli.export import export_command
@@ -86,7 +100,21 @@ def tune(arguments: list[str]) -> int:
 
 COMMANDS = {
     command.__name__: command
-    for command in (train, evaluate, predict, segment, export, report, compare, visualize, tokens, doctor, tune)
+    for command in (
+        train,
+        evaluate,
+        predict,
+        segment,
+        embed,
+        knn,
+        export,
+        report,
+        compare,
+        visualize,
+        tokens,
+        doctor,
+        tune,
+    )
 }
 
 

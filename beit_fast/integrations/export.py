@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
-from beit_fast.models.checkpoints import load_state_dict
+from beit_fast.models.mim import pretrained_backbone
 
 Target = Literal["timm", "transformers", "onnx", "safetensors", "torch-export"]
 Function = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ def export(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, BeitForMaskedImageModeling) and target not in ("safetensors", "transformers"):
-        model = backbone_of(model)
+        model = pretrained_backbone(model)
     ours = _Traced(model)
     if target == "safetensors":
         return ours, _safetensors(model, folder, preprocessing)
@@ -119,13 +119,6 @@ def _output(model: nn.Module, images: Tensor) -> Tensor:
         return model(images) if model.num_classes else model.forward_features(images)
     logits: Tensor = model.predict(images)  # type: ignore[operator]
     return logits
-
-
-def backbone_of(model: BeitForMaskedImageModeling) -> Beit:
-    """The pre-trained blocks with the norm behind them, a copy of the shared table for each."""
-    backbone = Beit(model.config.for_classification(0, global_pool="token"))
-    load_state_dict(backbone, model.state_dict(), verbose=False)
-    return backbone.eval()
 
 
 def _safetensors(model: nn.Module, folder: Path, preprocessing: Mapping[str, Any]) -> Function:

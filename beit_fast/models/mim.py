@@ -15,6 +15,8 @@ from torch.utils._pytree import register_dataclass
 
 from beit_fast.kernels import masked_cross_entropy
 from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.beit import Beit
+from beit_fast.models.checkpoints import load_state_dict
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.hub import HubMethods
 from beit_fast.models.initialisation import init_for_pretraining
@@ -181,3 +183,13 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
         heads, x = (tensor.flatten(0, 1).index_select(0, tokens).unsqueeze(1) for tensor in (heads, x))
         factors = None if drop_path is None else drop_path[-1].index_select(1, sample)
         return last.forward_after_attention(x, heads, factors)[0].squeeze(1)
+
+
+def pretrained_backbone(model: BeitForMaskedImageModeling) -> Beit:
+    """A copy of the pre-trained blocks and the norm behind them as a `Beit` without a head, in evaluation mode.
+
+    Each block gets a copy of a shared table.
+    """
+    backbone = Beit(model.config.for_classification(0, global_pool="token"))
+    load_state_dict(backbone, model.state_dict(), verbose=False)
+    return backbone.to(next(model.parameters()).device).eval()

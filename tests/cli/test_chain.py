@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 import beit_fast
 from beit_fast.cli.main import main
 from beit_fast.data.builtin import render_labelled
 from beit_fast.models import BeitForSemanticSegmentation
 from beit_fast.tokenizers import load_tokenizer
+from beit_fast.train.evaluation.knn import knn_accuracy
 from benchmarks.baselines.libraries import make_torchvision_importable
 
 LOADING = "--data.threads 1 --device cpu --log.progress none"
@@ -62,6 +65,7 @@ def runs(images, tmp_path_factory):
         assert beit(
             "train pretrain_beit_base --output-dir pretrain --steps 3 --tokenizer.name tokenizer --data.path",
             images / "train", "--masking.num-masked 6 --masking.min-num-patches 2", ARCHITECTURE, LOADING, SHORT,
+            "--evaluation.knn", images,
         ) == 0  # fmt: skip
         assert beit(
             "train finetune_imagenet_base --output-dir finetune --weights pretrain --epochs 1 --data.path", images,
@@ -79,6 +83,27 @@ def test_every_run_opens_in_python(runs):
     assert classifier(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     described = json.loads((runs / "pretrain" / "model" / "preprocessing.json").read_text())
     assert described["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_neighbours_are_measured_in_pretraining_and_by_command(runs, images, tmp_path, capsys):
+    """The command gives the figure of the run's last evaluation, and so do the embedded features."""
+    metrics = [json.loads(line) for line in (runs / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    top1 = next(line["knn_top1_percent"] for line in reversed(metrics) if "knn_top1_percent" in line)
+    assert beit("knn", runs / "pretrain", images, "--device cpu --threads 1") == 0
+    assert f"top-1 {top1:.3f} %" in capsys.readouterr().out
+    features = {}
+    for part in ("train", "val"):
+        for suffix in (".npy", ".parquet"):
+            path = tmp_path / f"{part}{suffix}"
+            assert beit("embed", runs / "pretrain", images / part, path, "--device cpu --threads 1") == 0
+        names = (tmp_path / f"{part}.txt").read_text().splitlines()
+        values = np.load(tmp_path / f"{part}.npy")
+        table = parquet.read_table(tmp_path / f"{part}.parquet")
+        assert table["name"].to_pylist() == names
+        np.testing.assert_array_equal(np.array(table["features"].to_pylist(), np.float32), values)
+        labels = np.array([int(Path(name).parent.name[-1]) for name in names])
+        features[part] = torch.from_numpy(values), torch.from_numpy(labels)
+    assert knn_accuracy(*features["train"], *features["val"], 3)[0] == pytest.approx(top1)
 
 
 def test_the_classifier_is_evaluated_and_predicts(runs, images, capsys):

@@ -153,7 +153,7 @@ def test_predict_goes_on_after_a_bad_image(model, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out.count("%") == 5
     assert [line.split(": ", 2)[2] for line in captured.err.splitlines()] == [
-        "No such file or directory",
+        "cannot be read: No such file or directory",
         "unknown format (starts with 6e 6f 74 68)",
     ]
 

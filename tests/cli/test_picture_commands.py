@@ -143,7 +143,7 @@ def test_tokens(images, tmp_path, capsys):
     assert np.asarray(Image.open(tmp_path / "003_tokens.png")).std() > 20
     with pytest.raises(SystemExit):
         main(["tokens", str(tmp_path / "missing.png")])
-    assert "missing.png: No such file" in capsys.readouterr().err
+    assert "missing.png: cannot be read: No such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["tokens", str(images / "003.png"), "--size", "30"])
     assert "multiples of 8" in capsys.readouterr().err

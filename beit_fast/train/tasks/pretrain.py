@@ -18,10 +18,12 @@ from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import ImageSource, fingerprint, open_source, open_training_source
 from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
+from beit_fast.models.mim import pretrained_backbone
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
 from beit_fast.train.config import RunConfig, at_least_1, free
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation import held_out
+from beit_fast.train.evaluation.knn import KnnEvaluation
 from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks import run_pictures
 from beit_fast.train.tasks.images import ImageDataConfig, ImageTask
@@ -121,6 +123,8 @@ class EvaluationConfig:
     """Number of held-out images; 0 evaluates nothing."""
     path: str | None = free(None)
     """Folder or shards of held-out images; None: built-in images of another seed, without photographs."""
+    knn: str | None = free(None)
+    """Labelled images, a folder with `train` and `val` in it: measure the k-NN accuracy of the mean patch tokens."""
     pictures: int = free(4)
     """Held-out images to draw at every evaluation: masked, decoded from predicted tokens, attended to; 0 draws none."""
 
@@ -164,6 +168,7 @@ class MaskedImageModeling(ImageTask):
         self.predict_all = config.objective.recover == "all"
         self.tokenizer: Tokenizer | None = None
         self.held_out: PretrainLoader | None = None
+        self.knn: KnnEvaluation | None = None
         self.token_store: TokenStore | None = None
         self.tokens: TokenSource | None = None
 
@@ -182,6 +187,11 @@ class MaskedImageModeling(ImageTask):
         if c.evaluation.images:
             self.held_out = self.open_held_out(masking)
             self.others.append(self.held_out)
+        if c.evaluation.knn is not None:
+            self.knn = KnnEvaluation(
+                c.evaluation.knn, c.model.image_size, data.normalization, world.device, data.threads, data.max_bad_share
+            )
+            self.others += self.knn.views
         torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
         model = BeitForMaskedImageModeling(self.architecture())
         model.set_grad_checkpointing(c.model.grad_checkpointing)
@@ -280,9 +290,12 @@ class MaskedImageModeling(ImageTask):
 
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Held-out images under the training views and fixed masks; see `held_out.evaluate`."""
-        if self.held_out is None:
-            return {}
         assert isinstance(model, BeitForMaskedImageModeling)
+        neighbours = {}
+        if self.knn is not None:
+            neighbours = self.knn.evaluate(pretrained_backbone(model), self.world, self.config.batch_per_device)
+        if self.held_out is None:
+            return neighbours
         images, size = self.config.evaluation.images, self.config.batch_per_device
         values, histogram = held_out.evaluate(model, self.tokenizer, self.held_out, images, size, self.predict_all)
         count = min(self.config.evaluation.pictures, images)
@@ -291,7 +304,7 @@ class MaskedImageModeling(ImageTask):
             norm = NORMALIZATION[self.config.data.normalization]
             run_pictures.draw(self.config.output_dir, step, model, self.tokenizer, batch, norm)
             run_pictures.write_histogram(self.config.output_dir, histogram, images)
-        return values
+        return values | neighbours
 
     def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
         assert isinstance(model, BeitForMaskedImageModeling)
