@@ -141,6 +141,7 @@ def _mim_loss() -> Iterator[AotSpec]:
 def _attention() -> Iterator[AotSpec]:
     """197 tokens: head dims 32 to 128 in bf16 (96 runs as 80 does); 64 also in fp16, and without a bias."""
     from beit_fast.kernels.attention import backward, bias, forward, one_pass
+    from beit_fast.kernels.tiles import block_of
 
     kernels = {
         "attention_forward": forward.attention_forward_kernel,
@@ -153,7 +154,7 @@ def _attention() -> Iterator[AotSpec]:
         if (head_dim, dtype, with_bias) != cases[1] and capability not in (80, 90):
             continue
         pointers = {"": dtype, "bias": "fp16" if dtype == "bf16" else "fp32", "lse": "fp32", "delta": "fp32"}
-        block = forward.block_of(head_dim)
+        block = block_of(head_dim)
         for name, kernel in kernels.items():
             values: dict[str, Any] = dict(launch_config(name, f"sm_{capability}", block))
             tile = f"{values['ROWS']}x{values['COLS']} w{values['num_warps']} s{values['num_stages']}"
@@ -168,22 +169,28 @@ def _attention() -> Iterator[AotSpec]:
     for (name, row), dtype in itertools.product(one_pass_rows, ("bf16", "fp16")):
         num_tokens = int(name.split("/")[1]) - 11  # 197 of 208, 261 of 272
         pointers = {"": dtype, "bias": "fp16" if dtype == "bf16" else "fp32", "lse": "fp32", "delta": "fp32"}
-        values = {**row, "K": 64, "BLOCK_K": 64, "HAS_BIAS": True, "STORE_DS": True}
-        values |= {"COUNT": num_tokens // row["QUERIES"], "TAIL": bias.tail_of(num_tokens, row["QUERIES"])}
-        label = f"attention_backward_one_pass {dtype} N={num_tokens} {row['KEYS']}x{row['QUERIES']} w{row['num_warps']}"
-        spec = _spec(label, one_pass.attention_backward_one_pass_kernel, values, pointers, "N H first_pair")
-        yield replace(spec, has_matmul=True, has_stack=True, architectures=(90,))
+        values = {**row, "K": 64, "BLOCK_K": 64, "HAS_BIAS": True, "STORE_DS": True, "SAVE_LSE": True}
+        if "QUERIES" in row:
+            kernel, tile = one_pass.attention_backward_one_pass_kernel, f"{row['KEYS']}x{row['QUERIES']}"
+            values |= {"COUNT": num_tokens // row["QUERIES"], "TAIL": bias.tail_of(num_tokens, row["QUERIES"])}
+        else:
+            kernel, tile = one_pass.attention_forward_one_pass_kernel, f"{row['ROWS']}x{row['COLS']}"
+            values |= zip(("COUNT", "HALF", "TAIL"), bias.one_pass_columns(num_tokens, row["COLS"]), strict=True)
+        label = f"{name.split('/')[0]} {dtype} N={num_tokens} {tile} w{row['num_warps']}"
+        spec = _spec(label, kernel, values, pointers, "N H first_pair")
+        yield replace(spec, has_matmul=True, has_stack="QUERIES" in row, architectures=(90,))
     for dtype, stored in (("bf16", "fp16"), ("fp16", "fp32")):
-        values, pointers = _row("prepare_bias", TRANSPOSED=True), {"bias": "fp32", "": stored}
-        yield _spec(f"prepare_bias {dtype}", bias.prepare_bias_kernel, values, pointers, "N bias_h bias_q bias_k")
-        values = _row("bias_fragments", KEYS=64)
-        pointers = {"bias": "fp32", "fragments": stored}
-        yield _spec(f"bias_fragments {dtype}", bias.bias_fragments_kernel, values, pointers, "N bias_h bias_q bias_k")
-        for keys in (0, 64):
-            values = _row("reduce_bias_gradient", ACCUMULATE=True, KEYS=keys)
-            label = f"reduce_bias_gradient {dtype}{' fragments' if keys else ''}"
-            kernel, pointers = bias.reduce_bias_gradient_kernel, {"ds": dtype, "grad_bias": "fp32"}
-            yield _spec(label, kernel, values, pointers, "N H samples")
+        for rows in (0, 64):
+            end = f"{dtype}{' fragments' if rows else ''}"
+            values, pointers = _row("prepare_bias", ROWS_ARE_KEYS=True, ROWS=rows), {"bias": "fp32", "copy": stored}
+            yield _spec(f"prepare_bias {end}", bias.prepare_bias_kernel, values, pointers, "N bias_h bias_q bias_k")
+            values, pointers = (
+                _row("reduce_bias_gradient", ACCUMULATE=True, ROWS=rows),
+                {"ds": dtype, "grad_bias": "fp32"},
+            )
+            yield _spec(
+                f"reduce_bias_gradient {end}", bias.reduce_bias_gradient_kernel, values, pointers, "N H samples"
+            )
 
 
 def _conv() -> Iterator[AotSpec]:

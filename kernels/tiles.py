@@ -5,6 +5,7 @@ import os
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -46,3 +47,19 @@ def store_tile(base, rows, stride, inside, value, K: tl.constexpr, BLOCK_K: tl.c
     if BLOCK_K != K:
         mask = mask & (dims < K)[None, :]
     tl.store(base + rows[:, None] * stride + dims[None, :], narrow(value, base.dtype.element_ty), mask=mask)
+
+
+def block_of(head_dim: int) -> int:
+    """Head dims are padded, by masks, to a power of two that the tensor cores take."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself if the kernels can read it: unit stride in the last dimension, offsets of tokens in int32."""
+    fits = tensor.stride(3) == 1 and tensor.stride(1) * tensor.shape[1] < 2**31
+    return tensor if fits else tensor.contiguous()
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    """Strides of batch, tokens and heads of tensors (B, N, H, K)."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]

@@ -79,6 +79,7 @@ def subjects(
     from beit_fast.kernels.gelu import kernel as gelu
     from beit_fast.kernels.mim_loss import kernel as loss
     from beit_fast.kernels.residual_norm import kernel as residual
+    from beit_fast.kernels.tiles import block_of
 
     def draw(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.randn(shape, device=device).to(kind)
@@ -141,30 +142,40 @@ def subjects(
     qkv = draw(B, N, 3, heads, D // heads, kind=dtype)
     q, k, v = qkv.unbind(2)
     scale, learned = (D // heads) ** -0.5, draw(heads, N, N)
-    prepared = bias.prepare_bias(learned, dtype, True, None)
-    out, lse = forward.attention_forward(q, k, v, prepared[0], scale, True)
+    out, lse = torch.empty_like(q), torch.empty(B, heads, N, device=device)
 
     @functools.cache
-    def prepared_for(keys: int, queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return bias.prepare_bias(learned, dtype, True, {"KEYS": keys, "QUERIES": queries})
+    def prepared_for(*rows: tuple[tuple[str, int], ...] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return bias.prepare_bias(learned, dtype, True, *(None if row is None else dict(row) for row in rows))
+
+    def prepared() -> tuple[torch.Tensor, torch.Tensor]:
+        return prepared_for(*(None if row is None else tuple(row.items()) for row in bias.one_pass_rows(N, device)))
+
+    def run_forward() -> object:
+        return forward.attention_forward(q, k, v, learned, prepared()[0], scale, True)
 
     def run_backward() -> object:
-        row = bias.one_pass_row(N, device)
-        given = prepared if row is None else prepared_for(row["KEYS"], row["QUERIES"])
-        return backward.attention_backward(out, q, k, v, learned, *given, out, lse, scale, True)
+        return backward.attention_backward(out, q, k, v, learned, *prepared(), out, lse, scale, True)
 
     tiles = {"ROWS": (32, 64, 128), "COLS": (32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3)}
-    head_bucket = str(forward.block_of(D // heads))
-    runs: dict[str, Callable[[], object]] = {
-        "attention_forward": lambda: forward.attention_forward(q, k, v, prepared[0], scale, True)
-    }
+    head_bucket = str(block_of(D // heads))
+    runs: dict[str, Callable[[], object]] = {"attention_forward": run_forward}
     runs |= dict.fromkeys(("attention_backward_query", "attention_backward_key"), run_backward)
     found += [Subject(name, head_bucket, run, tiles) for name, run in runs.items()]
     bucket = str((N + 15) // 16 * 16)
-    rivals = CANDIDATES.get(architecture_of(device), {}).get(f"attention_backward_one_pass/{bucket}", ())
-    if not rivals or D // heads > 64:
-        return found
-    return [*found, Subject("attention_backward_one_pass", bucket, run_backward, {}, rivals)]
+    rivals = CANDIDATES.get(architecture_of(device), {})
+    backward_rows = rivals.get(f"attention_backward_one_pass/{bucket}", ())
+    forward_rows = rivals.get(f"attention_forward_one_pass/{bucket}", ())
+
+    def run_forward_beside() -> object:
+        with trial("attention_backward_one_pass", bucket, backward_rows[0]):  # without which there is no such forward
+            return run_forward()
+
+    if backward_rows and D // heads <= 64:
+        found.append(Subject("attention_backward_one_pass", bucket, run_backward, {}, backward_rows))
+        if forward_rows:
+            found.append(Subject("attention_forward_one_pass", bucket, run_forward_beside, {}, forward_rows))
+    return found
 
 
 def compile_all(found: Iterable[Subject], device: torch.device) -> None:

@@ -19,10 +19,10 @@ from beit_fast.kernels.attention.bias import (
     reduce_bias_gradient,
     transposed_shape,
 )
-from beit_fast.kernels.attention.forward import config_of, query_scores, readable, strides_of, tile_rows
-from beit_fast.kernels.attention.one_pass import one_pass
+from beit_fast.kernels.attention.forward import config_of, query_scores, tile_rows
+from beit_fast.kernels.attention.one_pass import backward_one_pass
 from beit_fast.kernels.launch_table import launch
-from beit_fast.kernels.tiles import dot, load_tile, narrow, store_tile
+from beit_fast.kernels.tiles import dot, load_tile, narrow, readable, store_tile, strides_of
 
 SCRATCH_BYTES = 512 * 2**20  # of dS at once: the whole batch of BEiT-B at 224 px up to 500 samples
 
@@ -191,10 +191,11 @@ def attention_backward(
     q, k, v, grad_out = readable(q), readable(k), readable(v), grad_out.contiguous()
     batch, num_tokens, num_heads, head_dim = q.shape
     width = padded_width(num_tokens)
-    row = one_pass_row(num_tokens, q.device) if head_dim <= 64 and scale > 0 else None
+    row = one_pass_row("attention_backward_one_pass", num_tokens, q.device) if head_dim <= 64 and scale > 0 else None
     shape = transposed_shape(num_heads, num_tokens, row)
-    if bias is not None and (padded is None or transposed is None or transposed.shape != shape):
-        padded, transposed = prepare_bias(bias, q.dtype, True, row)  # it was prepared for another kernel, or for none
+    plain = padded is not None and (row is not None or padded.dim() == 3)  # the two kernels read that copy as well
+    if bias is not None and (transposed is None or transposed.shape != shape or not plain):
+        padded, transposed = prepare_bias(bias, q.dtype, True, None, row)  # it was prepared for others, or for none
     grad_qkv = q.new_empty(batch, num_tokens, 3, num_heads, head_dim)
     grad_bias = q.new_empty((num_heads, num_tokens, num_tokens) if need_bias else 0, dtype=torch.float32)
     delta = torch.empty_like(lse)
@@ -214,7 +215,9 @@ def attention_backward(
                 **flags, **config,
             )  # fmt: skip
         else:
-            one_pass(grad_out, q, k, v, transposed, out, lse, grad_qkv, delta, ds, first, samples, scale, row, flags)
+            backward_one_pass(
+                grad_out, q, k, v, transposed, out, lse, grad_qkv, delta, ds, first, samples, scale, row, flags
+            )
         if need_bias:
             reduce_bias_gradient(ds[:samples], grad_bias, accumulate=first > 0)
     if row is None:

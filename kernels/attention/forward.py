@@ -11,9 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.attention.bias import LOG2E, padded_width, tail_of
+from beit_fast.kernels.attention.bias import (
+    LOG2E,
+    one_pass_rows,
+    padded_shape,
+    padded_width,
+    prepare_bias,
+    tail_of,
+)
+from beit_fast.kernels.attention.one_pass import forward_one_pass
 from beit_fast.kernels.launch_table import launch, launch_config
-from beit_fast.kernels.tiles import dot, load_tile, narrow, store_tile
+from beit_fast.kernels.tiles import block_of, dot, load_tile, narrow, readable, store_tile, strides_of
 
 
 @triton.jit
@@ -99,22 +107,6 @@ def attention_forward_kernel(
         tl.store(lse_ptr + pair.to(tl.int64) * N + rows, m_i + tl.log2(l_i), mask=inside)
 
 
-def block_of(head_dim: int) -> int:
-    """Head dims are padded, by masks, to a power of two that the tensor cores take."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself if the kernels can read it: unit stride in the last dimension, offsets of tokens in int32."""
-    fits = tensor.stride(3) == 1 and tensor.stride(1) * tensor.shape[1] < 2**31
-    return tensor if fits else tensor.contiguous()
-
-
-def strides_of(*tensors: Tensor) -> list[int]:
-    """Strides of batch, tokens and heads of tensors (B, N, H, K)."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
 def config_of(name: str, q: Tensor) -> tuple[dict[str, int], int]:
     """The launch row of a kernel that walks N tokens with its shape constants, and its number of programs a sample."""
     _, num_tokens, num_heads, head_dim = q.shape
@@ -126,17 +118,28 @@ def config_of(name: str, q: Tensor) -> tuple[dict[str, int], int]:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, padded: Tensor | None, scale: float, save: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, padded: Tensor | None, scale: float, save: bool
 ) -> tuple[Tensor, Tensor]:
-    """(B, N, H, K) three times -> the output (B, N, H, K), and log-sum-exp (B, H, N) fp32 in base 2 (or empty)."""
+    """(B, N, H, K) three times -> the output (B, N, H, K), and log-sum-exp (B, H, N) fp32 in base 2 (or empty).
+
+    Args:
+        bias: (H, N, N), prepared again where `padded` was prepared for another kernel.
+    """
     q, k, v = readable(q), readable(k), readable(v)
-    batch, num_tokens, num_heads, _ = q.shape
+    batch, num_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((batch, num_heads, num_tokens) if save else 0, dtype=torch.float32)
+    flags = {"HAS_BIAS": bias is not None, "SAVE_LSE": save}
+    row = one_pass_rows(num_tokens, q.device)[0] if head_dim <= 64 and scale > 0 else None
+    if bias is not None and (padded is None or padded.shape != padded_shape(num_heads, num_tokens, row)):
+        padded, _ = prepare_bias(bias, q.dtype, False, row, None)
+    given = q if padded is None else padded
+    if row is not None:
+        forward_one_pass(q, k, v, given, out, lse, scale, row, flags)
+        return out, lse
     config, programs = config_of("attention_forward", q)
     launch(
-        attention_forward_kernel, (programs * batch,), q, k, v, q if padded is None else padded, out, lse,
-        num_tokens, num_heads, padded_width(num_tokens), scale * LOG2E, *strides_of(q, k, v),
-        HAS_BIAS=padded is not None, SAVE_LSE=save, **config,
+        attention_forward_kernel, (programs * batch,), q, k, v, given, out, lse,
+        num_tokens, num_heads, padded_width(num_tokens), scale * LOG2E, *strides_of(q, k, v), **flags, **config,
     )  # fmt: skip
     return out, lse

@@ -1,34 +1,135 @@
-# mypy: allow-untyped-defs, disable-error-code="assignment"
+# mypy: allow-untyped-defs, disable-error-code="assignment,misc"
 # ruff: noqa: RUF005 (Triton has no starred expressions)
-"""The backward kernel of attention for short sequences: one program per (sample, head), five products, one pass.
+"""The kernels of attention for short sequences: one program per (sample, head) and pass.
 
-Keys are walked in tiles that hold dK and dV; dQ of all queries stays in registers. Scores are (keys, queries), so that
-P and dS feed dV and dK from registers. Bias and dS lie in fragment order: tiles of 16 queries as the tensor cores hold
-their result, so that both cross from memory to registers without a detour over shared memory.
+Forward, keys and values stay in shared memory and every softmax sees all of its row. Backward, keys are walked in tiles
+that hold dK and dV, and dQ of all queries stays in registers; scores are (keys, queries), so that P and dS feed dV and
+dK from registers. Bias and dS lie in fragment order (`bias.py`), and cross from memory to registers as they are.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit_fast.kernels.attention.bias import LOG2E, tail_of
-from beit_fast.kernels.attention.forward import block_of, strides_of
+from beit_fast.kernels.attention.bias import LOG2E, one_pass_columns, tail_of
 from beit_fast.kernels.launch_table import Config, launch
-from beit_fast.kernels.tiles import dot, load_tile, narrow, store_tile
+from beit_fast.kernels.tiles import block_of, dot, load_tile, narrow, store_tile, strides_of
 
 
 @triton.jit
-def _from_fragments(x, KEYS: tl.constexpr, WIDTH: tl.constexpr):
-    """[KEYS * WIDTH] in fragment order -> [KEYS, WIDTH]."""
-    x = x.reshape([WIDTH // 16, KEYS // 16, 8, 4, 2, 2, 2])
-    return x.permute(1, 5, 2, 0, 4, 3, 6).reshape([KEYS, WIDTH])
+def _from_fragments(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS * WIDTH] in fragment order -> [ROWS, WIDTH]."""
+    x = x.reshape([WIDTH // 16, ROWS // 16, 8, 4, 2, 2, 2])
+    return x.permute(1, 5, 2, 0, 4, 3, 6).reshape([ROWS, WIDTH])
 
 
 @triton.jit
-def _to_fragments(x, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+def _to_fragments(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """The inverse of `_from_fragments`."""
-    x = x.reshape([KEYS // 16, 2, 8, WIDTH // 16, 2, 4, 2])
-    return x.permute(3, 0, 2, 5, 4, 1, 6).reshape([KEYS * WIDTH])
+    x = x.reshape([ROWS // 16, 2, 8, WIDTH // 16, 2, 4, 2])
+    return x.permute(3, 0, 2, 5, 4, 1, 6).reshape([ROWS * WIDTH])
+
+
+@triton.jit
+def _load_keys(
+    k_base, v_base, k_n, v_n, N, START: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Keys and values from START on, [WIDTH, BLOCK_K] each; those past the end repeat the last."""
+    rows = tl.minimum(START + tl.arange(0, WIDTH), N - 1)
+    return load_tile(k_base, rows, k_n, K, BLOCK_K), load_tile(v_base, rows, v_n, K, BLOCK_K)
+
+
+@triton.jit
+def _row_scores(
+    q, k, bias_tile, N, inverse_scale, HAS_BIAS: tl.constexpr, START: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Scores [ROWS, WIDTH] in units of q k^T; the product starts at the bias, -inf past the last key."""
+    if HAS_BIAS:
+        bias = tl.load(bias_tile + START * ROWS + tl.arange(0, ROWS * WIDTH))
+        scores = _from_fragments(bias, ROWS, WIDTH).to(tl.float32) * inverse_scale
+    else:
+        keys = START + tl.arange(0, WIDTH)
+        scores = tl.where((keys < N)[None, :], tl.zeros([ROWS, WIDTH], tl.float32), float("-inf"))
+    return dot(q, tl.trans(k), scores)
+
+
+@triton.jit
+def attention_forward_one_pass_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, out_ptr, lse_ptr, N, H, scale_log2, inverse_scale,
+    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
+    HAS_BIAS: tl.constexpr, SAVE_LSE: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, COUNT: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """All queries of one (sample, head), ROWS at a time; COUNT tiles of COLS keys, one of HALF and one of TAIL."""
+    pair = tl.program_id(0)
+    b = (pair // H).to(tl.int64)
+    h = (pair % H).to(tl.int64)
+    q_base = q_ptr + b * q_b + h * q_h
+    k_base = k_ptr + b * k_b + h * k_h
+    v_base = v_ptr + b * v_b + h * v_h
+    MIDDLE: tl.constexpr = COUNT * COLS
+    LAST: tl.constexpr = COUNT * COLS + HALF
+    W: tl.constexpr = COUNT * COLS + HALF + TAIL
+    bias_base = bias_ptr + h * (tl.cdiv(N, ROWS) * ROWS * W)
+    out_base = out_ptr + (b * N * H + h) * K
+    ks, vs = (), ()
+    for i in tl.static_range(COUNT):
+        k, v = _load_keys(k_base, v_base, k_n, v_n, N, i * COLS, COLS, K, BLOCK_K)
+        ks, vs = ks + (k,), vs + (v,)
+    if HALF > 0:
+        k, v = _load_keys(k_base, v_base, k_n, v_n, N, MIDDLE, HALF, K, BLOCK_K)
+        ks, vs = ks + (k,), vs + (v,)
+    if TAIL > 0:
+        k, v = _load_keys(k_base, v_base, k_n, v_n, N, LAST, TAIL, K, BLOCK_K)
+        ks, vs = ks + (k,), vs + (v,)
+    tl.assume(N > 0)
+    for start in range(0, N, ROWS):
+        rows = start + tl.arange(0, ROWS)  # [ROWS]
+        q = load_tile(q_base, tl.minimum(rows, N - 1), q_n, K, BLOCK_K)  # [ROWS, BLOCK_K]
+        bias_tile = bias_base + start * W
+        scores = ()
+        for i in tl.static_range(COUNT):
+            scores = scores + (_row_scores(q, ks[i], bias_tile, N, inverse_scale, HAS_BIAS, i * COLS, ROWS, COLS),)
+        if HALF > 0:
+            scores = scores + (_row_scores(q, ks[COUNT], bias_tile, N, inverse_scale, HAS_BIAS, MIDDLE, ROWS, HALF),)
+        if TAIL > 0:
+            last = _row_scores(q, ks[len(ks) - 1], bias_tile, N, inverse_scale, HAS_BIAS, LAST, ROWS, TAIL)
+            scores = scores + (last,)
+        m_i = tl.max(scores[0], 1)
+        for i in tl.static_range(1, len(scores)):
+            m_i = tl.maximum(m_i, tl.max(scores[i], 1))
+        m_i = m_i * scale_log2
+        l_i = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, BLOCK_K], tl.float32)
+        for i in tl.static_range(len(scores)):
+            p = tl.exp2(scores[i] * scale_log2 - m_i[:, None])
+            l_i += tl.sum(p, 1)
+            acc = dot(narrow(p, vs[i].dtype), vs[i], acc)
+        store_tile(out_base, rows, H * K, rows < N, acc / l_i[:, None], K, BLOCK_K)
+        if SAVE_LSE:
+            tl.store(lse_ptr + pair.to(tl.int64) * N + rows, m_i + tl.log2(l_i), mask=rows < N)
+
+
+def forward_one_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    fragments: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    row: Config,
+    flags: dict[str, bool],
+) -> None:
+    """Writes the output and, where asked for, log-sum-exp in base 2; `fragments` have queries as rows."""
+    batch, num_tokens, num_heads, head_dim = q.shape
+    count, half, tail = one_pass_columns(num_tokens, row["COLS"])
+    launch(
+        attention_forward_one_pass_kernel, (batch * num_heads,), q, k, v, fragments, out, lse, num_tokens, num_heads,
+        scale * LOG2E, 1.0 / (scale * LOG2E), *strides_of(q, k, v), K=head_dim, BLOCK_K=block_of(head_dim),
+        COUNT=count, HALF=half, TAIL=tail, **flags, **row,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -139,7 +240,7 @@ def attention_backward_one_pass_kernel(
         store_tile(dq_base, rows, 3 * H * K, rows < N, tl.trans(dqs[COUNT]) * scale, K, BLOCK_K)
 
 
-def one_pass(
+def backward_one_pass(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,

@@ -130,19 +130,20 @@ def _run(q: Tensor, k: Tensor | None, v: Tensor | None, given: Bias, scale: floa
 
 
 def _prepare_fake(bias: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
-    from beit_fast.kernels.attention.bias import one_pass_row, padded_width, prepared_dtype, transposed_shape
+    from beit_fast.kernels.attention.bias import one_pass_rows, padded_shape, prepared_dtype, transposed_shape
 
     num_heads, num_tokens, _ = bias.shape
-    padded = bias.new_empty((num_heads, num_tokens, padded_width(num_tokens)), dtype=prepared_dtype(dtype))
-    shape = transposed_shape(num_heads, num_tokens, one_pass_row(num_tokens, bias.device)) if transposed else (0,)
+    forward_row, backward_row = one_pass_rows(num_tokens, bias.device)
+    shape = transposed_shape(num_heads, num_tokens, backward_row) if transposed else (0,)
+    padded = bias.new_empty(padded_shape(num_heads, num_tokens, forward_row), dtype=prepared_dtype(dtype))
     return padded, padded.new_empty(shape)
 
 
 @fused_op("beit_fast::prepare_bias", fake=_prepare_fake)
 def _prepare_bias(bias: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
-    from beit_fast.kernels.attention.bias import one_pass_row, prepare_bias
+    from beit_fast.kernels.attention.bias import one_pass_rows, prepare_bias
 
-    return prepare_bias(bias, dtype, transposed, one_pass_row(bias.shape[1], bias.device))
+    return prepare_bias(bias, dtype, transposed, *one_pass_rows(bias.shape[1], bias.device))
 
 
 def _fake(q: Tensor, k: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
@@ -175,7 +176,7 @@ def _attention(
     if backend == "triton":
         from beit_fast.kernels.attention.forward import attention_forward
 
-        return attention_forward(q, k, v, padded, scale, saves)
+        return attention_forward(q, k, v, bias, padded, scale, saves)
     if saves:
         return cpu.forward_train(q, k, v, bias, scale, learned)
     return cpu.forward(q, k, v, bias, scale)

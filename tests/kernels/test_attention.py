@@ -378,13 +378,15 @@ ONE_PASS_CASES = [  # tokens, batch, heads, head dim, dtype, with bias, keys, qu
 
 @pytest.fixture
 def one_pass() -> Iterator[Callable[[int, int, int], None]]:
-    """Calling it with (tokens, keys, queries) gives the one-pass backward kernel a launch row for so many tokens."""
+    """Calling it with (tokens, keys, queries) gives the one-pass kernels launch rows for so many tokens."""
     with ExitStack() as stack:
 
         def use(tokens: int, keys: int, queries: int) -> None:
             row = {"KEYS": keys, "QUERIES": queries, "num_warps": 4 if keys == 64 else 8, "num_stages": 1}
             bucket = str((tokens + 15) // 16 * 16)
             stack.enter_context(trial("attention_backward_one_pass", bucket, row))
+            row = {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 2}
+            stack.enter_context(trial("attention_forward_one_pass", bucket, row))
 
         yield use
 
@@ -397,16 +399,19 @@ def test_one_pass_kernel(
     assert_accurate: Check,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same gradients as of two kernels, by one; nothing else writes them; two runs agree bit for bit."""
-    from beit_fast.kernels.attention import backward
+    """The same results as of three kernels, by two; nothing else writes them; two runs agree bit for bit."""
+    from beit_fast.kernels.attention import backward, forward
 
     tokens, batch, heads, head_dim, dtype, with_bias, keys, queries = case
     one_pass(tokens, keys, queries)
-    monkeypatch.setattr(backward, "attention_backward_query_kernel", None)  # to launch it would fail
+    monkeypatch.setattr(forward, "attention_forward_kernel", None)  # to launch it would fail
+    monkeypatch.setattr(backward, "attention_backward_query_kernel", None)
     monkeypatch.setattr(backward, "attention_backward_key_kernel", None)
     qkv, bias, grad = on(triton_device, *inputs_of(batch, tokens, heads, head_dim, dtype))
     given = bias if with_bias else None
     first = compare(assert_accurate, qkv, given, grad)
+    with torch.no_grad():
+        assert torch.equal(packed_attention(qkv, given), first[0])
     torch.use_deterministic_algorithms(True)  # fills every new tensor with NaN
     try:
         again = run(packed_attention, qkv, given, grad)
