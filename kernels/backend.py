@@ -19,6 +19,8 @@ BACKENDS = ("auto", "reference", "triton", "sdpa", "xformers", "flex")
 MAX_HEAD_DIM = 128  # of our attention kernels
 _MINIMUM_CAPABILITY = (8, 0)  # older tensor cores: Triton emits no matrix instructions for them
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
 _chosen = "auto"
 
 
@@ -67,9 +69,14 @@ def select(op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, head
         "reference" (the definition, differentiated by torch), "triton" (our kernels), "cpu" (the op's `cpu.py`),
         "torch" (that too, on another device without Triton); of attention also "sdpa", "xformers" and "flex".
     """
-    # an export must run without us; torch.func.grad, vmap and the like can follow the plain formulas only, and this is
-    # what autograd.Function.apply itself asks before it refuses a transform
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    # An export or a trace (torch.jit.trace, the legacy ONNX exporter, make_fx) must run without us; torch.func.grad,
+    # vmap and the like can follow the plain formulas only: autograd.Function.apply asks this before it refuses them.
+    if (
+        torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or (not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(_PROXY) is not None)
+    ):
         return "reference"
     attention = op in ("attention", "biased_attention")
     if _chosen == "reference" or (_chosen == "sdpa" and attention):

@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,6 +22,18 @@ Backward = TypeVar("Backward", bound=Callable[..., Any])
 def is_traced(tensor: Tensor) -> bool:
     """Whether a call on this tensor must go through the dispatcher: it is compiled, fake, functional or a subclass."""
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
+def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator that caches a tensor made of plain numbers, made on the CPU as if no mode were on (inference, fake)."""
+
+    @functools.lru_cache(maxsize=16)
+    @functools.wraps(function)
+    def make(*args: Any) -> Tensor:
+        with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return function(*args)
+
+    return make
 
 
 class FusedOp(Generic[P, R]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -17,6 +16,8 @@ from beit_fast.models.configs import BeitConfig
 from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
 from beit_fast.nn.stock import all_stock
+
+torch.fx.wrap("relative_position_bias")
 
 
 class BeitBackbone(nn.Module):
@@ -34,12 +35,16 @@ class BeitBackbone(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, width)) if config.use_abs_pos_emb else None
         shared = config.relative_position_bias == "shared"
         self.rel_pos_bias = RelativePositionBias(config.grid, config.num_heads) if shared else None
+        self.pos_drop = nn.Dropout(config.pos_drop_rate)
         self.drop_path = DropPathRates(config.drop_path_rate, config.depth)
         window = config.grid if config.relative_position_bias == "per_block" else None
-        eps, gamma = config.layer_norm_eps, config.layer_scale_init
         self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.mlp_ratio, eps, gamma, window) for _ in range(config.depth)
-        )
+            Block(
+                width, config.num_heads, config.mlp_ratio, config.layer_norm_eps, config.layer_scale_init, window,
+                config.qkv_bias, config.attn_drop_rate, config.proj_drop_rate,
+            )
+            for _ in range(config.depth)
+        )  # fmt: skip
         self.grad_checkpointing = False
         self.bias_within_blocks = False
         """Let every block that is called make its own bias: with FSDP2 its weights are whole only while it runs."""
@@ -97,11 +102,15 @@ class BeitBackbone(nn.Module):
             q, bias = q.index_select(2, queries), bias if table is None else bias.index_select(1, queries)
         return (q @ k.transpose(-2, -1) * attn.scale + bias).softmax(-1)
 
+    def __prepare_scriptable__(self) -> None:
+        raise TypeError("BEiT cannot be scripted (torch retires TorchScript): use torch.export or torch.jit.trace")
+
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
-        """(h, w), the patches of these images."""
+        """(h, w), the patches of these images; in a symbolic trace, which has no sizes, those of the model's own."""
+        if isinstance(images, torch.fx.Proxy):
+            return self.config.grid
         height, width = images.shape[-2:]
-        # `index` makes plain numbers of them in a compiled graph, too: there is one graph for each image size
-        return operator.index(height) // self.config.patch_size, operator.index(width) // self.config.patch_size
+        return height // self.config.patch_size, width // self.config.patch_size
 
     def _embed(self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
         """(B, C, S, S) -> (B, N, D) in the parameters' dtype, masked patches replaced, CLS in front."""
@@ -111,16 +120,16 @@ class BeitBackbone(nn.Module):
         x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
             x = x + resize_position_embedding(self.pos_embed, self.config.grid, self._grid_of(images))
-        return x
+        return self.pos_drop(x)
 
     def _attention_biases(self, images: Tensor) -> Callable[[int], Bias]:
         """A function that makes the bias of block i for this input size, prepared for the kernel.
 
         Only when called, because at 1024 x 1024 each is 0.8 GB in a base model; a shared one is made once.
         """
-        grid = self._grid_of(images)
+        grid, symbolic = self._grid_of(images), isinstance(images, torch.fx.Proxy)
         dtype = images.dtype
-        if torch.is_autocast_enabled(images.device.type):
+        if not symbolic and images.device.type != "meta" and torch.is_autocast_enabled(images.device.type):
             dtype = torch.get_autocast_dtype(images.device.type)
 
         own_grid, layers, shared_table = self.config.grid, self.layers(), self.rel_pos_bias
@@ -132,7 +141,8 @@ class BeitBackbone(nn.Module):
                 return None
             if grid != own_grid:
                 table = resize_relative_position_bias_table(table, own_grid, grid)
-            return prepare_bias(relative_position_bias(table, grid), dtype)
+            bias = relative_position_bias(table, grid)
+            return bias if symbolic else prepare_bias(bias, dtype)
 
         if shared_table is None:
             return bias_of
@@ -158,18 +168,20 @@ class BeitBackbone(nn.Module):
             The residual stream after the last block, and its `final_norm`.
         """
         layers = self.layers()[:count]
-        fused = [block.can_fuse() for block in layers]
+        # a symbolic trace shows every module
+        fused = [not isinstance(x, torch.fx.Proxy) and block.can_fuse() for block in layers]
         # the norm that each block computes for its successor, where that one does not have to call it itself
         norms = [block.norm1 if can else None for block, can in zip(layers, fused, strict=True)]
-        fused_norm = final_norm is not None and all_stock((final_norm, nn.LayerNorm))
+        fused_norm = final_norm is not None and all_stock((final_norm, nn.LayerNorm)) and final_norm.bias is not None
         norms.append(cast(nn.LayerNorm, final_norm) if fused_norm else None)
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         normed: Tensor | None = None
         for index, block in enumerate(layers):
             run: Callable[..., Any] = block.forward_fused if fused[index] else block
             if checkpointing:
-                # a block draws no random numbers, and looking up the generator's state would break a CUDA graph
-                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+                # looking up the generator's state would break a CUDA graph; a block without dropout has no use for it
+                drops = self.config.attn_drop_rate > 0 or self.config.proj_drop_rate > 0
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=drops)
             factors = None if drop_path is None else drop_path[index]
             # no name for the bias: one of an earlier block must be gone before the next is made
             if fused[index]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -78,6 +78,17 @@ class Beit(HubMethods, BeitBackbone):
         width, stride = self.config.width, self.config.patch_size
         return [{"module": f"blocks.{i}", "num_chs": width, "reduction": stride} for i in range(len(self.blocks))]
 
+    def replace_norms(self, norm_layer: Callable[[int], nn.Module]) -> None:
+        """Puts `norm_layer(width)` in place of every LayerNorm; with any other kind of norm the blocks run unfused."""
+        holders = [(m, name) for m in self.modules() for name, norm in m.named_children() if type(norm) is nn.LayerNorm]
+        for module, name in holders:
+            norm = norm_layer(self.config.width)
+            setattr(module, name, norm)
+        if type(norm) is nn.LayerNorm and norm.bias is not None:
+            self.config = replace(self.config, layer_norm_eps=norm.eps)
+        else:
+            self.is_described_by_config = False
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -127,7 +138,7 @@ class Beit(HubMethods, BeitBackbone):
     def _features(self, images: Tensor, sample_keys: Tensor | None, count: int, outputs: list[Tensor] | None) -> Tensor:
         """The tokens after `count` blocks, and after `norm` if these are all."""
         biases = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys) if self.training else None
+        drop_path = self.drop_path(images.shape[0], sample_keys, images.device) if self.training else None
         final_norm = self.norm if count == len(self.blocks) else None
         x, normed = self._run_blocks(self._embed(images), biases, drop_path, count, final_norm, outputs)
         return x if normed is None else normed

@@ -64,7 +64,15 @@ class BeitConfig:
     drop_path_rate: float = 0.0
     """Drop rate of the last block; the rate grows linearly from 0 at the first."""
     drop_rate: float = 0.0
-    """Dropout before the classifier's head; BEiT uses none."""
+    """Dropout before the classifier's head; BEiT uses none, nor any of the three below."""
+    pos_drop_rate: float = 0.0
+    """Dropout of the tokens before the first block."""
+    attn_drop_rate: float = 0.0
+    """Dropout of the attention probabilities, which are then computed by plain formulas."""
+    proj_drop_rate: float = 0.0
+    """Dropout after the output projection of the attention and after both layers of the MLP."""
+    qkv_bias: bool = True
+    """Biases of queries and values."""
     vocab_size: int = 8192
     """V, the number of visual tokens."""
     mim_target: Literal["visual_tokens", "pixels"] = "visual_tokens"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,22 +34,34 @@ _TAGS = {
 }
 _RENAMED = {"embed_dim": "width", "init_values": "layer_scale_init"}
 # Arguments of timm's class that change what BEiT is, and arguments of its factory that mean nothing here.
-_FIXED = {
-    "pos_drop_rate": 0.0, "proj_drop_rate": 0.0, "attn_drop_rate": 0.0, "qkv_bias": True, "swiglu_mlp": False,
-    "scale_mlp": False,
-}  # fmt: skip
+_FIXED = {"swiglu_mlp": False, "scale_mlp": False, "feature_cls": "getter"}
 _MEANINGLESS = ("scriptable", "exportable", "no_jit")
 
 
-def list_models() -> list[str]:
-    """List every name that `create_model` knows; each may be followed by the tag of its weights, as in timm.
+def list_models(
+    filter: str | Iterable[str] = "", pretrained: bool = False, exclude_filters: str | Iterable[str] = ""
+) -> list[str]:
+    """List the names that `create_model` knows, with timm's arguments.
+
+    Args:
+        filter: wildcards of the names to list, one or several; all names where it is empty.
+        pretrained: only names with published weights, each followed by the tag of these weights.
+        exclude_filters: wildcards of names to leave out.
 
     Examples:
         >>> import beit_fast
-        >>> "beit_base_patch16_224" in beit_fast.list_models()
-        True
+        >>> beit_fast.list_models("beit_base*")
+        ['beit_base_patch16_224', 'beit_base_patch16_384']
+        >>> beit_fast.list_models("beit_base*_224", pretrained=True)
+        ['beit_base_patch16_224.in22k_ft_in22k_in1k', 'beit_base_patch16_224.in22k_ft_in22k']
     """
-    return model_names()
+    wanted, unwanted = ([f] if isinstance(f, str) and f else list(f) for f in (filter, exclude_filters))
+
+    def matches(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch(name, p) or (pretrained and "." not in p and fnmatch(name, f"{p}.*")) for p in patterns)
+
+    names = [f"{base}.{tag}" for base, tags in _TAGS.items() for tag in tags] if pretrained else model_names()
+    return [name for name in names if (not wanted or matches(name, wanted)) and not matches(name, unwanted)]
 
 
 def create_model(
@@ -70,8 +84,8 @@ def create_model(
         in_chans: colour channels.
         img_size: pixels, a side or (height, width); the name's own where None. Any other size works at run time, too.
         overrides: `features_only` and `out_indices` (then the result is a `BeitFeatures`); `global_pool`,
-            `drop_path_rate`, `drop_rate`, `use_fc_norm`, `depth`, `embed_dim`, ... of timm; any field of `BeitConfig`;
-            `cache_dir`, `device` and `dtype`.
+            `drop_path_rate`, `drop_rate`, `use_fc_norm`, `norm_layer`, `depth`, `embed_dim`, ... of timm; any field of
+            `BeitConfig`; `cache_dir`, `device` and `dtype`.
 
     Returns:
         A `Beit`: images (B, in_chans, S, S) to logits (B, num_classes); or a `BeitFeatures`: images to a list of maps
@@ -93,8 +107,8 @@ def create_model(
     tag = _tag_of(overrides.pop("pretrained_cfg", None), tag)
     if overrides.pop("pretrained_cfg_overlay", None):
         raise ValueError("pretrained_cfg_overlay is not supported: give the weights as pretrained= or checkpoint_path=")
-    if base not in list_models() or (tag and tag not in _TAGS.get(base, ())):
-        known = ", ".join(f"{base}.{t}" for t in _TAGS.get(base, ())) or ", ".join(list_models())
+    if base not in model_names() or (tag and tag not in _TAGS.get(base, ())):
+        known = ", ".join(f"{base}.{t}" for t in _TAGS.get(base, ())) or ", ".join(model_names())
         hint = "; for weights elsewhere give pretrained= a path or 'hf-hub:owner/name'" if ":" in name else ""
         full_name = name if "." in name or not tag else f"{name}.{tag}"
         raise ValueError(f"model {full_name!r} is unknown; choose one of {known}{hint}")
@@ -103,11 +117,14 @@ def create_model(
     features_only, out_indices = options.pop("features_only", False), options.pop("out_indices", 3)
     norm, output_fmt = options.pop("norm", False), options.pop("output_fmt", "NCHW")
     cache_dir, device, dtype = (options.pop(key, None) for key in ("cache_dir", "device", "dtype"))
+    norm_layer = options.pop("norm_layer", None)
     classes = (21841 if tag in (_V1_22K, _V2_22K) else 1000) if num_classes is None else num_classes
     config = named_config(base)
     config = replace(config, image_size=img_size or config.image_size, in_chans=in_chans)
     with torch.device(device) if device is not None else nullcontext():
         model = Beit(config.for_classification(classes, **_config_fields(options)))
+        if norm_layer is not None:
+            model.replace_norms(norm_layer)
     if dtype is not None:
         model.to(dtype)
     model.default_cfg = _default_cfg(base, tag, classes, config)

@@ -120,6 +120,8 @@ class HubMethods:
     """
 
     config: BeitConfig
+    is_described_by_config = True
+    """Whether a model made from `config` alone has the same modules."""
 
     def save_pretrained(
         self,
@@ -135,6 +137,8 @@ class HubMethods:
 
         `config` and `model_card_kwargs` are what huggingface_hub's mixin passes; the model's own config is written.
         """
+        if not self.is_described_by_config:
+            raise ValueError("config.json cannot describe a model with its own norm_layer: save its state_dict()")
         folder = Path(save_directory)
         save_folder(cast(nn.Module, self), asdict(self.config), folder)
         if not (folder / "README.md").exists():

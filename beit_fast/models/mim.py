@@ -138,13 +138,16 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
         height, width = self._grid_of(images)
         expected = images.shape[0], height * width
         mask = mask.flatten(1)
-        if mask.shape != expected or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool {expected}, got {mask.dtype} {tuple(mask.shape)}")
+        if mask.shape != expected or mask.is_floating_point():
+            raise ValueError(f"mask must be bool or of integers, {expected}, got {mask.dtype} {tuple(mask.shape)}")
+        mask = mask.bool()
         if predict_all:
             masked_indices = torch.arange(mask.numel(), device=mask.device)
         elif masked_indices is None:
             masked_indices = mask.flatten().nonzero().squeeze(1)
-        if masked_indices.shape[0] == 0:
+        if torch.compiler.is_exporting():
+            torch._check(masked_indices.shape[0] > 0)  # what the program may rely on: it knows no mask
+        elif masked_indices.shape[0] == 0:
             raise ValueError("the mask hides no patch, so there is nothing to predict: mask at least one")
         return mask, masked_indices
 
@@ -168,7 +171,7 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
     def _hidden_at(self, images: Tensor, mask: Tensor, masked_indices: Tensor, sample_keys: Tensor | None) -> Tensor:
         """(M, D): the residual stream after the last block at the masked positions, before the final norm."""
         bias_of = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys) if self.training else None
+        drop_path = self.drop_path(images.shape[0], sample_keys, images.device) if self.training else None
         x = self._embed(images, mask, self.mask_token)
         sample = torch.div(masked_indices, mask.shape[1], rounding_mode="floor")
         tokens = masked_indices + sample + 1  # every sample has one CLS token in front of its patches

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-_on_device: dict[tuple[int, int, torch.device], Tensor] = {}
+from beit_fast.kernels.backend import select
+from beit_fast.kernels.registration import constant, fused_op, is_traced
 
 
 def _geometric_ratio(source: int, target: int) -> float:
@@ -67,7 +68,11 @@ def _spline(source: int, target: int) -> NDArray[np.float64]:
     return linear + curvature @ _second_derivatives(x)
 
 
-@torch.compiler.assume_constant_result  # to torch.compile and torch.export the matrix of a size is a number like pi
+@constant
+def _on_device(source: int, target: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(_spline(source, target)).to(device)
+
+
 def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") -> Tensor:
     """The constant (2*target-1, 2*source-1) float64 matrix that resizes one axis of a relative position table.
 
@@ -78,14 +83,31 @@ def spline_matrix(source: int, target: int, device: torch.device | str = "cpu") 
     Args:
         source, target: patches along the axis, at least 1.
     """
-    matrix = _on_device.get((source, target, torch.device(device)))
-    if matrix is None or torch.compiler.is_exporting():  # an export knows no Parameters but the model's
-        matrix = torch.from_numpy(_spline(source, target)).to(device)
-        if type(matrix) is Tensor and not torch.compiler.is_exporting():  # no tracer's fake one may outlive its trace
-            # a Parameter, whose shape torch.compile takes for fixed when another matrix comes at the next image size
-            matrix = nn.Parameter(matrix, requires_grad=False)
-            _on_device[source, target, torch.device(device)] = matrix
-    return matrix
+    return _on_device(source, target, torch.device(device))
+
+
+@fused_op(
+    "beit_fast::spline_matrix",
+    fake=lambda table, source, target: table.new_empty(2 * target - 1, 2 * source - 1, dtype=torch.float64),
+)
+def _compiled_spline_matrix(table: Tensor, source: int, target: int) -> Tensor:
+    return spline_matrix(source, target, table.device).clone()  # an op returns memory of its own
+
+
+@torch.compiler.assume_constant_result
+def _exported_spline_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(_spline(source, target)).to(device)
+
+
+def _spline_matrix_for(table: Tensor, source: int, target: int) -> Tensor:
+    """`spline_matrix` on the table's device: in a compiled graph an op, in an exported or traced one a constant."""
+    if torch.compiler.is_exporting():
+        return _exported_spline_matrix(source, target, table.device)
+    if torch.compiler.is_compiling():
+        return _compiled_spline_matrix(table.detach(), source, target)
+    if is_traced(table) or select("resize", table) == "reference":
+        return torch.from_numpy(_spline(source, target)).to(table.device)  # not kept: it may be a tracer's
+    return spline_matrix(source, target, table.device)
 
 
 def resize_relative_position_bias_table(
@@ -116,8 +138,7 @@ def resize_relative_position_bias_table(
             f"relative position table has {table.shape[0]} rows; window {old_window[0]}x{old_window[1]} needs "
             f"{height * width + 3}"
         )
-    down = spline_matrix(old_window[0], new_window[0], table.device)
-    across = spline_matrix(old_window[1], new_window[1], table.device)
+    down, across = (_spline_matrix_for(table, old, new) for old, new in zip(old_window, new_window, strict=True))
     sheet = table[:-3].to(torch.float64).view(height, width, -1)
     resized = torch.einsum("ya,abh,xb->yxh", down, sheet, across).flatten(0, 1)
     return torch.cat((resized.to(table.dtype), table[-3:]))

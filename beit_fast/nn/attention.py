@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from beit_fast.kernels import Bias, linear, packed_attention
+from beit_fast.kernels.attention.op import PreparedBias
 from beit_fast.nn.relative_position_bias import table_parameter
+from beit_fast.nn.stock import all_stock
 
 
 class Attention(nn.Module):
@@ -18,25 +20,50 @@ class Attention(nn.Module):
         width: D.
         num_heads: H; D must be a multiple of it.
         window_size: patch grid of this block's own relative position table; None where it has none.
+        qkv_bias: whether q and v have biases.
+        attn_drop, proj_drop: dropout of the probabilities and of the output (BEiT uses none).
     """
 
-    def __init__(self, width: int, num_heads: int, window_size: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        window_size: tuple[int, int] | None = None,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.scale = (width // num_heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
         # The official keys put a block's own table on the attention module itself.
         self.relative_position_bias_table = None if window_size is None else table_parameter(window_size, num_heads)
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, bias: Bias = None) -> Tensor:
         """(B, N, D) -> (B, N, D); `bias` is (H, N, N), prepared or plain, or None."""
-        qkv = self.qkv(x)
-        return self.proj(self._heads(qkv + self.qkv_bias().to(qkv.dtype), bias))
+        qkv, qkv_bias, drop = self.qkv(x), self.qkv_bias(), self.attn_drop
+        if qkv_bias is not None:
+            qkv = qkv + qkv_bias.to(qkv.dtype)
+        plain = isinstance(x, torch.fx.Proxy) or not all_stock((drop, nn.Dropout)) or (drop.training and drop.p)
+        heads = self._heads_with_probabilities(qkv, bias) if plain else self._heads(qkv, bias)
+        return self.proj_drop(self.proj(heads))
+
+    def _heads_with_probabilities(self, qkv: Tensor, bias: Bias) -> Tensor:
+        """As `_heads`, with the probabilities (B, H, N, N) passed through `attn_drop` for its hooks and its dropout."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K)
+        logits = q @ k.transpose(-2, -1) * self.scale
+        if bias is not None:
+            logits = logits + (bias.bias if isinstance(bias, PreparedBias) else bias)
+        probabilities = self.attn_drop(logits.softmax(dim=-1).to(v.dtype))
+        return (probabilities @ v).transpose(1, 2).flatten(2)
 
     def attend(self, x: Tensor, bias: Bias) -> Tensor:
         """(B, N, D) -> the heads' outputs side by side (B, N, D), before `proj`; `qkv` must be stock."""
@@ -47,6 +74,8 @@ class Attention(nn.Module):
         qkv = qkv.view(batch, tokens, 3, self.num_heads, -1)
         return packed_attention(qkv, bias, self.scale).reshape(batch, tokens, -1)
 
-    def qkv_bias(self) -> Tensor:
-        """(3D,), zeros for k."""
+    def qkv_bias(self) -> Tensor | None:
+        """(3D,), zeros for k; None where there is none."""
+        if self.q_bias is None or self.v_bias is None:
+            return None
         return torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from beit_fast.kernels import Bias, bias_gelu, linear, residual_add, residual_la
 from beit_fast.nn.attention import Attention
 from beit_fast.nn.mlp import Mlp
 from beit_fast.nn.stock import all_stock
+
+torch.fx.wrap("residual_add")
 
 
 class Block(nn.Module):
@@ -21,6 +23,7 @@ class Block(nn.Module):
         eps: of both LayerNorms.
         layer_scale_init: start value of gamma_1 and gamma_2; None or 0 leaves them out (preset `plain`).
         window_size: patch grid of the block's own relative position table; None where it has none.
+        qkv_bias, attn_drop, proj_drop: as of `Attention`; `proj_drop` is also that of the MLP.
     """
 
     def __init__(
@@ -31,43 +34,46 @@ class Block(nn.Module):
         eps: float,
         layer_scale_init: float | None,
         window_size: tuple[int, int] | None,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, num_heads, window_size)
+        self.attn = Attention(width, num_heads, window_size, qkv_bias, attn_drop, proj_drop)
         self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, int(width * mlp_ratio), proj_drop)
         self.gamma_1: nn.Parameter | None = None
         self.gamma_2: nn.Parameter | None = None
         if layer_scale_init:
             self.gamma_1 = nn.Parameter(torch.full((width,), float(layer_scale_init)))
             self.gamma_2 = nn.Parameter(torch.full((width,), float(layer_scale_init)))
 
-    def forward(self, x: Tensor, bias: Bias | Callable[[], Bias] = None, drop_path: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Bias | partial[Bias] = None, drop_path: Tensor | None = None) -> Tensor:
         """The block by itself, (B, N, D) -> (B, N, D).
 
         Args:
-            bias: (H, N, N), prepared or plain; a function that makes it; or None.
+            bias: (H, N, N), prepared or plain; a `partial` that makes it; or None.
             drop_path: (2, B) factors of the two branches, or None.
         """
-        if callable(bias):
+        if isinstance(bias, partial):
             bias = bias()
-        if all_stock(*self._parts()):
+        if not isinstance(x, torch.fx.Proxy) and self.can_fuse(called=True):
             return self.forward_fused(x, self.norm1(x), bias, drop_path)[0]
         first, second = (None, None) if drop_path is None else drop_path
         x = residual_add(x, self.attn(self.norm1(x), bias), self.gamma_1, first)
         return residual_add(x, self.mlp(self.norm2(x)), self.gamma_2, second)
 
-    def can_fuse(self) -> bool:
-        """Whether `forward_fused` does what calling the block and its parts would do."""
-        return all_stock((self, Block), *self._parts())
-
-    def _parts(self) -> tuple[tuple[nn.Module, type[nn.Module]], ...]:
-        attn, mlp = self.attn, self.mlp
-        return (
-            (self.norm1, nn.LayerNorm), (attn, Attention), (attn.qkv, nn.Linear), (attn.proj, nn.Linear),
-            (self.norm2, nn.LayerNorm), (mlp, Mlp), (mlp.fc1, nn.Linear), (mlp.fc2, nn.Linear),
-        )  # fmt: skip
+    def can_fuse(self, called: bool = False) -> bool:
+        """Whether `forward_fused` does what calling the block (or, in a block that is `called`, its parts) would do."""
+        attn, mlp, norm1, norm2 = self.attn, self.mlp, self.norm1, self.norm2
+        if self.training and (attn.attn_drop.p or attn.proj_drop.p or mlp.drop1.p or mlp.drop2.p):
+            return False
+        return (called or all_stock((self, Block))) and all_stock(
+            (norm1, nn.LayerNorm), (attn, Attention), (attn.qkv, nn.Linear), (attn.attn_drop, nn.Dropout),
+            (attn.proj, nn.Linear), (attn.proj_drop, nn.Dropout), (norm2, nn.LayerNorm), (mlp, Mlp),
+            (mlp.fc1, nn.Linear), (mlp.drop1, nn.Dropout), (mlp.fc2, nn.Linear), (mlp.drop2, nn.Dropout),
+        ) and norm1.bias is not None and norm2.bias is not None  # fmt: skip
 
     def forward_fused(
         self, x: Tensor, normed: Tensor, bias: Bias, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+torch.fx.wrap("drop_path_scales")
+
 # Constants of the splitmix64 finaliser, as signed 64-bit integers (torch has no unsigned arithmetic).
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -54,19 +56,21 @@ class DropPathRates(torch.nn.Module):
         ValueError: rate outside [0, 1).
     """
 
-    rates: Tensor
-
     def __init__(self, rate: float, depth: int) -> None:
         super().__init__()
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {rate}")
-        self.rate = rate
-        self.register_buffer("rates", torch.linspace(0.0, rate, depth), persistent=False)
+        self.rate, self.depth = rate, depth
+        # no buffer, which `to_empty` would leave uninitialised and `bfloat16` round
+        self.rates = torch.linspace(0.0, rate, depth, device="cpu")
 
-    def forward(self, batch_size: int, sample_keys: Tensor | None = None) -> Tensor | None:
+    def forward(self, batch_size: int, sample_keys: Tensor | None, device: torch.device) -> Tensor | None:
         """(L, 2, B) factors, or None where nothing can be dropped (evaluation, rate 0)."""
         if not self.training or self.rate == 0.0:
             return None
+        if not isinstance(device, torch.fx.Proxy) and self.rates.device != device:
+            with torch.inference_mode(False):
+                self.rates = torch.linspace(0.0, self.rate, self.depth, device="cpu").to(device)
         return drop_path_scales(self.rates, sample_keys, batch_size)
 
     def extra_repr(self) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from beit_fast.kernels import linear
-from beit_fast.nn.stock import is_stock
+from beit_fast.nn.stock import all_stock
 
 
 class PatchEmbed(nn.Module):
@@ -28,12 +29,14 @@ class PatchEmbed(nn.Module):
             ValueError: the images are not (B, C, height, width), or their sides not multiples of the patch size.
         """
         p, channels = self.patch_size, self.proj.in_channels
+        if isinstance(images, torch.fx.Proxy):  # has no shape to check
+            return self.proj(images).flatten(2).transpose(1, 2)
         if images.dim() != 4 or images.shape[1] != channels:
             raise ValueError(f"images must be (B, {channels}, height, width), got {tuple(images.shape)}")
         batch, _, height, width = images.shape
         if height % p or width % p:
             raise ValueError(f"image sides must be multiples of the patch size {p}, got {height}x{width}")
-        if not is_stock(self.proj, nn.Conv2d):
+        if not all_stock((self.proj, nn.Conv2d)):
             return self.proj(images).flatten(2).transpose(1, 2)
         patches = images.view(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch, (height // p) * (width // p), channels * p * p)

@@ -8,22 +8,20 @@ than the bias. Of a small bias all pairs are indexed in one call: what it costs 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from beit_fast.kernels.position_bias.reference import relative_position_index, table_rows
+from beit_fast.kernels.registration import constant
 
 FEW_PATCHES = 256
 """Up to here `index_pairs` is faster: at most 0.7 of the time at 14 x 14 patches, but twice the time at 24 x 24."""
 
 
-@functools.lru_cache(maxsize=16)
+@constant
 def _pair_index(height: int, width: int) -> Tensor:
     """The table row of each (query, key); int64, flat."""
-    with torch.device("cpu"):  # whatever the default device
-        return relative_position_index((height, width)).flatten()
+    return relative_position_index((height, width)).flatten()
 
 
 def index_pairs(table: Tensor, height: int, width: int) -> Tensor:
@@ -36,18 +34,17 @@ def index_pairs(table: Tensor, height: int, width: int) -> Tensor:
     return pairs.view(-1, num_tokens, num_tokens)
 
 
-@functools.lru_cache(maxsize=16)
+@constant
 def _strip_index(height: int, width: int) -> Tensor:
     """The table row behind each element of the strip, and then of the row and of the column of CLS; int64, flat."""
-    with torch.device("cpu"):  # whatever the default device
-        query_column = torch.arange(width)[:, None, None]
-        step_down = torch.arange(2 * height - 1)[None, :, None]  # key row - query row + h - 1
-        key_column = torch.arange(width)[None, None, :]
-        strip = (2 * height - 2 - step_down) * (2 * width - 1) + query_column - key_column + width - 1
-        num_rows, num_patches = table_rows((height, width)), height * width
-        from_cls = torch.full((num_patches,), num_rows - 3)
-        to_cls = torch.full((num_patches,), num_rows - 2)
-        return torch.cat((strip.flatten(), torch.tensor([num_rows - 1]), from_cls, to_cls))
+    query_column = torch.arange(width)[:, None, None]
+    step_down = torch.arange(2 * height - 1)[None, :, None]  # key row - query row + h - 1
+    key_column = torch.arange(width)[None, None, :]
+    strip = (2 * height - 2 - step_down) * (2 * width - 1) + query_column - key_column + width - 1
+    num_rows, num_patches = table_rows((height, width)), height * width
+    from_cls = torch.full((num_patches,), num_rows - 3)
+    to_cls = torch.full((num_patches,), num_rows - 2)
+    return torch.cat((strip.flatten(), torch.tensor([num_rows - 1]), from_cls, to_cls))
 
 
 def _windows(strip: Tensor, height: int, width: int) -> tuple[Tensor, ...]:

@@ -34,7 +34,8 @@ def classifier(kind="plus", **overrides):
 
 
 def images(batch, side=32):
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
+    height, width = side if isinstance(side, tuple) else (side, side)
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
 
 
 def gradients(model, loss):
@@ -59,6 +60,46 @@ def test_compiles_as_one_graph_at_another_image_size():
     with torch.no_grad():
         for side in (48, 56, 40):
             torch.testing.assert_close(compiled(images(2, side)), model(images(2, side)), atol=1e-6, rtol=0)
+
+
+SIDES = [(32, 32), (48, 48), (32, 48), (40, 24), (24, 40), (64, 32), (16, 56), (72, 64), (48, 16), (80, 24), (56, 88)]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_as_one_graph_at_any_image_size(kind, dynamic):
+    """More sizes than torch.compile would make graphs of: one graph serves them all, square or not."""
+    torch._dynamo.reset()
+    model = classifier(kind, depth=1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    with torch.no_grad():
+        for side in SIDES:
+            torch.testing.assert_close(compiled(images(2, side)), model(images(2, side)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", [(32, 48), (40, 24), (56, 64)])
+def test_gradients_of_a_graph_of_another_image_size(side):
+    torch._dynamo.reset()
+    model = classifier(depth=1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(images(2, side)), model(images(2, side))
+    for one, other in zip(gradients(model, found.sum()), gradients(model, expected.sum()), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("accelerated", ["timm", "transformers"])
+def test_accelerated_models_compile_at_images_that_are_not_square(accelerated):
+    from benchmarks.baselines.libraries import timm_beit, transformers_beit
+
+    torch._dynamo.reset()
+    for side in ((32, 48), (48, 24), (64, 32)):
+        config = BeitConfig(width=48, depth=1, num_heads=3, patch_size=8, image_size=side).for_classification(5)
+        model = timm_beit(config) if accelerated == "timm" else transformers_beit(config, "BeitForImageClassification")
+        beit_fast.accelerate(noisy(model).eval())
+        with torch.no_grad():
+            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+            found, expected = (getattr(m(images(2, side)), "logits", m(images(2, side))) for m in (compiled, model))
+        torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
 def test_pretraining_compiles_as_one_graph():
@@ -115,8 +156,11 @@ def test_an_exported_program_runs_without_this_library(tmp_path):
     [
         ("plus", 32, False),
         ("shared", 48, False),
+        ("plus", (48, 24), False),
         slow("plain", 48, False),
         slow("plus", 48, True),
+        slow("plus", (24, 56), True),
+        slow("shared", (56, 32), True),
         slow("plain", 32, True),
     ],
 )

@@ -126,7 +126,7 @@ def test_misfitting_inputs_are_named():
     with pytest.raises(ValueError, match="mask must be bool"):
         model(images, mask[:, :3], tokens)
     with pytest.raises(ValueError, match="mask must be bool"):
-        model(images, mask.long(), tokens)
+        model(images, mask.float(), tokens)
     with pytest.raises(ValueError, match="visual_tokens has 3 entries"):
         model(images, mask, tokens[:, 0, 0])
 
