@@ -61,6 +61,8 @@ class PredictOptions(ClassifierOptions):
     """A fine-tuning run, or a file or folder of weights (this library, the official code, timm, transformers)."""
     images: Positional[tuple[Path, ...]] = ()
     """Image files."""
+    value_range: tuple[float, float] | None = None
+    """Values of float and 32-bit pixels that are black and white, as in training; without it they are refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,8 @@ class SegmentOptions(DeviceOptions):
     """Image files."""
     output_dir: Path = Path()
     """Where to write <image>_segments.png, and <image>_legend.png with the image beside it and the names of colours."""
+    value_range: tuple[float, float] | None = None
+    """Values of float and 32-bit pixels that are black and white, as in training; without it they are refused."""
     opacity: float = 0.5
     """Of the colours."""
     ratios: tuple[float, ...] = (1.0,)
@@ -98,7 +102,7 @@ def predict_command(arguments: Sequence[str]) -> int:
     unread: list[Path] = []
 
     def view_of(path: Path) -> torch.Tensor | str:
-        return read_view(path, classifier.image_size, classifier.crop_share)
+        return read_view(path, classifier.image_size, classifier.crop_share, chosen.value_range)
 
     for path, view in readable(chosen.images, view_of, unread):
         with torch.no_grad(), autocast(chosen, device):
@@ -127,7 +131,7 @@ def segment_command(arguments: Sequence[str]) -> int:
         chosen.output_dir.mkdir(parents=True, exist_ok=True)
     model, count = segmentor.model.to(device), len(segmentor.classes)
     unread: list[Path] = []
-    for path, picture in readable(chosen.images, read_picture, unread):
+    for path, picture in readable(chosen.images, lambda path: read_picture(path, chosen.value_range), unread):
         with autocast(chosen, device):
             classes = inference.classes(model, torch.from_numpy(picture).to(device)).cpu().numpy()
         shares = np.bincount(classes.ravel(), minlength=count) / classes.size
@@ -169,15 +173,17 @@ def readable(
             yield path, image
 
 
-def read_picture(path: Path) -> Crop | str:
+def read_picture(path: Path, value_range: tuple[float, float] | None = None) -> Crop | str:
     """Pixels uint8 (H, W, 3) of an image file, or why there are none."""
-    picture = reading.read_picture(path)
-    return picture.reason.removeprefix("cannot be read: ") if isinstance(picture, Rejection) else picture
+    picture = reading.read_picture(path, value_range)
+    return picture.reason if isinstance(picture, Rejection) else picture
 
 
-def read_view(path: Path, image_size: int, crop_share: float) -> torch.Tensor | str:
+def read_view(
+    path: Path, image_size: int, crop_share: float, value_range: tuple[float, float] | None = None
+) -> torch.Tensor | str:
     """The central view (3, S, S) of an image file, float32 in [0, 1], or why there is none."""
-    picture = read_picture(path)
+    picture = read_picture(path, value_range)
     if isinstance(picture, str):
         return picture
     return centre_view(picture, image_size, crop_share).permute(2, 0, 1).float() / 255

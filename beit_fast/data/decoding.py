@@ -72,7 +72,10 @@ class PilDecoder:
         low, high = (0, 65535) if not is_wide else self.value_range or (np.nan, np.nan)
         if np.isnan(low):
             kind = "float" if image.mode == "F" else "signed or 32-bit"
-            return Rejection(f"{kind} pixels; --data.value-range LOW HIGH says which values are black and white")
+            return Rejection(
+                f"{kind} pixels; --data.value-range LOW HIGH (predict, segment: --value-range) says which values are "
+                "black and white"
+            )
         levels = np.clip((values.astype(np.float64) - low) * (255 / (high - low)), 0, 255)
         gray8 = np.rint(np.nan_to_num(levels)).astype(np.uint8)
         return oriented(np.repeat(gray8[..., None], 3, axis=2), header)
