@@ -4,12 +4,15 @@ Not finite: the loss of any rank, or the gradient; such a step changes nothing. 
 gradient's norm, lies more than `SIGMAS` standard deviations above its running mean; such a step counts like any other.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from beit_fast.train.checkpoint.format import list_checkpoints
 from beit_fast.train.distributed.world import World
 
 SIGMAS = 6.0
@@ -18,6 +21,10 @@ MEMORY_STEPS = 200
 SLOTS = 16
 """Anomalies kept between two lines of the log; more are counted."""
 KINDS = ("", "non_finite", "loss_spike", "gradient_spike")
+
+
+class PersistentNonFiniteGradients(RuntimeError):
+    """Too many steps in a row had a gradient that was not finite."""
 
 
 class Anomalies:
@@ -108,7 +115,55 @@ class Anomalies:
         self._carried = list(state["unread"])
 
 
+class Divergence:
+    """Whether the loss has left its level: a recent mean beside a slow one that spikes cannot move. On the device."""
+
+    def __init__(self, world: World) -> None:
+        self._levels = torch.full((2,), math.nan, dtype=torch.float64, device=world.device)  # recent, slow
+        self.diverged = False
+
+    def add(self, loss: Tensor, found_inf: Tensor) -> None:
+        """One step's global loss."""
+        loss = loss.double()
+        recent, slow = torch.where(self._levels.isnan(), loss, self._levels).unbind()
+        usual = torch.minimum(loss, slow + 2 * slow.abs())
+        levels = torch.stack([recent + (loss - recent) / 5, slow + (usual - slow) / 100])
+        self._levels = torch.where(found_inf > 0, self._levels, levels)
+
+    def state(self, step: int, log: Callable[[str], None]) -> dict[str, Any]:
+        """For the checkpoint of `step`, JSON values; says so where the loss has diverged since the last one."""
+        recent, slow = self._levels.tolist()
+        if math.isnan(recent):
+            return {"diverged": False, "levels": None}
+        before, self.diverged = self.diverged, recent > slow + 3 * abs(slow)
+        if self.diverged and not before:
+            log(
+                f"the loss rose from about {slow:.4g} to {recent:.4g} up to step {step}: the weights may be ruined; "
+                "the last checkpoint before is kept: --resume-from STEP with a lower --optim.lr continues from it"
+            )
+        return {"diverged": self.diverged, "levels": [recent, slow]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state; runs of before there was one begin anew."""
+        self.diverged = bool(state.get("diverged"))
+        if state.get("levels") is not None:
+            self._levels = torch.tensor(state["levels"], dtype=torch.float64, device=self._levels.device)
+
+
 def samples_of(step: int, steps_per_epoch: int, batch_size: int) -> dict[str, Any]:
     """The samples of step number `step`: their epoch, and the range of their positions in its order."""
     epoch, within = divmod(step - 1, steps_per_epoch)
     return {"epoch": epoch, "positions": [within * batch_size, (within + 1) * batch_size]}
+
+
+def check_skipped(values: Mapping[str, Any], limit: int, step: int, total: int, checkpoints: Path) -> None:
+    """Raise PersistentNonFiniteGradients where an interval (`Interval.read`) skipped over `limit` steps in a row."""
+    if values["longest_skipped"] <= limit:
+        return
+    saved = list_checkpoints(checkpoints)
+    raise PersistentNonFiniteGradients(
+        f"the gradient was not finite in {values['longest_skipped']} steps in a row up to step {step} ({total} skipped "
+        f"in all; --optim.max-skipped-steps {limit}); those steps changed nothing, the last checkpoint is "
+        f"{saved[-1].name if saved else 'none'}; --replay {step} says where it began; lower --optim.lr or use "
+        "--precision bf16"
+    )

@@ -41,6 +41,11 @@ def at_least_1(option: str, value: int | None) -> None:
         raise ValueError(f"{option} is {value}, it must be at least 1")
 
 
+def local(default: Any, free: bool = True) -> Any:
+    """A field that may differ between the ranks of a run: a path, or how this machine does its part."""
+    return field(default=default, metadata={"free": free, "local": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its schedule (paper, tables 12 and 13)."""
@@ -97,7 +102,7 @@ class LogConfig:
 
     every_steps: int = free(20)
     """Optimizer steps per line of metrics.jsonl and of the terminal."""
-    progress: Literal["auto", "bar", "lines", "none"] = free("auto")
+    progress: Literal["auto", "bar", "lines", "none"] = local("auto")
     """`bar`: a live bar. `lines`: one line per interval. `auto`: a bar on a terminal, lines otherwise."""
 
     def __post_init__(self) -> None:
@@ -108,13 +113,13 @@ class LogConfig:
 class RunConfig:
     """What every run has: length, batch, precision, folder."""
 
-    output_dir: Path = field(default=Path("runs/run"), metadata={"free": True})
+    output_dir: Path = field(default=Path("runs/run"), metadata={"free": True, "local": True})
     """Run folder: config, environment, metrics, checkpoints, pictures. A run found there is continued."""
     fresh: bool = free(False)
     """Start anew: a run found in the folder is moved aside (to <folder>.1, .2, ...), not continued."""
     dry_run: bool = free(False)
     """Print parameters, FLOPs, memory, steps, disk and time on this device, and train nothing."""
-    plan_gpu: str | None = free(None)
+    plan_gpu: str | None = local(None)
     """With --dry-run: say memory and time for --gpus of this GPU (V100, A100-80GB, H100, H200, ...) as well."""
     seed: int = 0
     """Decides the initial weights and, with epoch and sample, everything random."""
@@ -131,9 +136,9 @@ class RunConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; weights and optimizer state are fp32 always. fp16 scales the loss (the paper's V100 way). `auto`:
     bf16 on a GPU that has it, fp16 on an older one, fp32 on the CPU."""
-    device: str = free("auto")
+    device: str = local("auto")
     """`auto`: cuda where there is one, else cpu."""
-    gpus: int | None = free(None)
+    gpus: int | None = local(None)
     """Processes to start on this machine, one per GPU; what crashes is started again. None: this process alone, or
     what torchrun or Slurm started."""
     parallel: Literal["ddp", "fsdp2"] = free("ddp")
@@ -144,8 +149,10 @@ class RunConfig:
     cuda_graph: bool = free(False)
     """Record a step as one CUDA graph and launch that: the host's share of a step nearly vanishes, which counts where
     steps are short (small models, few samples per GPU). One micro-batch per step, masks of one size."""
-    hang_timeout_s: float = free(600.0)
+    hang_timeout_s: float = local(600.0)
     """Without a step for so long the run ends, and each rank writes where it stands to hang_rank<N>.txt."""
+    resume_from: int | None = free(None)
+    """Continue from the kept checkpoint of this step, also with another learning rate; later ones are set aside."""
     replay: int | None = free(None)
     """Repeat this optimizer step of the run found in the folder, from the checkpoint before it, and write down what
     was not finite in it; changes nothing in the run. Its number is the one in anomalies.jsonl."""
@@ -156,7 +163,7 @@ class RunConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_per_device", "max_steps", "steps", "eval_every", "replay"):
+        for name in ("batch_size", "batch_per_device", "max_steps", "steps", "eval_every", "resume_from", "replay"):
             at_least_1(f"--{name.replace('_', '-')}", getattr(self, name))
         if self.hang_timeout_s <= 0:
             raise ValueError(f"--hang-timeout-s is {self.hang_timeout_s:g}, it must be positive")
@@ -187,13 +194,21 @@ def from_plain(kind: type[Config], value: Mapping[str, Any]) -> Config:
     return kind(**{name: typed(hints.get(name), item) for name, item in value.items()})
 
 
-def free_fields(config: Any, prefix: str = "") -> set[str]:
-    """Dotted names of the fields that may differ between a run and its continuation."""
+def fields_marked(config: Any, mark: str, prefix: str = "") -> set[str]:
+    """Dotted names of the fields marked `free` (may differ in a continuation) or `local` (may differ between ranks)."""
     names: set[str] = set()
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if f.metadata.get("free"):
+        if f.metadata.get(mark):
             names.add(prefix + f.name)
         elif dataclasses.is_dataclass(value):
-            names |= free_fields(value, f"{prefix}{f.name}.")
+            names |= fields_marked(value, mark, f"{prefix}{f.name}.")
     return names
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        result |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return result

@@ -12,18 +12,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from beit_fast.train import memory
-from beit_fast.train.anomalies import Anomalies, samples_of
+from beit_fast.train.anomalies import Anomalies, Divergence, PersistentNonFiniteGradients, check_skipped
+from beit_fast.train.checkpoint import artefacts
 from beit_fast.train.checkpoint.async_writer import CheckpointWriter
-from beit_fast.train.checkpoint.format import Checkpoint, list_checkpoints, require_space
+from beit_fast.train.checkpoint.format import Checkpoint, require_space
 from beit_fast.train.checkpoint.run_folder import RunFolder
 from beit_fast.train.checkpoint.state import restore_saved, tensors_to_save
 from beit_fast.train.cuda_graph import CudaRecorder, check_cuda_graph
 from beit_fast.train.distributed import parallel
+from beit_fast.train.distributed.agreement import check_built, check_settings
 from beit_fast.train.distributed.watchdog import Watchdog
 from beit_fast.train.distributed.world import (
+    Interrupted,
     LostRank,
     StopSignal,
     Vote,
@@ -33,20 +35,17 @@ from beit_fast.train.distributed.world import (
     is_lost_rank,
     start_world,
 )
-from beit_fast.train.metrics import Interval, MetricsFile, peak_memory_mib
+from beit_fast.train.metrics import Interval, peak_memory_mib
 from beit_fast.train.optim import LossScaler, build_optimizer, set_learning_rate
-from beit_fast.train.precision import autocast, precision_of
-from beit_fast.train.progress import Progress, duration
+from beit_fast.train.precision import precision_of
+from beit_fast.train.progress import duration, safe_output
+from beit_fast.train.run_log import RunLog
 from beit_fast.train.schedules import accumulation, learning_rate, requests_of, run_length, seed_of
 from beit_fast.train.step import TrainStep
 from beit_fast.train.task import Task
 
 EXIT_RESUME = 75
 """EX_TEMPFAIL of sysexits.h: saved on a signal; the same command continues."""
-
-
-class PersistentNonFiniteGradients(RuntimeError):
-    """Too many steps in a row had a gradient that was not finite."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +64,28 @@ def run(task: Task) -> RunResult:
         ValueError, OSError, RuntimeError: one clear line; what was saved before stays intact.
     """
     config = task.config
-    world = start_world(config.device)
-    folder = RunFolder(config.output_dir)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(safe_output())
+        world = start_world(config.device)
+        folder = RunFolder(config.output_dir)
+        for end in (lambda: end_world(world), folder.release, task.close):  # called in reverse
+            stack.callback(end)
+        check_settings(world, config, task.name)
         check_world(config, world)
         if world.is_main:
             folder.claim(config, task.name)
         world.barrier()
-        with contextlib.closing(TrainingRun(task, world, folder)) as training:
-            try:
-                return training.run()
-            except RuntimeError as error:
-                if memory.is_out_of_memory(error):
-                    raise training.out_of_memory(error) from error
-                if is_lost_rank(error):
-                    first = str(error).splitlines()[0][:200]
-                    raise LostRank(f"rank {world.rank} lost another one at step {training.step} ({first})") from error
-                raise
-    finally:
-        task.close()
-        folder.release()
-        end_world(world)
+        training = stack.enter_context(contextlib.closing(TrainingRun(task, world, folder)))
+        try:
+            return training.run()
+        except RuntimeError as error:
+            if memory.is_out_of_memory(error):
+                raise memory.out_of_memory(error, config, world, training.micro_batch, training.memory) from error
+            if is_lost_rank(error):
+                first = str(error).splitlines()[0][:200]
+                raise LostRank(f"rank {world.rank} lost another one at step {training.step} ({first})") from error
+            raise
+    raise AssertionError("unreachable")
 
 
 class TrainingRun:
@@ -94,78 +94,112 @@ class TrainingRun:
     def __init__(self, task: Task, world: World, folder: RunFolder) -> None:
         self.task, self.config, self.world, self.folder = task, task.config, world, folder
         self.accumulation = accumulation(self.config, world.size)
+        self.micro_batch = -(-self.config.batch_size // world.size // self.accumulation)
         self.stop = StopSignal(world)
-        self.progress: Progress | None = None
-        self.metrics_file: MetricsFile | None = None
-        self.anomalies_file: MetricsFile | None = None
-        self.watchdog: Watchdog | None = None
+        self.output = RunLog(task, world, folder)
+        self.log = self.output.message
         self.last_line: dict[str, Any] = {}
-        self.skipped = self.step = self.saved_step = 0
+        self.skipped = self.step = self.saved_step = self.target = 0
+        self.evaluated_step: int | None = None
+        self.interval_started = 0.0
         self.memory = memory.StateMemory()
         self.phase = "starting"
+        self.watchdog = Watchdog(
+            folder.path, world.rank, world.size, self.config.hang_timeout_s,
+            lambda: f"rank {world.rank} of {world.size} stands still, {self.phase}, {self.step} steps done",
+        )  # fmt: skip
+        task.alive = self.watchdog.slow
 
     def close(self) -> None:
         self.stop.close()
-        for part in (self.watchdog, self.progress, self.metrics_file, self.anomalies_file):
-            if part is not None:
-                part.close()
-
-    def log(self, text: str) -> None:
-        """Print a line of its own, above the progress bar, on rank 0."""
-        if self.progress is not None:
-            self.progress.log(text)
-        elif self.world.is_main and self.config.log.progress != "none":
-            print(text, flush=True)
+        self.watchdog.close()
+        self.output.close()
 
     def run(self) -> RunResult:
         """Train from the newest checkpoint to the last step, or to the first signal."""
+        try:
+            checkpoint, notes = self.folder.newest_for_all(self.world)
+            for note in notes:
+                self.log(note)
+            if checkpoint is not None and (metrics := self.completed(checkpoint)) is not None:
+                return RunResult(0, checkpoint.step, metrics)
+            with self.stop.interruptible():
+                self.prepare(checkpoint)
+                self.open_outputs()
+                evaluated = self.world.agree(int(self.output.has_evaluation(self.step)))
+                if checkpoint is not None and self.evaluation_is_due() and not evaluated:
+                    self.evaluate()  # the run ended before it
+            self.train()
+            if self.step < self.target:
+                raise Interrupted
+            with self.stop.interruptible():
+                if self.evaluated_step != self.step:
+                    self.evaluate()
+                self.finish()
+        except Interrupted:
+            if self.step > self.saved_step:
+                self.save()
+                self.wait_for_save()
+            saved = f"saved step {self.step}" if self.step else "before the first step"
+            self.log(f"stopped by a signal: {saved}; the same command continues (exit code {EXIT_RESUME})")
+            return RunResult(EXIT_RESUME, self.step, self.last_line)
+        return RunResult(0, self.step, self.last_line)
+
+    def train(self) -> None:
+        """The loop: to the target, or until the ranks agree to stop; the last state is saved."""
         config, world = self.config, self.world
-        checkpoint, notes = self.folder.newest_for_all(world)
-        for note in notes:
-            self.log(note)
-        if checkpoint is not None:
-            total = checkpoint.state["total_steps"]
-            if checkpoint.step >= min(total, config.max_steps or total):
-                more = f"trains on to step N (of {total})" if checkpoint.step < total else "stops a run early"
-                self.log(
-                    f"{self.folder.path}: this run is complete at step {checkpoint.step}; --fresh starts anew (and "
-                    f"moves this run aside), --max-steps N {more}"
-                )
-                return RunResult(0, checkpoint.step, dict(checkpoint.state.get("metrics", {})))
-        self.prepare(checkpoint)
-        self.open_outputs()
         requests = requests_of(self.step, self.target, self.steps_per_epoch, config, world.rank, world.size)
         batches = iter(self.task.batches(requests))
         self.model.train()
         self.started = self.interval_started = time.perf_counter()
         self.first_step, self.waited = self.step, 0.0
         vote = Vote.CONTINUE
-        while self.step < self.target and vote is Vote.CONTINUE:
-            self.train_step(self.next_batches(batches))
-            self.step += 1
-            if self.watchdog is not None:
-                self.watchdog.beat()
-            vote = self.stop.poll(self.writer.failed())
-            if vote is Vote.FAILED:
-                self.wait_for_save()
-            if self.progress is not None:
-                self.progress.advance(self.step)
-            last = self.step == self.target
-            if last or self.step % config.log.every_steps == 0:
-                self.log_metrics()
-            if last or (config.eval_every and self.step % config.eval_every == 0):
-                self.evaluate()
-            if last or vote is Vote.STOP or self.step % config.checkpoint.every_steps == 0:
-                self.save()
+        try:
+            while self.step < self.target and vote is Vote.CONTINUE:
+                self.train_step(self.next_batches(batches))
+                self.step += 1
+                vote = self.stop.poll(self.writer.failed())
+                if vote is Vote.FAILED:
+                    self.wait_for_save()
+                self.output.advance(self.step)
+                last = self.step == self.target
+                evaluate = self.evaluation_is_due()
+                if last or self.step % config.log.every_steps == 0:
+                    self.log_metrics()
+                if last or evaluate or vote is Vote.STOP or self.step % config.checkpoint.every_steps == 0:
+                    self.save()
+                if evaluate and vote is Vote.CONTINUE:
+                    with self.stop.interruptible():
+                        self.evaluate()
+        except Exception as error:  # what is done is saved, where this process can do so alone and the state is whole
+            harmful = isinstance(error, PersistentNonFiniteGradients) or self.compute.updating or self.writer.failure
+            if self.world.size == 1 and self.step > self.saved_step and not harmful:
+                with contextlib.suppress(OSError):
+                    self.save()
+                    self.wait_for_save()
+            raise
         self.stop.drain()
         self.wait_for_save()
-        if self.step < self.target:
-            self.log(
-                f"stopped by a signal: saved step {self.step}; the same command continues (exit code {EXIT_RESUME})"
-            )
-            return RunResult(EXIT_RESUME, self.step, self.last_line)
-        self.finish()
-        return RunResult(0, self.step, self.last_line)
+
+    def completed(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
+        """The final metrics where nothing is left to train or to finish; says what can be done with such a run."""
+        total = checkpoint.state["total_steps"]
+        if checkpoint.step < min(total, self.config.max_steps or total):
+            return None
+        metrics = artefacts.completed(self.folder.path, checkpoint.step) if self.world.is_main else {}
+        if self.world.agree(int(metrics is not None)) == 0:
+            return None
+        more = f"trains on to step N (of {total})" if checkpoint.step < total else "stops a run early"
+        self.log(
+            f"{self.folder.path}: this run is complete at step {checkpoint.step}; --fresh starts anew (and moves this "
+            f"run aside), --max-steps N {more}"
+        )
+        return metrics or dict(checkpoint.state.get("metrics", {}))
+
+    def evaluation_is_due(self) -> bool:
+        """Whether this step, before the last one, is one of those to evaluate."""
+        every = self.config.eval_every
+        return every is not None and self.step < self.target and self.step % every == 0
 
     def prepare(self, checkpoint: Checkpoint | None) -> None:
         """Build everything that trains, and restore the checkpoint into it."""
@@ -176,7 +210,9 @@ class TrainingRun:
         self.module = self.task.build(world)
         samples = self.task.num_samples()
         self.identity = {"num_samples": samples, **self.task.identity()}
-        self.check_identity(self.identity if checkpoint is None else checkpoint.state["identity"])
+        check_built(world, self.identity, self.module, precision_of(config, world.device))
+        if checkpoint is not None:
+            self.folder.check_identity(checkpoint.state["identity"], self.identity)
         self.steps_per_epoch, self.total, self.warmup = run_length(config, samples)
         self.target = min(self.total, config.max_steps or self.total)
         blocks = self.task.blocks(self.module)
@@ -193,13 +229,12 @@ class TrainingRun:
         self.optimizer = build_optimizer(groups, config.optim)
         self.precision = precision_of(config, world.device)
         self.scaler = LossScaler(world.device, enabled=self.precision == "fp16")
-        self.ema: dict[str, Tensor] | None = None
-        if config.optim.ema_decay is not None:
-            self.ema = {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+        averaged = config.optim.ema_decay is not None
+        self.ema = {n: p.detach().clone() for n, p in self.module.named_parameters()} if averaged else None
         self.compute = TrainStep(self.task, world, self.module, self.model, self.optimizer, self.scaler, self.ema)
         if recorder is not None:
             self.compute.record_with(recorder)
-        self.interval, self.anomalies = Interval(world), Anomalies(world)
+        self.interval, self.anomalies, self.divergence = Interval(world), Anomalies(world), Divergence(world)
         self.memory = memory.state_memory(self.module, groups, self.ema)
         mode = config.checkpoint.background
         background = mode == "on" or (mode == "auto" and world.device.type == "cuda")
@@ -209,49 +244,27 @@ class TrainingRun:
         if checkpoint is not None:
             self.restore(checkpoint)
 
-    def check_identity(self, before: dict[str, Any]) -> None:
-        """ValueError where the run began with other data or another tokenizer."""
-        if changed := [name for name in before if before[name] != self.identity.get(name)]:
-            pairs = ", ".join(f"{name} {before[name]}, now {self.identity.get(name)}" for name in changed)
-            raise ValueError(
-                f"the run in {self.folder.path} began with {pairs}; restore what it was trained on, or start anew with "
-                "--fresh"
-            )
-
     def open_outputs(self) -> None:
-        """Open metrics, progress and the watchdog, and say what begins."""
+        """Open metrics and progress, and say what begins."""
         config, world = self.config, self.world
         if world.is_main:
             require_space(self.folder.checkpoints, self.memory.saved, config.checkpoint.keep)
-            self.metrics_file = MetricsFile(self.folder.metrics, self.step)
-            self.anomalies_file = MetricsFile(self.folder.anomalies, self.step)
-            self.folder.record_start(self.step, world.size, world.device)
-            for line in self.folder.record_data(self.task.contents()):
-                self.log(line)
-            self.progress = Progress(config.log.progress, self.task.name, self.step, self.target)
+            if self.step < self.target:
+                artefacts.unmark(self.folder.path)
+        self.output.open(self.step, self.target)
         parallel_name = "" if world.size == 1 else f" {config.parallel}"
-        micro_batch = -(-config.batch_size // world.size // self.accumulation)
         self.log(
             f"{self.task.name}: step {self.step} to {self.target} of {self.total}, batch {config.batch_size} = "
-            f"{world.size} {world.device.type}{parallel_name} x {self.accumulation} x {micro_batch}, "
+            f"{world.size} {world.device.type}{parallel_name} x {self.accumulation} x {self.micro_batch}, "
             f"{self.precision}, run folder {self.folder.path}"
         )
-        self.watchdog = Watchdog(
-            self.folder.path, world.rank, world.size, config.hang_timeout_s,
-            lambda: f"rank {world.rank} of {world.size} stands still, {self.phase}, {self.step} steps done",
-        )  # fmt: skip
 
     def next_batches(self, batches: Iterator[Any]) -> list[Any]:
-        """The micro-batches of a step. Where they cannot be had the step before is saved first."""
+        """The micro-batches of a step."""
         before = time.perf_counter()
         self.phase = "waiting for data"
-        try:
+        with self.stop.interruptible() if self.world.size == 1 else contextlib.nullcontext():
             micro_batches = [next(batches) for _ in range(self.accumulation)]
-        except Exception:
-            if self.world.size == 1 and self.step > self.saved_step:  # saving together needs the other ranks
-                self.save()
-                self.wait_for_save()
-            raise
         self.waited += time.perf_counter() - before
         self.phase = "training"
         return micro_batches
@@ -261,9 +274,11 @@ class TrainingRun:
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.optim, self.total, self.warmup))
         result = self.compute(batches, self.step)
         self.interval.add(result.loss, result.sums, result.norm, result.found_inf)
+        self.divergence.add(result.global_loss, result.found_inf)
         self.anomalies.add(result.global_loss, result.loss, result.norm, result.found_inf, result.searching)
         torch.manual_seed(seed_of(self.config.seed, self.step))
         self.task.after_step(self.module, self.step)
+        self.watchdog.beat()
 
     def log_metrics(self) -> None:
         """Read the interval (the only wait for the device), write its line.
@@ -300,51 +315,37 @@ class TrainingRun:
         if self.precision == "fp16":
             line["loss_scale"] = float(self.scaler.scale)
         self.last_line = line
-        entries = self.anomalies.read(self.step)
-        if self.metrics_file is not None and self.progress is not None:
-            self.metrics_file.write(line)
-            self.progress.interval(line, self.task.sample_noun, eta)
-        self.report_anomalies(entries)
-        limit = self.config.optim.max_skipped_steps
-        if values["longest_skipped"] > limit:
-            saved = list_checkpoints(self.folder.checkpoints)
-            raise PersistentNonFiniteGradients(
-                f"the gradient was not finite in {values['longest_skipped']} steps in a row up to step {self.step} "
-                f"({self.skipped} skipped in all; --optim.max-skipped-steps {limit}); weights are unharmed, the last "
-                f"checkpoint is {saved[-1].name if saved else 'none'}; --replay {self.step} says where it began; lower "
-                "--optim.lr or use --precision bf16"
-            )
-
-    def report_anomalies(self, entries: list[dict[str, Any]]) -> None:
-        """Write down anomalies, and keep what a replay of a step that was not finite needs."""
-        if self.anomalies_file is None:
-            return
-        steps: dict[str, list[str]] = {}
-        for entry in entries:
-            entry |= samples_of(entry["step"], self.steps_per_epoch, self.config.batch_size)
-            if entry["kind"] == "non_finite":
-                entry["replay_from"] = self.folder.keep_for_replay(entry["step"])
-            self.anomalies_file.write(entry)
-            steps.setdefault(entry["kind"], []).append(str(entry["step"]))
-        for kind in sorted(steps):
-            self.log(f"{kind.replace('_', ' ')} at step {', '.join(steps[kind])}: {self.folder.anomalies}")
+        self.output.metrics(line, eta)
+        self.output.anomalies(self.anomalies.read(self.step), self.steps_per_epoch)
+        check_skipped(values, self.config.optim.max_skipped_steps, self.step, self.skipped, self.folder.checkpoints)
 
     def evaluate(self) -> None:
+        """Evaluate this step, whose state is saved: what goes wrong before the last step does not end the run."""
         began, self.phase = time.perf_counter(), "evaluating"
-        if self.watchdog is not None:
-            self.watchdog.pause()
+        self.watchdog.slow()
         torch.manual_seed(seed_of(self.config.seed, self.step))
-        precision = autocast(self.world.device, self.precision)
-        with parallel.evaluation_model(self.module, self.ema, self.unsplit) as model, torch.no_grad(), precision:
-            model.eval()
-            result = self.task.evaluate(model, self.step)
-        self.model.train()
+        weights = parallel.evaluation_model(self.module, self.ema, self.unsplit)
+        try:
+            with weights as model, torch.no_grad(), self.compute.autocast:
+                model.eval()
+                result = self.task.evaluate(model, self.step)
+        except Exception as error:
+            if (
+                self.world.size > 1 or self.step == self.target
+            ):  # the other ranks wait; or there is nothing to go on with
+                raise
+            self.output.failed(f"the evaluation of step {self.step}", error)
+            result = {}
+        finally:
+            self.model.train()
+        self.evaluated_step = self.step
         if result:
             self.last_line = self.last_line | result
-            if self.metrics_file is not None:
-                self.metrics_file.write({"kind": "evaluation", "step": self.step, **result})
+            if not self.output.has_evaluation(self.step):
+                self.output.metrics({"kind": "evaluation", "step": self.step, **result})
             self.log(f"step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
         self.interval_started += time.perf_counter() - began  # throughput is that of training
+        self.watchdog.beat()
 
     def save(self) -> None:
         """Checkpoint of this step; the sums of the open interval are part of it."""
@@ -353,7 +354,7 @@ class TrainingRun:
             "total_steps": self.total, "identity": self.identity, "epoch": self.step // self.steps_per_epoch,
             "world_size": self.world.size, "precision": self.precision, "interval": self.interval.state(),
             "anomalies": self.anomalies.state(self.step), "skipped": self.skipped, "scaler": self.scaler.state(),
-            "metrics": self.last_line,
+            "metrics": self.last_line, **self.divergence.state(self.step, self.log),
         }  # fmt: skip
         self.writer.save(self.step, tensors_to_save(self.module, self.optimizer, self.ema), state)
         self.saved_step = self.step
@@ -375,26 +376,26 @@ class TrainingRun:
         self.interval.load(state["interval"])
         if "anomalies" in state:
             self.anomalies.load(state["anomalies"])
+        self.divergence.load(state)
         self.skipped = int(state["skipped"])
         self.last_line = dict(state["metrics"])
         self.step = self.saved_step = checkpoint.step
         self.log(f"continuing {checkpoint.path}")
 
-    def out_of_memory(self, error: BaseException) -> memory.OutOfMemory:
-        share = -(-self.config.batch_size // self.world.size // self.accumulation)
-        return memory.out_of_memory(error, self.config, self.world, share, self.memory)
-
     def finish(self) -> None:
-        """Pictures and exports of a run that reached its target."""
-        if self.watchdog is not None:
-            self.watchdog.pause()
+        """Export what the run leaves; the marker that it is complete is written last."""
+        self.phase = "finishing"
+        self.watchdog.slow()
+        work = artefacts.new_work_folder(self.folder.path) if self.world.is_main else self.folder.path
         with parallel.evaluation_model(self.module, self.ema, self.unsplit) as model:
             if self.world.is_main:
-                for path in self.task.finish(model, self.folder.path):
-                    print(f"wrote {path}", flush=True)
+                self.task.finish(model, work)
         if self.world.is_main:
-            from beit_fast.visualize.run_report import write_report
-
-            took = duration(time.perf_counter() - self.started)
-            self.log(f"complete: step {self.step} in {took}; report {write_report(self.folder.path)}")
+            self.log(f"complete: step {self.step} in {duration(time.perf_counter() - self.started)}")
+            published = artefacts.publish(self.folder.path, work)
+            for path in published:
+                print(f"wrote {path}", flush=True)
+            if (report := self.output.report()) is not None:
+                self.log(f"report {report}")
+                artefacts.mark_complete(self.folder.path, self.step, [*published, report], self.last_line)
         self.world.barrier()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit_fast.train.checkpoint.format import write_atomically, write_error
 from beit_fast.train.distributed.world import World
 
 
@@ -82,41 +83,66 @@ class Interval:
 
 
 class MetricsFile:
-    """metrics.jsonl: opened at a step, what lies beyond it (written before a kill) is dropped."""
+    """metrics.jsonl, continued at a step: lines beyond it, written before a kill, move to metrics.superseded.jsonl.
+
+    No line is ever deleted; lines of another form stay as they are.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
-        work = path.with_name(path.name + ".tmp")
-        with work.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        work.replace(path)
-        self._file = path.open("a")
+        self.evaluated: set[int] = set()
+        """Steps of the evaluations it holds."""
+        kept: list[bytes] = []
+        superseded: list[bytes] = []
+        data = path.read_bytes() if path.exists() else b""
+        for line in data.splitlines(keepends=True):
+            value = parse_line(line)
+            torn = value is None and not line.endswith(b"\n")
+            beyond = value is not None and _step_in(value) > step
+            (superseded if beyond or torn else kept).append(line if line.endswith(b"\n") else line + b"\n")
+            if value is not None and not beyond and value.get("kind") == "evaluation":
+                self.evaluated.add(int(_step_in(value)))
+        if superseded:
+            with path.with_name(f"{path.stem}.superseded{path.suffix}").open("ab") as file:
+                file.writelines(superseded)
+                file.flush()
+                os.fsync(file.fileno())
+            write_atomically(path, b"".join(kept))
+        self._file = path.open("ab")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one object; NaN and infinities become null, which is JSON."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        try:
+            os.write(self._file.fileno(), json.dumps(clean).encode() + b"\n")
+        except OSError as error:
+            raise write_error(error, self.path) from error
+        if line.get("kind") == "evaluation":
+            self.evaluated.add(int(line["step"]))
 
     def close(self) -> None:
         self._file.close()
 
 
+def _step_in(value: Mapping[str, Any]) -> float:
+    step = value.get("step", 0)
+    return step if isinstance(step, (int, float)) else 0
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of a metrics file; None where it holds none."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def read_metrics(path: Path) -> Sequence[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line cut short by a kill is left out. Empty where there is no file."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for text in path.read_text(errors="replace").splitlines():
-            try:
-                value = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                lines.append(value)
-    return lines
+    """The objects of a metrics.jsonl, foreign and torn lines left out. Empty where there is no file."""
+    if not path.exists():
+        return []
+    return [value for line in path.read_bytes().splitlines() if (value := parse_line(line)) is not None]
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -1,8 +1,10 @@
-"""What a run shows: a live bar on a terminal, one line per interval elsewhere."""
+"""What a run shows: a live bar on a terminal, one line per interval elsewhere; and output that cannot end a run."""
 
+import contextlib
+import os
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -18,6 +20,56 @@ def duration(seconds: float) -> str:
     if s < 86400:
         return f"{s // 3600} h {s % 3600 // 60:02d} min"
     return f"{s // 86400} d {s % 86400 // 3600:02d} h"
+
+
+class SafeStream:
+    """A text stream whose failure (a closed pipe, a full disk) is said once on stderr; then it goes nowhere."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream: IO[str] = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 - as long as the run
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        failed, self._stream = self._stream, open(os.devnull, "w")  # noqa: SIM115
+        if failed.closed:  # by who gave it, at the end of the program
+            return
+        with contextlib.suppress(OSError, ValueError):  # what is still buffered must not fail when Python ends
+            os.dup2(self._stream.fileno(), failed.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stderr is not self and sys.stderr is not None:
+                print(f"warning: the output cannot be written ({error}); the run goes on", file=sys.stderr, flush=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def safe_output() -> Iterator[None]:
+    """Let no print of a run fail, where stdout is a closed pipe, closed, or on a full disk."""
+    before = sys.stdout, sys.stderr
+    for descriptor in (0, 1, 2):  # a file of the run must not take the number of a closed stream
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = (s if isinstance(s, SafeStream) else SafeStream(s) for s in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = before
 
 
 class Progress:

@@ -48,6 +48,8 @@ class TrainStep:
         self.autocast = autocast(world.device, precision_of(self.config, world.device))
         self.captured: CapturedStep | None = None
         self.recorded_batch: Any = None
+        self.updating = False
+        """Whether weights are being changed: an error then leaves them half changed."""
 
     def record_with(self, recorder: Any) -> None:
         """From now on let `recorder` (a `CudaRecorder`) record a step of one micro-batch and launch the recording."""
@@ -106,11 +108,13 @@ class TrainStep:
         """Step the optimizer and the averages, unless the loss of any rank or the gradient is not finite."""
         optim = self.config.optim
         total = self.world.sum(loss.clone()) / self.world.size
+        self.updating = True
         norm, found_inf = optimizer_step(self.optimizer, self.scaler.scale, optim.clip_grad, total)
         searching = found_inf * torch.isfinite(total) * (self.scaler.scale > 1)
         self.scaler.update(found_inf)
         if self.ema is not None and optim.ema_decay is not None:
             parallel.average(self.ema, self.module, (1 - optim.ema_decay) * (1 - found_inf))
+        self.updating = False
         return StepResult(loss, sums, total, norm, found_inf, searching)
 
     def _recorded(self, inputs: tuple[dict[str, Tensor], Tensor]) -> StepResult:

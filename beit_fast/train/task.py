@@ -4,7 +4,7 @@ Calls, in order: `build` once; for every step `num_targets` of each micro-batch,
 `loss`, then `after_step`; at intervals `summarise` and `evaluate`; `finish` after the last step; `close` always.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,8 @@ class Task:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.alive: Callable[[], None] = lambda: None
+        """To be called now and then in `evaluate` and `finish`: no sign of life for half an hour ends the run."""
 
     def build(self, world: World) -> nn.Module:
         """Open the data, load what is frozen, and return the module to train, on `world.device`, in fp32.
@@ -117,12 +119,12 @@ class Task:
         """Held-out metrics of the unwrapped module (in eval mode, under no_grad and autocast); `{}` = there is none."""
         return {}
 
-    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
-        """Export weights and tables after the last step, on rank 0; returns the paths of what was written.
+    def finish(self, model: nn.Module, folder: Path) -> None:
+        """Export weights and tables into `folder` after the last step and its evaluation, on rank 0.
 
-        `model` is the unwrapped module with its weights, or their averages where the run keeps them.
+        The engine moves them to the run folder. `model` is the unwrapped module with its weights, or their averages
+        where the run keeps them.
         """
-        return []
 
     def plan(self) -> dict[str, float]:
         """For --dry-run: `flops_per_image` (forward and backward) and, apart, e.g. `tokenizer_flops_per_image`."""

@@ -114,9 +114,9 @@ def write_report(run_dir: Path) -> Path:
         _section("Configuration", settings),
         _section("Environment", "".join(_start(start) for start in run.starts)),
     ]
-    path = run_dir / "report.html"
-    path.write_text(_page(f"{run.name}: {run.task}", "".join(parts)), errors="surrogateescape")
-    return path
+    path, work = run_dir / "report.html", run_dir / ".tmp-report.html"
+    work.write_text(_page(f"{run.name}: {run.task}", "".join(parts)), errors="surrogateescape")
+    return work.replace(path)  # whole or not at all
 
 
 def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:

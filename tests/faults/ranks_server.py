@@ -8,6 +8,7 @@ recipe's `main` as a program would. What is to go wrong in which attempt stands 
 
 Faults: {"rank": 1, "kill_s": 0.4}            SIGKILL to a rank so many seconds after the first step
         {"rank": 0, "save_call": 7}           SIGKILL before the n-th system call of a save
+        {"rank": 0, "ending": 0.4}            SIGKILL in between the last save and the exit, at this share of its calls
         {"rank": 0, "signal": 15, "step": 5}  a signal to one rank while it prepares this step
 """
 
@@ -104,6 +105,33 @@ def die_in_save(stop_at):
     Path.rename = dying(Path.rename)
 
 
+def die_in_ending(share, counts):
+    """SIGKILL after this share of the Python calls between the last save and the exit; their number is in `counts`."""
+    from beit_fast.train.engine import TrainingRun
+
+    save, total = TrainingRun.save, int(Path(counts).read_text()) if Path(counts).exists() else None
+    calls = 0
+
+    def profile(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+        if total is not None and calls >= share * total:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def last(self):
+        save(self)
+        if self.step == self.target:
+            sys.setprofile(profile)
+
+    def ending(code):
+        sys.setprofile(None)
+        Path(counts).write_text(str(calls))
+        leave(code)
+
+    leave, os._exit = os._exit, ending
+    TrainingRun.save = last
+
+
 def worker(job, environment):
     os.environ.clear()
     os.environ.update(environment)
@@ -112,6 +140,8 @@ def worker(job, environment):
     if fault is not None and fault["rank"] == rank:
         if "save_call" in fault:
             die_in_save(fault["save_call"])
+        if "ending" in fault:
+            die_in_ending(fault["ending"], fault["counts"])
         if "signal" in fault:
             module = TASKS[job["task"]]
             prepare = module.TASK.prepare

@@ -3,6 +3,7 @@
 As a program it is a recipe: `python tiny_task.py --output-dir runs/x --steps 12`.
 """
 
+import json
 import os
 import signal
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free
+from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig, RunConfig, free, local
 from beit_fast.train.schedules import seed_of
 from beit_fast.train.task import StepOutput, Task
 
@@ -31,7 +32,11 @@ class TinyConfig(RunConfig):
     """Steps whose loss is not finite."""
     step_s: float = free(0.0)
     """Seconds to sleep per step."""
-    signal_at: int | None = free(None)
+    slow_s: float = free(0.0)
+    """Seconds that opening the data takes, and every evaluation."""
+    bad_evaluation: int | None = free(None)
+    """Step whose evaluation fails."""
+    signal_at: int | None = local(None)
     """Step at which the process sends itself SIGTERM."""
 
 
@@ -60,10 +65,15 @@ class TinyTask(Task):
 
     def build(self, world):
         self.world, width = world, self.config.width
+        self.be_slow()
         layers = [nn.Linear(8, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(self.config.dropout)]
         model = nn.Sequential(*layers, nn.Linear(width, 10))
         model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         return model.to(world.device)
+
+    def be_slow(self):
+        for _ in range(round(self.config.slow_s / 0.01)):
+            time.sleep(0.01)
 
     def num_samples(self):
         return self.config.samples
@@ -105,8 +115,17 @@ class TinyTask(Task):
 
     def evaluate(self, model, step):
         assert not model.training
+        self.be_slow()
+        if step == self.config.bad_evaluation:
+            raise FileNotFoundError("the validation images vanished")
         features, targets = self.sample(10**6, 0)
         return {"held_out_loss": float(cross_entropy(model(features).float(), targets))}
+
+    def finish(self, model, folder):
+        (folder / "model").mkdir()
+        sums = {name: float(value.double().sum()) for name, value in model.state_dict().items()}
+        (folder / "model" / "sums.json").write_text(json.dumps(sums))
+        (folder / "table.tsv").write_text("step\tsteps\n" * 2000)
 
     def close(self):
         self.closed = True

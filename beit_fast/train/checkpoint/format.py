@@ -97,16 +97,43 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[st
 
 
 def write_json(path: Path, value: Any) -> int:
-    """Write and sync a small JSON file; returns its crc32."""
+    """Write a small JSON file atomically; returns its crc32."""
     data = (json.dumps(value, indent=1) + "\n").encode()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, data)
     return zlib.crc32(data)
 
 
-def _sync_folder(path: Path) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that it is the old one or the new one at any moment; OSError names it."""
+    work = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with work.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        work.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            work.unlink()
+        raise write_error(error, path, len(data)) from error
+    sync_folder(path.parent)
+
+
+def write_error(error: OSError, path: Path, need: int = 0) -> OSError:
+    """The error of a file that could not be written: its path, what is left of the disk, and the way out."""
+    reason = f"cannot write {path}: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        with contextlib.suppress(OSError):
+            disk = os.statvfs(path.parent)
+            if disk.f_files and not disk.f_favail:
+                return OSError(error.errno, f"{reason}; the file system has no inodes left: remove some files")
+            needed = f", {mib(need)} are needed" if need else ""
+            reason += f"; {mib(disk.f_bavail * disk.f_frsize)} are free{needed}"
+        reason += ": free some space or choose another --output-dir"
+    return OSError(error.errno, reason)
+
+
+def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,7 +141,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _crc32(path: Path) -> int:
+def file_crc32(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -176,18 +203,30 @@ def commit(work: Path, final: Path, entries: Mapping[str, Mapping[str, int]], st
     entries = {**entries, STATE: {"bytes": (work / STATE).stat().st_size, "crc32": crc}}
     write_json(work / MANIFEST, {"format": 1, "step": state["step"], "files": entries})
     for folder in {(work / name).parent for name in entries} | {work}:
-        _sync_folder(folder)
+        sync_folder(folder)
     work.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
 
 
 def drop_old(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for old in list_checkpoints(root)[:-keep]:
-        renamed = old.with_name(f".tmp-old-{old.name}")  # renamed first: a half-deleted folder is never a candidate
+    """Remove all but the newest `keep` checkpoints, and the last good one where all of those had diverged."""
+    saved = list_checkpoints(root)
+    old = saved[:-keep]
+    if old and all(map(_diverged, saved[-keep:])):
+        good = next((path for path in reversed(old) if not _diverged(path)), None)
+        old = [path for path in old if path != good]
+    for path in old:
+        renamed = path.with_name(f".tmp-old-{path.name}")  # a half-deleted folder is never a candidate
         with contextlib.suppress(OSError):
-            old.rename(renamed)
+            path.rename(renamed)
         shutil.rmtree(renamed, ignore_errors=True)
+
+
+def _diverged(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / STATE).read_bytes()).get("diverged"))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def disk_error(error: OSError, root: Path, step: int, need: int) -> OSError:
@@ -206,33 +245,52 @@ def disk_error(error: OSError, root: Path, step: int, need: int) -> OSError:
 
 
 def verify(path: Path) -> Checkpoint:
-    """Check every file of a checkpoint against its manifest; DamagedCheckpoint says what does not hold."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files, step = dict(manifest["files"]), int(manifest["step"])
-        entries = {name: (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} is unreadable ({type(error).__name__})") from None
-    if step != step_of(path) or STATE not in entries:
-        raise DamagedCheckpoint(f"{MANIFEST} does not describe this folder")
-    if outside := [name for name in entries if ".." in Path(name).parts or Path(name).is_absolute()]:
-        raise DamagedCheckpoint(f"{MANIFEST} names {outside[0]}, which lies outside of the checkpoint")
-    for name, (size, crc) in entries.items():
+    """Check every file of a checkpoint against its manifest.
+
+    Raises:
+        DamagedCheckpoint: what the manifest says does not hold.
+        OSError: a file is there and cannot be read now, which says nothing about the checkpoint.
+    """
+    with _readable(path):
         try:
-            actual = (path / name).stat().st_size
-            if actual != size:
-                raise DamagedCheckpoint(f"{name} has {actual} bytes instead of {size}")
-            if _crc32(path / name) != crc:
-                raise DamagedCheckpoint(f"{name} does not match its crc32")
-        except OSError as error:
-            raise DamagedCheckpoint(f"{name}: {error.strerror or error}") from None
-    return read_verified(path)
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            files, step = dict(manifest["files"]), int(manifest["step"])
+            entries = {name: (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
+        except FileNotFoundError:
+            raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DamagedCheckpoint(f"{MANIFEST} is unreadable ({type(error).__name__})") from None
+        if step != step_of(path) or STATE not in entries:
+            raise DamagedCheckpoint(f"{MANIFEST} does not describe this folder")
+        if outside := [name for name in entries if ".." in Path(name).parts or Path(name).is_absolute()]:
+            raise DamagedCheckpoint(f"{MANIFEST} names {outside[0]}, which lies outside of the checkpoint")
+        for name, (size, crc) in entries.items():
+            try:
+                actual = (path / name).stat().st_size
+                if actual != size:
+                    raise DamagedCheckpoint(f"{name} has {actual} bytes instead of {size}")
+                if file_crc32(path / name) != crc:
+                    raise DamagedCheckpoint(f"{name} does not match its crc32")
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                raise DamagedCheckpoint(f"{name}: {error.strerror or error}") from None
+        return read_verified(path)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Name the checkpoint in the error of a file that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"cannot read the checkpoint {path} now ({error.strerror or error}); nothing was changed: mend what keeps "
+            "it from being read and repeat the command",
+        ) from error
 
 
 def read_verified(path: Path) -> Checkpoint:
-    """A checkpoint that was verified already, by this process or by the one that leads it."""
+    """A checkpoint that was verified already, by this process or by rank 0."""
     return Checkpoint(path, int(path.name.removeprefix(PREFIX)), json.loads((path / STATE).read_text()))
 
 
@@ -247,11 +305,11 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, s
     return None, rejected
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that its step can be written again; nothing is deleted."""
-    number, target = 1, path.with_name(f"damaged-{path.name}")
+def set_aside(path: Path, reason: str = "damaged") -> Path:
+    """Rename a checkpoint to `<reason>-<name>`, so that its step can be written again; nothing is deleted."""
+    number, target = 1, path.with_name(f"{reason}-{path.name}")
     while target.exists():
-        number, target = number + 1, path.with_name(f"damaged-{path.name}-{number}")
+        number, target = number + 1, path.with_name(f"{reason}-{path.name}-{number}")
     return path.rename(target)
 
 

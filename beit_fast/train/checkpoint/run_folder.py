@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -20,11 +21,15 @@ import torch
 
 from beit_fast.train.checkpoint import format as checkpoint
 from beit_fast.train.checkpoint.format import Checkpoint
-from beit_fast.train.config import RunConfig, free_fields, to_plain
+from beit_fast.train.config import RunConfig, fields_marked, flat, to_plain
 from beit_fast.train.distributed.world import World
 from beit_fast.version import __version__
 
 FORMAT = "beit_fast run 1"
+RATES = {"optim.lr", "optim.min_lr", "optim.warmup_lr"}
+"""Settings that --resume-from may change."""
+EARLIER_VALUES: dict[str, Any] = {"data.value_range": None}
+"""What runs did before a setting existed, by its dotted name: runs of then are continued so."""
 REPLAY_KEPT = 2
 LOCK_PATIENCE_S = 3.0
 """A run that was just killed together with its launcher holds its folder until its last process is gone."""
@@ -57,11 +62,11 @@ class RunFolder:
         if saved is not None and checkpoint.list_checkpoints(self.checkpoints):
             self._compare(saved, config, task)
         self.checkpoints.mkdir(exist_ok=True)
+        if config.resume_from is not None and not restarted:
+            self._rewind(config.resume_from)
         checkpoint.remove_leftovers(self.checkpoints)
         value = {"format": FORMAT, "version": __version__, "task": task, "config": to_plain(config)}
-        work = self.path / "config.json.tmp"
-        checkpoint.write_json(work, value)
-        work.replace(self.path / "config.json")
+        checkpoint.write_json(self.path / "config.json", value)
 
     def _create(self) -> None:
         try:
@@ -102,7 +107,9 @@ class RunFolder:
             value = json.loads(path.read_text())
             if value["format"] == FORMAT and isinstance(value["config"], dict):
                 return dict(value)
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as error:
+            raise OSError(error.errno, f"cannot read {path} now ({error.strerror or error})") from error
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise ValueError(f"{path} was not written by this program's runs; choose another --output-dir")
 
@@ -124,8 +131,8 @@ class RunFolder:
         self._compare(saved, config, task)
 
     def _compare(self, saved: dict[str, Any], config: RunConfig, task: str) -> None:
-        free = free_fields(config)
-        before, now = _flat(saved["config"]), _flat(to_plain(config))
+        free = fields_marked(config, "free") | (RATES if config.resume_from is not None else set())
+        before, now = EARLIER_VALUES | flat(saved["config"]), flat(to_plain(config))
         changed = [
             f"{name}: {json.dumps(before[name])} in that run, {json.dumps(now[name])} now"
             for name in sorted(before.keys() & now.keys())
@@ -138,17 +145,55 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}); repeat its settings to continue "
                 "it, or start another with --fresh or another --output-dir"
             )
+        version = str(saved.get("version"))
+        unknown = sorted((now.keys() - before.keys() - free) | (before.keys() - now.keys() - EARLIER_VALUES.keys()))
+        if unknown or _numbers(version) > _numbers(__version__):
+            fields = f": {', '.join(unknown)} are not known to both" if unknown else ""
+            raise ValueError(
+                f"{self.path} holds a run of beit_fast {version}, this is {__version__}{fields}; continue it with that "
+                "version, or start another with --fresh or another --output-dir"
+            )
+
+    def _rewind(self, step: int) -> None:
+        """Set aside every checkpoint after that of `step`; ValueError where it is not kept."""
+        kept = checkpoint.list_checkpoints(self.checkpoints)
+        steps = [checkpoint.step_of(path) for path in kept]
+        if step not in steps:
+            names = ", ".join(str(number) for number in steps) or "none"
+            raise ValueError(f"--resume-from {step}: {self.checkpoints} keeps the checkpoints of steps {names}")
+        for path in kept[steps.index(step) + 1 :]:
+            print(f"--resume-from {step}: {path.name} is kept as {checkpoint.set_aside(path, 'superseded').name}")
+
+    def check_identity(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """ValueError where the run began with other data or another tokenizer."""
+        if changed := [name for name in before if before[name] != now.get(name)]:
+            pairs = ", ".join(f"{name} {before[name]}, now {now.get(name)}" for name in changed)
+            raise ValueError(
+                f"the run in {self.path} began with {pairs}; restore what it was trained on, or start anew with --fresh"
+            )
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint to continue from, and one line per newer one that was damaged (and is now set aside)."""
+        """The checkpoint to continue from, and one line per newer one that was damaged (and is now set aside).
+
+        Raises:
+            OSError: a checkpoint cannot be read now; nothing is changed.
+            ValueError: there were checkpoints, and none of them is sound.
+        """
         newest, rejected = checkpoint.newest_checkpoint(self.checkpoints)
+        damaged = [path.name for path in sorted(self.checkpoints.glob("damaged-*"))]
+        if newest is None and (rejected or damaged):
+            reasons = "; ".join([f"{path.name}: {reason}" for path, reason in rejected] + damaged)
+            raise ValueError(
+                f"no checkpoint in {self.checkpoints} is sound ({reasons}); put one back, or start anew with --fresh, "
+                "which keeps this run aside"
+            )
         notes = []
         for path, reason in rejected:
             moved = checkpoint.set_aside(path)
-            fallback = (
-                f"continuing from {newest.path.name}" if newest else "there is no older one, so the run starts anew"
+            assert newest is not None
+            notes.append(
+                f"checkpoint {path.name} is damaged: {reason}; kept as {moved.name}; continuing from {newest.path.name}"
             )
-            notes.append(f"checkpoint {path.name} is damaged: {reason}; kept as {moved.name}; {fallback}")
         return newest, notes
 
     def newest_for_all(self, world: World) -> tuple[Checkpoint | None, list[str]]:
@@ -242,11 +287,5 @@ def _git_commit() -> str | None:
     return output
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            result |= _flat(item, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = item
-    return result
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]

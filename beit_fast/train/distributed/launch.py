@@ -8,6 +8,7 @@ disk, a saved run) is not tried again. For several nodes see recipes/slurm/.
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import torch.distributed as dist
 LAUNCHER = "BEIT_FAST_LAUNCHER_PID"
 RESTARTS = 10
 GRACE_S = 20.0
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 def is_worker() -> bool:
@@ -50,8 +51,10 @@ def launch(count: int, device: str, start: Callable[[dict[str, str]], Worker] = 
     """
     if count < 1:
         raise ValueError(f"--gpus is {count}, it must be at least 1")
-    if device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < count:
-        raise ValueError(f"--gpus {count}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device != "cpu" and torch.cuda.device_count() < count:
+        raise ValueError(
+            f"--gpus {count}: this machine has {torch.cuda.device_count()} CUDA devices; --device cpu runs without"
+        )
     workers: list[Worker] = []
     received: list[int] = []
 
@@ -65,7 +68,12 @@ def launch(count: int, device: str, start: Callable[[dict[str, str]], Worker] = 
     try:
         for attempt in range(RESTARTS + 1):
             # The store of an attempt is its own: an address left over from the one before would be taken for live.
-            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            # It would listen on all interfaces, whatever its address: so it is given a socket of the loopback's.
+            with socket.create_server(("127.0.0.1", 0), backlog=2 * count + 16) as listener:
+                port = listener.getsockname()[1]
+                store = dist.TCPStore(
+                    "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+                )
             workers[:] = []
             for rank in range(count):
                 workers.append(start(_environment(rank, count, store.port, attempt)))
@@ -94,6 +102,8 @@ def _environment(rank: int, count: int, port: int, attempt: int) -> dict[str, st
         "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt),
         LAUNCHER: str(os.getpid()),
     }  # fmt: skip
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # one machine: its ranks meet on the loopback
+        environment.setdefault(variable, "lo")
     environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // count, 1)))
     return environment
 

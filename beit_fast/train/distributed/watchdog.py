@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 TICK_S = 0.5
-FIRST_STEP_S = 1800.0
-"""Until the first step is done kernels are compiled and data are opened, which takes longer than a step."""
+SLOW_S = 1800.0
+"""Limit while data are opened, kernels compiled, models evaluated and exported."""
 OTHERS_S = 60.0
 """How long a rank that has reported waits for the reports of the others: a launcher ends them when it ends."""
 
@@ -29,26 +29,25 @@ class Watchdog:
         Args:
             folder: each rank writes its `hang_rank<rank>.txt` there; all ranks of the run can read it.
             rank, ranks: of this process, and how many there are.
-            timeout_s: seconds without a step; the first one gets at least `FIRST_STEP_S`.
+            timeout_s: seconds without a step; the first one gets at least `SLOW_S`.
             describe: says in one line what this rank is doing.
         """
         reports = [folder / f"hang_rank{number}.txt" for number in range(ranks)]
         self.report, self.timeout_s, self.describe = reports[rank], timeout_s, describe
         self._others = {path: _modified(path) for path in reports if path != self.report}  # of an earlier start
         self._waited_s = 0.0
-        self._limit_s = max(timeout_s, FIRST_STEP_S)
+        self._limit_s = max(timeout_s, SLOW_S)
         self._closed = threading.Event()
-        self._paused = False
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
         """Note that a step is done."""
-        self._waited_s, self._limit_s, self._paused = 0.0, self.timeout_s, False
+        self._waited_s, self._limit_s = 0.0, self.timeout_s
 
-    def pause(self) -> None:
-        """Allow any time for what comes now (evaluation); the next `beat` ends the pause."""
-        self._paused = True
+    def slow(self) -> None:
+        """Note that a part of slow work is done, or begins: the next one may take `SLOW_S`."""
+        self._waited_s, self._limit_s = 0.0, max(self.timeout_s, SLOW_S)
 
     def close(self) -> None:
         self._closed.set()
@@ -58,8 +57,7 @@ class Watchdog:
         before = time.monotonic()
         while not self._closed.wait(TICK_S):
             now = time.monotonic()
-            if not self._paused:
-                self._waited_s += min(now - before, 4 * TICK_S)
+            self._waited_s += min(now - before, 4 * TICK_S)
             before = now
             if self._waited_s > self._limit_s:
                 self._end()

@@ -1,11 +1,13 @@
 """Processes and devices: torchrun's environment, the process groups, and the stop signal that all ranks agree on."""
 
+import contextlib
 import ctypes
 import enum
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -17,7 +19,7 @@ from torch import Tensor
 from beit_fast.train.config import RunConfig
 
 TIMEOUT = timedelta(minutes=10)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 ECHO_S = 1.0
 
 
@@ -50,6 +52,21 @@ class World:
         value = torch.tensor(number, device=self.device)
         dist.broadcast(value, 0)
         return int(value.item())
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in their order; waits for all of them."""
+        if self.size == 1:
+            return [text]
+        own = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+        length = torch.tensor([len(own)], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        longest = int(torch.cat(lengths).max())
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: len(own)] = own
+        parts = [torch.zeros_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [bytes(p[: int(n)].tolist()).decode() for p, n in zip(parts, lengths, strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; waits for all ranks."""
@@ -143,8 +160,12 @@ class Vote(enum.IntEnum):
     """End: a rank could not write its checkpoint."""
 
 
+class Interrupted(BaseException):
+    """A stop signal came during work that can be broken off: nothing of it is needed to continue the run."""
+
+
 class StopSignal:
-    """SIGTERM, SIGUSR1 or Ctrl-C asks all ranks to stop at the same step; a second signal ends the process at once.
+    """SIGTERM, SIGHUP, SIGUSR1 or Ctrl-C asks all ranks to stop at the same step; a second signal ends the process.
 
     A launcher and a scheduler often send the same signal, so what comes within `ECHO_S` seconds is one signal. Ranks
     agree through a CPU process group of its own: what is sent at one step is read at the next, so nothing waits for a
@@ -154,6 +175,7 @@ class StopSignal:
     def __init__(self, world: World) -> None:
         self.received: int | None = None
         self._received_at = 0.0
+        self._interruptible = False
         self._world = world
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
         self._pending: tuple[Tensor, dist.Work] | None = None
@@ -162,8 +184,21 @@ class StopSignal:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._received_at = number, time.monotonic()
+            if self._interruptible:
+                raise Interrupted
         elif time.monotonic() - self._received_at > ECHO_S:
             os._exit(128 + number)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Raise `Interrupted` inside when a signal comes, or has come; outside a signal waits for the next poll."""
+        self._interruptible = True
+        try:
+            if self.received is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._interruptible = False
 
     def poll(self, failed: bool = False) -> Vote:
         """Whether to stop after this step; the same answer on every rank. Call once per step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,9 +89,12 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_classifier(
-    model: nn.Module, views: EvaluationLoader, classes: Sequence[str], batch_size: int, world: World
-) -> Evaluation:
+    model: nn.Module, views: EvaluationLoader, classes: Sequence[str], batch_size: int, world: World,
+    alive: Callable[[], None] = lambda: None,
+) -> Evaluation:  # fmt: skip
     """Run `model` (already in evaluation mode, under whatever autocast) over its share of `views` and add up all ranks.
+
+    `alive` is called for each batch.
 
     Raises:
         ValueError: not one image could be used.
@@ -102,6 +105,7 @@ def evaluate_classifier(
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     confusion = torch.zeros(count * count if keep else 0, dtype=torch.int64, device=world.device)
     for batch in views.batches(batch_size, world.rank, world.size):
+        alive()
         logits = model(batch.images).float()
         loss += F.cross_entropy(logits, batch.labels, reduction="sum").double()
         first = logits.topk(min(5, count), dim=1).indices

@@ -1,5 +1,7 @@
 """Pre-training on held-out images: the masked loss, and the losses without image and without context."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ def evaluate(
     images: int,
     batch_size: int,
     predict_all: bool,
+    alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], Tensor]:
     """Losses per masked patch (per patch, if `predict_all`) of the first `images` of `views`.
 
@@ -37,6 +40,7 @@ def evaluate(
     pixels = torch.zeros(3, model.config.in_chans, dtype=torch.float64)  # number, sum, sum of squares
     positions = np.array_split(np.arange(images, dtype=np.int64), max(images // size, 1))
     for batch in views.batches(Request(0, part) for part in positions):
+        alive()
         tokens = None
         if tokenizer is None:
             flat = batch.images.double().transpose(0, 1).flatten(1).cpu()

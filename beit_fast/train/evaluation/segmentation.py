@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,8 +153,11 @@ def evaluate_segmentation(
     names: Sequence[str],
     world: World,
     pictures: int = 0,
+    alive: Callable[[], None] = lambda: None,
 ) -> SegmentationScores:
     """Run `model` (in evaluation mode, under whatever autocast) over its share of `images` and add up all ranks.
+
+    `alive` is called for each image.
 
     Raises:
         ValueError: not one labelled pixel could be used.
@@ -165,6 +168,7 @@ def evaluate_segmentation(
     seen = torch.zeros((), dtype=torch.int64, device=world.device)
     examples: list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]] = []
     for image in images.images(world.rank, world.size):
+        alive()
         found = inference.classes(model, image.pixels.to(world.device, non_blocking=True))
         confusion += confusion_matrix(image.label.to(world.device, non_blocking=True), found, count)
         ignored += (image.label < 0).sum()

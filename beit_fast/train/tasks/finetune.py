@@ -30,7 +30,7 @@ from beit_fast.data.labelled import BuiltinSet, LabelledImages, builtin_labelled
 from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
 from beit_fast.models import Beit, BeitConfig
-from beit_fast.train.config import RunConfig, free
+from beit_fast.train.config import RunConfig, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.classification import Evaluation, evaluate_classifier
 from beit_fast.train.optim import decay_groups
@@ -45,10 +45,10 @@ from beit_fast.train.tasks.weights import load_weights
 class LabelledDataConfig(ImageDataConfig):
     """Labelled images."""
 
-    path: str | None = None
+    path: str | None = local(None, free=False)
     """Folder with `train` and `val` in it (class folders or tar shards with .cls entries), or extracted CIFAR-100.
     None: built-in images; a functional check, not ImageNet."""
-    validation_path: str | None = free(None)
+    validation_path: str | None = local(None)
     """Validation images where they are elsewhere."""
     validate: bool = free(True)
     """Measure accuracy on the validation images, after the last step and every --eval-every steps."""
@@ -245,14 +245,16 @@ class Finetune(ImageTask):
         loader = self.validation_loader
         if loader is None:
             return {}
-        self.evaluation = evaluate_classifier(model, loader, self.classes, self.config.batch_per_device, self.world)
+        self.evaluation = evaluate_classifier(
+            model, loader, self.classes, self.config.batch_per_device, self.world, self.alive
+        )
         bad = {"bad_validation_images": float(len(loader.bad_images))} if len(loader.bad_images) else {}
         return self.evaluation.metrics() | bad
 
-    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+    def finish(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, Beit)
         data = self.config.data
-        model.save_pretrained(run_dir / "model")
+        model.save_pretrained(folder / "model")
         mean, std = NORMALIZATION[data.normalization]
         preprocessing = {
             "image_size": self.config.model.image_size,
@@ -263,8 +265,9 @@ class Finetune(ImageTask):
             "data": data.path or builtin.NOTICE,
             "measured": {} if self.evaluation is None else self.evaluation.metrics(),
         }
-        (run_dir / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
-        return [run_dir / "model"] + ([] if self.evaluation is None else self.evaluation.write(run_dir))
+        (folder / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
+        if self.evaluation is not None:
+            self.evaluation.write(folder)
 
     def plan(self) -> dict[str, float]:
         forward = 2.0 * multiply_adds(self.config.model.classifier(len(self.classes)))

@@ -9,7 +9,7 @@ import torch
 from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import Contents, ImageSource, fingerprint
-from beit_fast.train.config import RunConfig, free
+from beit_fast.train.config import RunConfig, free, local
 from beit_fast.train.task import Task
 
 
@@ -17,9 +17,9 @@ from beit_fast.train.task import Task
 class ImageDataConfig:
     """Images, and how they are read."""
 
-    path: str | None = None
+    path: str | None = local(None, free=False)
     """Where the images are. None: built-in ones, drawn on this machine; a functional check."""
-    cache_dir: str | None = free(None)
+    cache_dir: str | None = local(None)
     """Where built-in images are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
     normalization: Literal["imagenet", "half"] = "imagenet"
     """Mean and standard deviation of the pixels: ImageNet's, or 0.5; those of the pre-training."""
@@ -27,11 +27,11 @@ class ImageDataConfig:
     """Values of float and 32-bit pixels that are black and white; without it such images are refused."""
     max_bad_share: float = free(0.01)
     """Stop the run when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
-    decoder: Literal["auto", "dali", "pil"] = free("auto")
+    decoder: Literal["auto", "dali", "pil"] = local("auto")
     """Who decodes images."""
-    threads: int | None = free(None)
+    threads: int | None = local(None)
     """Threads that make views; None: the cores of this process, at most 8."""
-    prefetch: int = free(2)
+    prefetch: int = local(2)
     """Batches made ahead."""
 
     def loader_options(self, device: torch.device) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class ImageDataConfig:
 class WeightsConfig(RunConfig):
     """A run that starts from weights."""
 
-    weights: str | None = None
+    weights: str | None = local(None, free=False)
     """Weights to start from: a run folder (its newest checkpoint), or a file of the official code, timm or
     transformers."""
     scratch: bool = False

@@ -20,7 +20,7 @@ from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.mim import pretrained_backbone
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
-from beit_fast.train.config import RunConfig, at_least_1, free
+from beit_fast.train.config import RunConfig, at_least_1, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation import held_out
 from beit_fast.train.evaluation.knn import KnnEvaluation
@@ -35,7 +35,7 @@ from beit_fast.train.tasks.token_cache import TokenSource, open_store
 class DataConfig(ImageDataConfig):
     """Images and their views."""
 
-    path: str | None = None
+    path: str | None = local(None, free=False)
     """Folder of images (any depth; class folders need no naming), or tar shards: a folder of them, `/d/train-*.tar`,
     `/d/train-{000..146}.tar`. None: built-in images, rendered on this machine; a functional check, not ImageNet."""
     builtin_images: int = 512
@@ -56,9 +56,9 @@ class DataConfig(ImageDataConfig):
     """Repeat crops, flips and colours every so many epochs (masks stay fresh), so that the tokenizer runs in the first
     of them only: its tokens are kept on disk, 396 bytes per image and epoch of the cycle. None: new views every epoch,
     as in the paper."""
-    token_cache: str | None = free(None)
+    token_cache: str | None = local(None)
     """File of those tokens; None: tokens.cache in the run folder. `off` repeats the views and keeps no tokens."""
-    decoder: Literal["auto", "dali", "dali-gpu", "pil"] = free("auto")  # type: ignore[assignment]
+    decoder: Literal["auto", "dali", "dali-gpu", "pil"] = local("auto")  # type: ignore[assignment]
     """Who decodes JPEGs."""
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ class ObjectiveConfig:
 class TokenizerConfig:
     """What turns images into visual tokens (paper, section 2.1)."""
 
-    name: str = "dalle"
+    name: str = local("dalle", free=False)
     """`dalle`: OpenAI's dVAE, as in the paper (fetched at first use, or put there by hand). `demo`: the small one that
     comes along. Or a file: encoder.pkl, .safetensors, .pth, .bin."""
     sha256: str | None = None
@@ -121,7 +121,7 @@ class EvaluationConfig:
 
     images: int = free(0)
     """Number of held-out images; 0 evaluates nothing."""
-    path: str | None = free(None)
+    path: str | None = local(None)
     """Folder or shards of held-out images; None: built-in images of another seed, without photographs."""
     knn: str | None = free(None)
     """Labelled images, a folder with `train` and `val` in it: measure the k-NN accuracy of the mean patch tokens."""
@@ -297,7 +297,9 @@ class MaskedImageModeling(ImageTask):
         if self.held_out is None:
             return neighbours
         images, size = self.config.evaluation.images, self.config.batch_per_device
-        values, histogram = held_out.evaluate(model, self.tokenizer, self.held_out, images, size, self.predict_all)
+        values, histogram = held_out.evaluate(
+            model, self.tokenizer, self.held_out, images, size, self.predict_all, self.alive
+        )
         count = min(self.config.evaluation.pictures, images)
         if count and self.world.is_main and self.config.output_dir.is_dir():
             batch = held_out.first(self.held_out, count)
@@ -306,17 +308,16 @@ class MaskedImageModeling(ImageTask):
             run_pictures.write_histogram(self.config.output_dir, histogram, images)
         return values | neighbours
 
-    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+    def finish(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, BeitForMaskedImageModeling)
-        folder, data = run_dir / "model", self.config.data
-        model.save_pretrained(folder)
+        data = self.config.data
+        model.save_pretrained(folder / "model")
         mean, std = NORMALIZATION[data.normalization]
         preprocessing = {
             "image_size": self.config.model.image_size, "mean": mean, "std": std,
             "tokenizer": self.config.tokenizer.name, "data": builtin.NOTICE if data.path is None else data.path,
         }  # fmt: skip
-        (folder / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
-        return [run_dir / "bad_files.tsv"] if self.bad_images is not None and len(self.bad_images) else []
+        (folder / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
 
     def plan(self) -> dict[str, float]:
         architecture = self.architecture()

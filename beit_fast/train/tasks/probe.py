@@ -21,7 +21,7 @@ from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.sampling import epoch_order
 from beit_fast.data.sources import fingerprint
 from beit_fast.models import Beit
-from beit_fast.train.config import free
+from beit_fast.train.config import free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.precision import DTYPES, precision_of
 from beit_fast.train.task import StepOutput
@@ -40,7 +40,7 @@ STATISTICS_IMAGES = 2048
 class ProbeConfig(WeightsConfig):
     """Linear probes of all blocks."""
 
-    weights: str | None = None
+    weights: str | None = local(None, free=False)
     """The model to probe: a run folder, or a file of the official code, timm or transformers."""
     scratch: bool = False
     """Probe random weights on purpose, for comparison."""
@@ -253,6 +253,7 @@ class LinearProbe(ImageTask):
         layers = model.weight.shape[0]
         sums = torch.zeros(layers + 1, dtype=torch.float64, device=self.world.device)
         for batch in self._validation_batches(self.validation_loader):
+            self.alive()
             sums[:layers] += (model(batch.features).argmax(-1) == batch.labels[:, None]).sum(0)
             sums[layers] += len(batch)
         *correct, total = self.world.sum(sums).tolist()
@@ -275,13 +276,10 @@ class LinearProbe(ImageTask):
             features, labels = self.validation_cache.take(rows[start : start + batch_size])
             yield FeatureBatch(features.to(self.world.device), labels.to(self.world.device))
 
-    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+    def finish(self, model: nn.Module, folder: Path) -> None:
         rows = [f"{name[5:7]}\t{value:.2f}" for name, value in self.measured.items() if name.startswith("layer")]
-        if not rows:
-            return []
-        path = run_dir / "layers.tsv"
-        path.write_text("\n".join(["layer\ttop1_percent", *rows]) + "\n")
-        return [path]
+        if rows:
+            (folder / "layers.tsv").write_text("\n".join(["layer\ttop1_percent", *rows]) + "\n")
 
     def plan(self) -> dict[str, float]:
         forward = 2.0 * multiply_adds(self.backbone.config)

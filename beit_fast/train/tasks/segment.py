@@ -30,7 +30,7 @@ from beit_fast.data.sources import FolderSource
 from beit_fast.models import BeitForSemanticSegmentation, SegmentationConfig
 from beit_fast.models.heads import resize
 from beit_fast.models.segmentation import SegmentationHead, segmentation_config, segmentation_loss
-from beit_fast.train.config import free
+from beit_fast.train.config import free, local
 from beit_fast.train.distributed.batch_norm import synchronised
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.segmentation import Inference, SegmentationScores, evaluate_segmentation
@@ -46,7 +46,7 @@ from beit_fast.train.tasks.weights import load_weights
 class SegmentationDataConfig(ImageDataConfig):
     """Images with label maps."""
 
-    path: str | None = None
+    path: str | None = local(None, free=False)
     """Folder of ADE20K (images/training, annotations/training, ...), or with images and labels, split or not into
     train and val. None: built-in scenes; a functional check, not ADE20K."""
     validate: bool = free(True)
@@ -240,13 +240,15 @@ class Segment(ImageTask):
             return {}
         assert isinstance(model, BeitForSemanticSegmentation)
         pictures = self.config.evaluation.pictures
-        self.scores = evaluate_segmentation(model, images, self.inference, self.classes, self.world, pictures)
+        self.scores = evaluate_segmentation(
+            model, images, self.inference, self.classes, self.world, pictures, self.alive
+        )
         bad = {"bad_validation_images": float(len(images.bad_images))} if len(images.bad_images) else {}
         return self.scores.metrics() | bad
 
-    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+    def finish(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, BeitForSemanticSegmentation)
-        model.save_pretrained(run_dir / "model")
+        model.save_pretrained(folder / "model")
         preprocessing = {
             "mean": self.inference.mean,
             "std": self.inference.std,
@@ -256,8 +258,9 @@ class Segment(ImageTask):
             "data": self.config.data.path or builtin.NOTICE,
             "measured": {} if self.scores is None else self.scores.metrics(),
         }
-        (run_dir / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
-        return [run_dir / "model"] + ([] if self.scores is None else self.scores.write(run_dir))
+        (folder / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
+        if self.scores is not None:
+            self.scores.write(folder)
 
     def plan(self) -> dict[str, float]:
         segmentor = self.config.model.segmentor(len(self.classes))

@@ -26,7 +26,7 @@ from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.sources import ImageSource, open_training_source
 from beit_fast.tokenizers import Tokenizer
-from beit_fast.train.config import RunConfig, free
+from beit_fast.train.config import RunConfig, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.schedules import run_length
 from beit_fast.train.task import StepOutput
@@ -41,17 +41,17 @@ HELD_OUT_SEED = 1_000_003
 class TokenizerDataConfig:
     """Images to learn from."""
 
-    path: Path | None = None
+    path: Path | None = field(default=None, metadata={"local": True})
     """Folder or tar shards with images; None takes the built-in ones."""
     builtin_images: int = 2000
     """Number of built-in images to draw where no path is given."""
-    cache_dir: Path | None = field(default=None, metadata={"free": True})
+    cache_dir: Path | None = field(default=None, metadata={"free": True, "local": True})
     """Where built-in images are kept; None is the user's cache folder."""
     view_sizes: tuple[int, ...] = (64, 112)
     """Pixels per side of the training views; steps take them in turn, so that one tokenizer serves several scales."""
     max_bad_share: float = free(0.01)
     """Stop when more than this share of the images turns out to be unusable."""
-    threads: int = free(1)
+    threads: int = local(1)
     """Threads that decode and crop."""
 
     def __post_init__(self) -> None:
@@ -158,6 +158,11 @@ class TrainTokenizer(ImageTask):
         else:
             source = open_training_source(data.path)
         self.total_steps = run_length(c, len(source))[1]
+        if c.objective == "vq" and self.total_steps <= c.quantizer.autoencoder_steps:
+            raise ValueError(
+                f"--steps {self.total_steps} ends before there is a tokenizer: its codes begin after "
+                f"--quantizer.autoencoder-steps {c.quantizer.autoencoder_steps}; raise --steps or lower that"
+            )
         self.loader = PretrainLoader(
             source, BlockwiseMasking((1, 1), 0, mode="none"), CropSampler(), seed=c.seed,
             image_size=16,  # the view for the transformer has no use here
@@ -225,6 +230,7 @@ class TrainTokenizer(ImageTask):
             return {}
         result: dict[str, float] = {}
         for size in config.data.view_sizes:
+            self.alive()
             values = reconstruction_metrics(tokenizer, held_out_images(config.held_out_images, size))
             result |= {f"held_out_{name}_{size}px": value for name, value in values.items()}
         return result
@@ -237,9 +243,9 @@ class TrainTokenizer(ImageTask):
         forward = counter.get_total_flops() / len(sizes)
         return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
 
-    def finish(self, model: nn.Module, run_dir: Path) -> list[Path]:
+    def finish(self, model: nn.Module, folder: Path) -> None:
         if (tokenizer := self.tokenizer_of(model, self.total_steps)) is None:
-            return []
+            return
         metadata = {
             "command": shlex.join(["python", *sys.argv]),
             "data": builtin.NOTICE if self.config.data.path is None else str(self.config.data.path),
@@ -247,15 +253,13 @@ class TrainTokenizer(ImageTask):
             "live_codes": str(self.config.quantizer.live_codes),
             "measured": json.dumps(self.evaluate(model, self.total_steps)),
         }
-        paths = []
         for name, part in self.parts_of(tokenizer).items():
             tensors = {key: tensor.cpu().contiguous() for key, tensor in part.state_dict().items()}
-            paths.append(run_dir / f"{name}.safetensors")
-            save_file(tensors, paths[-1], metadata=metadata)
+            save_file(tensors, folder / f"{name}.safetensors", metadata=metadata)
         for size in self.config.data.view_sizes:
-            paths.append(run_dir / f"reconstructions_{size}px.png")
-            reconstruction_sheet(tokenizer, held_out_images(16, size)).save(paths[-1])
-        return paths + ([run_dir / "bad_files.tsv"] if self.bad_images is not None and len(self.bad_images) else [])
+            self.alive()
+            sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
+            sheet.save(folder / f"reconstructions_{size}px.png")
 
 
 def error_sums(error: Tensor) -> dict[str, Tensor]:

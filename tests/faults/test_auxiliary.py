@@ -1,0 +1,147 @@
+"""R18, R19: what only accompanies a run cannot end it, and signals end it in time wherever they come."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beit_fast.train import engine, metrics, progress
+from beit_fast.train.checkpoint.format import list_checkpoints
+from beit_fast.train.checkpoint.run_folder import RunFolder
+from beit_fast.visualize import run_report
+
+TINY = Path(__file__).parents[1] / "train" / "tiny_task.py"
+STEPS = ("--steps", 12, "--eval-every", 3)
+
+
+@pytest.fixture
+def undisturbed(tiny, tmp_path, weights):
+    config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "whole", eval_every=3)
+    engine.run(tiny.TinyTask(config))
+    return weights(config.output_dir)
+
+
+def full_disk(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+def failing_once(function, at):
+    """`function`, but full_disk at its `at`-th call."""
+    calls = 0
+
+    def wrapper(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        return full_disk() if calls == at else function(*arguments, **options)
+
+    return wrapper
+
+
+PLACES = {
+    "metrics": (metrics.MetricsFile, "write"),
+    "the files of metrics": (metrics.MetricsFile, "__init__"),
+    "environment.json": (RunFolder, "record_start"),
+    "progress": (progress.Progress, "interval"),
+    "the bar": (progress.Progress, "advance"),
+    "messages": (progress.Progress, "log"),
+    "a replay": (RunFolder, "keep_for_replay"),
+    "the report": (run_report, "write_report"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_r18_an_auxiliary_failure_costs_no_step(
+    tiny, tmp_path, monkeypatch, weights, undisturbed, capsys, outcome, name
+):
+    """A full disk at the first, third and every call: same weights, exit code 0, a line per kind on stderr."""
+    passed = 0
+    owner, attribute = PLACES[name]
+    real = getattr(owner, attribute)
+    bad = (5,) if name == "a replay" else ()
+    for number, broken in enumerate((failing_once(real, 1), failing_once(real, 3), full_disk)):
+        config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / str(number), eval_every=3, bad_steps=bad)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, broken)
+            result = engine.run(tiny.TinyTask(config))
+        warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        same = bad or weights(config.output_dir) == undisturbed
+        passed += (result.exit_code, result.step) == (0, 12) and bool(same) and len(warnings) <= 3
+        if broken is full_disk:
+            assert warnings
+    outcome("R18", f"{name} cannot be written", 3, passed, "no step lost")
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_r18_an_evaluation_that_fails_costs_no_step(tiny, tmp_path, weights, undisturbed, outcome, step):
+    config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "run", eval_every=3, bad_evaluation=step)
+    result = engine.run(tiny.TinyTask(config))
+    passed = (result.exit_code, result.step) == (0, 12) and weights(config.output_dir) == undisturbed
+    outcome("R18", f"the evaluation of step {step} fails", 1, int(passed), "no step lost")
+
+
+def test_r18_a_last_evaluation_that_fails_is_repeated(tiny, tmp_path, weights, undisturbed):
+    config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "run", bad_evaluation=12, eval_every=3)
+    with pytest.raises(FileNotFoundError, match="vanished"):
+        engine.run(tiny.TinyTask(config))
+    assert weights(config.output_dir) == undisturbed
+    result = engine.run(tiny.TinyTask(dataclasses.replace(config, bad_evaluation=None)))
+    assert (result.exit_code, result.step) == (0, 12)
+    assert "held_out_loss" in result.metrics
+
+
+@pytest.mark.parametrize("redirection", ["| head -n 1", "> /dev/full", ">&-", "> /dev/full 2> /dev/full", ">&- 2>&-"])
+def test_r18_an_output_that_cannot_be_written_costs_no_step(tmp_path, environment, redirection, outcome):
+    command = f"{sys.executable} {TINY} --output-dir {tmp_path / 'run'} --device cpu {redirection}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, timeout=120)
+    saved = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    passed = done.returncode == 0 and saved[-1:] == ["step_00000012"] and (tmp_path / "run" / "complete.json").exists()
+    outcome("R18", f"output {redirection}", 1, int(passed), "no step lost")
+
+
+def test_what_ends_a_run_saves_first(tiny, tmp_path, monkeypatch):
+    """An error between two checkpoints: the step before it is on the disk."""
+    config = dataclasses.replace(tiny.RECIPE, output_dir=tmp_path / "run")
+
+    class Breaks(tiny.TinyTask):
+        def prepare(self, batch, step):
+            if step == 8:
+                raise OSError("the network share is gone")
+            return super().prepare(batch, step)
+
+    with pytest.raises(OSError, match="network share"):
+        engine.run(Breaks(config))
+    assert [path.name for path in list_checkpoints(config.output_dir / "checkpoints")][-1] == "step_00000008"
+
+
+def signalled(ranks, folder, number, at):
+    """Signal a run after `at` seconds; its outcome, and whether it ended in time with nothing lost."""
+    arguments = (*STEPS, "--step-s", 0.05, "--slow-s", 0.6, "--checkpoint.every-steps", 100)
+    done = ranks.run(folder, 1, *arguments, signal_tree=[number, at])
+    steps = [json.loads(line)["step"] for line in done.log.splitlines() if line.startswith('{"step"')]
+    saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
+    in_time = done.seconds - at < 5 and not done.hung
+    ended = done.code == 75 or done.code == 0 or done.code == -number
+    logged = [line for line in done.log.splitlines() if line.startswith("stopped by a signal: saved step ")]
+    step = int(logged[0].split("saved step ")[1].split(";")[0]) if logged else None
+    kept = step is None or f"step_{step:08d}" in saved
+    return done, in_time and ended and kept and not steps
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGHUP, 0.4), (signal.SIGTERM, 0.9), (signal.SIGINT, 1.4)])
+def test_a_signal_ends_a_run_in_time(ranks, tmp_path, number, at):
+    done, passed = signalled(ranks, tmp_path / "run", number, at)
+    assert passed, done
+    assert done.code == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_r19_thirty_signals_from_the_start_to_the_exit(ranks, tmp_path, outcome, number):
+    moments = [0.05 + 0.13 * part for part in range(30)]
+    passed = sum(signalled(ranks, tmp_path / str(part), number, at)[1] for part, at in enumerate(moments))
+    what = f"{number.name} at 30 moments from the start to the exit"
+    outcome("R19", what, 30, passed, "saved or nothing to save, at most 5 s")
