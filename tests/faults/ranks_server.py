@@ -9,6 +9,7 @@ recipe's `main` as a program would. What is to go wrong in which attempt stands 
 Faults: {"rank": 1, "kill_s": 0.4}            SIGKILL to a rank so many seconds after the first step
         {"rank": 0, "save_call": 7}           SIGKILL before the n-th system call of a save
         {"rank": 0, "ending": 0.4}            SIGKILL in between the last save and the exit, at this share of its calls
+        {"rank": 1, "differs": ["--seed", 1]} another option, or `version` or `torch`, on one rank
         {"rank": 0, "signal": 15, "step": 5}  a signal to one rank while it prepares this step
 """
 
@@ -132,6 +133,18 @@ def die_in_ending(share, counts):
     TrainingRun.save = last
 
 
+def differ(job, option, value):
+    """Start this rank with another option, or as another version."""
+    from beit_fast.train.distributed import agreement
+
+    if option == "version":
+        agreement.__version__ = value
+    elif option == "torch":
+        torch.__version__ = value
+    else:
+        job["arguments"] += [option, value]
+
+
 def worker(job, environment):
     os.environ.clear()
     os.environ.update(environment)
@@ -140,6 +153,8 @@ def worker(job, environment):
     if fault is not None and fault["rank"] == rank:
         if "save_call" in fault:
             die_in_save(fault["save_call"])
+        if "differs" in fault:
+            differ(job, *fault["differs"])
         if "ending" in fault:
             die_in_ending(fault["ending"], fault["counts"])
         if "signal" in fault:

@@ -230,7 +230,7 @@ def test_checkpoints_with_foreign_tensors_are_named(ranks, tmp_path):
         change(changed)
         save_file(changed, newest / "model.safetensors")
         manifest = json.loads((newest / "manifest.json").read_text())
-        size, crc = (newest / "model.safetensors").stat().st_size, checkpoint._crc32(newest / "model.safetensors")
+        size, crc = (newest / "model.safetensors").stat().st_size, checkpoint.file_crc32(newest / "model.safetensors")
         manifest["files"]["model.safetensors"] = {"bytes": size, "crc32": crc}
         (newest / "manifest.json").write_text(json.dumps(manifest))
         done = ranks.run(tmp_path / "run", 1)
