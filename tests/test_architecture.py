@@ -51,7 +51,7 @@ LAZY = {
                            "beit_fast.cli.doctor", "beit_fast.kernels.tune"},
     "beit_fast.cli.train": {"beit_fast.cli.plan", "beit_fast.cli.replay"},
     "beit_fast.data.sampling": {"beit_fast._C"},
-    "beit_fast.train.engine": {"beit_fast.visualize.run_report"},
+    "beit_fast.train.run_log": {"beit_fast.visualize.run_report"},
 }  # fmt: skip
 """Imports inside functions and under TYPE_CHECKING, which the layers count as any other."""
 

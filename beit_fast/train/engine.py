@@ -152,8 +152,7 @@ class TrainingRun:
         batches = iter(self.task.batches(requests))
         self.model.train()
         self.started = self.interval_started = time.perf_counter()
-        self.first_step, self.waited = self.step, 0.0
-        vote = Vote.CONTINUE
+        self.first_step, self.waited, vote = self.step, 0.0, Vote.CONTINUE
         try:
             while self.step < self.target and vote is Vote.CONTINUE:
                 self.train_step(self.next_batches(batches))
@@ -252,10 +251,10 @@ class TrainingRun:
             if self.step < self.target:
                 artefacts.unmark(self.folder.path)
         self.output.open(self.step, self.target)
-        parallel_name = "" if world.size == 1 else f" {config.parallel}"
+        kind = world.device.type if world.size == 1 else f"{world.device.type} {config.parallel}"
         self.log(
             f"{self.task.name}: step {self.step} to {self.target} of {self.total}, batch {config.batch_size} = "
-            f"{world.size} {world.device.type}{parallel_name} x {self.accumulation} x {self.micro_batch}, "
+            f"{world.size} {kind} x {self.accumulation} x {self.micro_batch}, "
             f"{self.precision}, run folder {self.folder.path}"
         )
 
@@ -324,9 +323,9 @@ class TrainingRun:
         began, self.phase = time.perf_counter(), "evaluating"
         self.watchdog.slow()
         torch.manual_seed(seed_of(self.config.seed, self.step))
-        weights = parallel.evaluation_model(self.module, self.ema, self.unsplit)
+        with_weights = parallel.evaluation_model(self.module, self.ema, self.unsplit)
         try:
-            with weights as model, torch.no_grad(), self.compute.autocast:
+            with with_weights as model, torch.no_grad(), self.compute.autocast:
                 model.eval()
                 result = self.task.evaluate(model, self.step)
         except Exception as error:

@@ -20,11 +20,11 @@ def check_agreement(world: World, values: dict[str, Any]) -> None:
     Raises:
         ValueError: on every rank, with each field that differs and what each rank has there.
     """
-    everywhere = [json.loads(text) for text in world.gather(json.dumps({k: _short(v) for k, v in values.items()}))]
-    names = sorted(set().union(*everywhere))
+    ranks = [json.loads(text) for text in world.gather(json.dumps({k: _short(v) for k, v in values.items()}))]
+    names = sorted(set().union(*ranks))
     differing = []
     for name in names:
-        by_rank = [own.get(name, "nothing") for own in everywhere]
+        by_rank = [own.get(name, "nothing") for own in ranks]
         if any(value != by_rank[0] for value in by_rank):
             differing.append(f"{name} (" + ", ".join(f"rank {r}: {value}" for r, value in enumerate(by_rank)) + ")")
     if differing:
