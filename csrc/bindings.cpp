@@ -12,7 +12,7 @@
 #include "blockwise_mask.h"
 #include "philox.h"
 #include "view_sampler.h"
-#include "views.h"
+#include "color_jitter.h"
 
 namespace py = pybind11;
 using namespace beit_fast;

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import difflib
 import os
+import resource
 import runpy
 import sys
 import traceback
@@ -57,6 +58,8 @@ def main(
         chosen = parse(short, arguments, program)  # type: ignore[assignment]
         if os.environ.get("RANK", "0") == "0":
             print(banner(config, chosen, f"torchrun --nproc-per-node 8 {_for_torchrun(program)}"), flush=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # shards, checkpoints and workers need many files at once
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with errors_in_one_line(lambda: _keep_traceback(chosen), RUN_ERRORS):
         if getattr(chosen, "weights", None) is not None and not getattr(chosen, "scratch", False):
             chosen = with_weights(chosen, typed_options(chosen, arguments))

@@ -87,10 +87,11 @@ class SegmentationImages:
             ValueError: nearly all pixels are ignored, or all that count are of one class: a score would say nothing.
         """
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count]).tolist()
+        result = LabelCounts(np.zeros(self.rule.num_classes + 1, np.int64), 0)
         with ThreadPoolExecutor(4) as pool:
-            counts = [found for found in pool.map(self._count, chosen) if found is not None]
-        result = LabelCounts(np.sum(counts, 0, np.int64), len(counts))
-        if not counts:
+            for labels in pool.map(self._labels, chosen):
+                result = result if labels is None else result.plus(labels)
+        if not result.maps:
             return result
         folder, line = os.path.dirname(self.labels[0]), result.line(self.classes)
         hint = (
@@ -103,13 +104,13 @@ class SegmentationImages:
         self.source.contents.notes.append(line)
         return result
 
-    def _count(self, index: int) -> NDArray[np.int64] | None:
-        path = self.labels[index]
+    def _labels(self, index: int) -> NDArray[np.int64] | None:
+        """The label map of an image; None where it cannot be read, which is reported where it is read in earnest."""
+        path = str(self.labels[index])
         try:
-            numbers = read_numbers(read_file(str(path)), str(path))
-        except OSError:  # counted as bad where it is read in earnest
+            return self.rule.apply(read_numbers(read_file(path), path), path)
+        except OSError:
             return None
-        return count_labels(self.rule.apply(numbers, str(path)), self.rule.num_classes)
 
     def read_label(self, index: int, header: Header) -> NDArray[np.int64] | Rejection:
         """Return the label map int64 (H, W) of image `index`, whose size is `header`'s.
@@ -140,21 +141,21 @@ class LabelCounts:
     """(C + 1,): ignored ones, then those of each class."""
     maps: int
 
+    def plus(self, labels: NDArray[np.int64]) -> LabelCounts:
+        """The counts with another label map (H, W)."""
+        pixels = np.bincount((labels - IGNORE).ravel(), minlength=len(self.pixels))
+        return LabelCounts(self.pixels + pixels, self.maps + 1)
+
     @property
     def ignored_share(self) -> float:
         return float(self.pixels[0]) / max(int(self.pixels.sum()), 1)
 
     def line(self, classes: Sequence[str]) -> str:
         """The same for people."""
-        absent = [name for name, count in zip(classes, self.pixels[1:], strict=True) if not count]
+        absent = [name for name, count in zip(classes, self.pixels[1:], strict=False) if not count]
         shown = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
         without = f"; {len(absent)} of {len(classes)} classes without a pixel ({shown})" if absent else ""
         return f"{self.maps:,} label maps: {100 * self.ignored_share:.1f} % of the pixels ignored{without}"
-
-
-def count_labels(labels: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Pixels of a label map (H, W): ignored ones, then those of each class; (num_classes + 1,)."""
-    return np.bincount((labels - IGNORE).ravel(), minlength=num_classes + 1)
 
 
 def read_numbers(data: bytes, name: str) -> NDArray[np.integer]:

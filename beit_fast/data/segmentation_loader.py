@@ -7,6 +7,8 @@ resized to the crop: the image bilinearly, antialiased where it shrinks, the lab
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -23,7 +25,9 @@ from beit_fast.data.reading import Sample, decode
 from beit_fast.data.resizing import resize
 from beit_fast.data.sampling import sample_keys, uniforms
 from beit_fast.data.screening import BadImages, Rejection
-from beit_fast.data.segmentation import IGNORE, SegmentationImages
+from beit_fast.data.segmentation import IGNORE, LabelCounts, SegmentationImages
+
+logger = logging.getLogger("beit_fast.data")
 
 _STREAM = 3
 _ATTEMPTS = 10
@@ -150,6 +154,9 @@ class SegmentationLoader(Loader):
         self.data, self.sampler, self.photometric = data, sampler, photometric
         self.mean, self.std = tuple(mean), tuple(std)
         self._decoder = open_decoder(decoder, self.threads, value_range)
+        self._first_epoch: int | None = None
+        self._counts: LabelCounts | None = LabelCounts(np.zeros(data.rule.num_classes + 1, np.int64), 0)
+        self._lock = threading.Lock()
 
     def batches(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch]:
         """Yield one batch per request, in order."""
@@ -157,6 +164,10 @@ class SegmentationLoader(Loader):
 
     def _make(self, epoch: int, samples: list[Sample]) -> SegmentationBatch:
         side = self.sampler.crop
+        self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
+        if epoch != self._first_epoch and self._counts is not None:
+            logger.warning("first epoch: %s", self._counts.line(self.data.classes))
+            self._counts = None
         crops = torch.zeros(len(samples), side, side, 3, dtype=torch.uint8)
         labels = np.full((len(samples), side, side), IGNORE, np.int64)
         keys, sizes = torch.zeros(len(samples), dtype=torch.int64), [(side, side)] * len(samples)
@@ -199,6 +210,9 @@ class SegmentationLoader(Loader):
         label = self.data.read_label(sample.index, sample.header)
         if isinstance(label, Rejection):
             return label
+        if self._counts is not None:
+            with self._lock:
+                self._counts = self._counts.plus(label)
         placement = self.sampler.sample(key, label)
         top, left, height, width = placement.window
         return placement, label[top : top + height, left : left + width]

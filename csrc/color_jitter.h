@@ -1,4 +1,4 @@
-// Colour jitter, flip and normalisation of resized views in one pass: the CPU twin of kernels/views.
+// Colour jitter, flip and normalisation of resized views in one pass: what kernels/color_jitter does on a GPU.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-#include "views.h"
+#include "color_jitter.h"
 
 #include <algorithm>
 #include <thread>
