@@ -80,6 +80,11 @@ class TapeRecorder:
         return self.tape.repeat, outputs
 
 
+def registered(op, *args, **kwargs):
+    """A call through the dispatcher, as of an op on a GPU: one operation, whatever it does within."""
+    return op._registered(*args, **kwargs)
+
+
 @pytest.fixture
 def recorded(monkeypatch):
     """Runs whose steps are recorded on tape: `with recorded() as recorders: engine.run(...)`."""
@@ -107,7 +112,7 @@ def recorded(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(engine.TrainingRun, "prepare", recording)
             # the ops as a GPU sees them: one each, whatever they do within
-            patch.setattr(registration, "traced", lambda tensor: True)
+            patch.setattr(registration.FusedOp, "__call__", registered)
             yield made
 
     return use
@@ -154,13 +159,13 @@ def test_a_recorded_pretraining_is_the_same(pretraining, recorded, weights, chec
     model = dataclasses.replace(pretraining.model, grad_checkpointing=checkpointing)
     config = dataclasses.replace(pretraining, model=model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registration, "traced", lambda tensor: True)
+        patch.setattr(registration.FusedOp, "__call__", registered)
         engine.run(MaskedImageModeling(config))
     again = dataclasses.replace(config, output_dir=config.output_dir.with_name("recorded"))
     with recorded() as recorders:
         engine.run(MaskedImageModeling(again))
     (recorder,) = recorders
-    assert {"packed_attention", "masked_cross_entropy", "_fused_adamw_", "lerp_"} <= recorder.tape.names
+    assert {"attention", "masked_cross_entropy", "_fused_adamw_", "lerp_"} <= recorder.tape.names
     same(config, again, weights)
 
 
@@ -221,7 +226,7 @@ def test_the_comparison_sees_what_a_graph_would_freeze(tiny, tmp_path, recorded,
 
 def test_nothing_in_a_step_waits_for_the_device(pretraining, monkeypatch):
     """From the batch to the sums of the log, tokenizer included; ops count as one, as on a GPU."""
-    monkeypatch.setattr(registration, "traced", lambda tensor: True)
+    monkeypatch.setattr(registration.FusedOp, "__call__", registered)
     copied = []
     for name in ("tensor", "as_tensor"):
         made = getattr(torch, name)
@@ -238,7 +243,7 @@ def test_nothing_in_a_step_waits_for_the_device(pretraining, monkeypatch):
     monkeypatch.setattr(engine.TrainingRun, "train_step", watched)
     engine.run(MaskedImageModeling(pretraining))
     assert len(tapes) == 8
-    assert {"convolution", "argmax", "packed_attention", "_fused_adamw_"} <= tapes[-1].names
+    assert {"convolution", "argmax", "attention", "_fused_adamw_"} <= tapes[-1].names
     assert not tapes[-1].names & WAITS
 
 
