@@ -37,7 +37,7 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class FusedOp(Generic[P, R]):
-    """A registered op; calling it with positional arguments, a tensor first, runs the function that defines it."""
+    """A registered op; it is called with positional arguments, the first or else the second of them a tensor."""
 
     def __init__(self, name: str, function: Callable[P, R], fake: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -47,7 +47,8 @@ class FusedOp(Generic[P, R]):
         self._eager: Any = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or type(args[0]) not in (Tensor, torch.nn.Parameter):  # as `is_traced`
+        first = args[0] if args[0] is not None else args[1]
+        if torch.compiler.is_compiling() or type(first) not in (Tensor, torch.nn.Parameter):  # as `is_traced`
             return self._registered(*args, **kwargs)
         if self._eager is not None and torch.is_grad_enabled():
             for value in args:
