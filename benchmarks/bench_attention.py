@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from beit_fast import kernels
 from beit_fast.kernels.attention import backends
+from beit_fast.kernels.backend import xformers_obstacle
 from benchmarks.baselines.other_attention import cudnn_graph, triangle_attention
 from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
 
@@ -122,6 +123,11 @@ def compare(case: Case) -> Comparison:
             raise Unavailable("needs a GPU")
         return implementation(attend, within, try_first=True)
 
+    def xformers() -> Implementation:
+        if reason := xformers_obstacle():
+            raise Unavailable(reason)
+        return only_on_gpu(from_parts(backends.xformers))
+
     def flex() -> Implementation:
         if not on_gpu and case.backward:
             raise Unavailable("FlexAttention has no gradient on a CPU")
@@ -134,7 +140,7 @@ def compare(case: Case) -> Comparison:
         lambda: implementation(from_parts(backends.sdpa)),
         lambda: only_on_gpu(from_parts(backends.sdpa), lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
         lambda: implementation(by_hand),
-        lambda: only_on_gpu(from_parts(backends.xformers)),
+        xformers,
         flex,
         lambda: only_on_gpu(from_parts(cudnn_graph())),
         lambda: only_on_gpu(from_parts(triangle_attention())),

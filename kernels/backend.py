@@ -42,8 +42,8 @@ class use_backend:
             raise ValueError(f"backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
         if name == "triton" and not triton_installed():
             raise ValueError("backend 'triton' needs the triton package: pip install triton")
-        if name == "xformers" and not xformers_installed():
-            raise ValueError("backend 'xformers' needs the xformers package: pip install beit-fast[xformers]")
+        if name == "xformers" and (reason := xformers_obstacle()):
+            raise ValueError(f"backend 'xformers' {reason}")
         self._previous = _chosen
         _chosen = name
 
@@ -131,6 +131,23 @@ def triton_installed() -> bool:
 @functools.cache
 def xformers_installed() -> bool:
     return importlib.util.find_spec("xformers") is not None
+
+
+@functools.cache
+def xformers_obstacle() -> str:
+    """Why xformers cannot run here, in one line; "" if it can. A wheel for another torch imports and fails in use."""
+    if not xformers_installed():
+        return "needs the xformers package: pip install beit-fast[xformers]"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        if torch.cuda.is_available():
+            tiny = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+            memory_efficient_attention(tiny, tiny, tiny)
+    except Exception as error:
+        said = str(error).strip() or type(error).__name__
+        return f"cannot run here, install the xformers built for torch {torch.__version__}: {said.splitlines()[0]}"
+    return ""
 
 
 @functools.cache

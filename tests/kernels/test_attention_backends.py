@@ -1,5 +1,7 @@
 """Which attention runs where, and that others under our signature compute the same."""
 
+import sys
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -122,8 +124,8 @@ def test_sdpa_on_a_cpu(with_bias: bool) -> None:
 def other_on_gpu(request: pytest.FixtureRequest) -> str:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if request.param == "xformers" and not backend.xformers_installed():
-        pytest.skip("needs xformers")
+    if request.param == "xformers" and (reason := backend.xformers_obstacle()):
+        pytest.skip(reason)
     return request.param
 
 
@@ -141,3 +143,22 @@ def test_flex_without_gradients_on_a_cpu() -> None:
     bias = torch.randn(2, 17, 17)
     with torch.no_grad():
         torch.testing.assert_close(backends.flex(q, k, v, bias, 0.3), reference.biased_attention(q, k, v, bias, 0.3))
+
+
+def test_an_xformers_that_cannot_run_is_refused_in_one_line(monkeypatch):
+    class Broken(ModuleType):
+        @property
+        def memory_efficient_attention(self):
+            raise ImportError("undefined symbol: _ZN3c10\nmore lines")
+
+    backend.xformers_obstacle.cache_clear()
+    monkeypatch.setattr(backend, "xformers_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", Broken("xformers.ops"))
+    try:
+        with pytest.raises(ValueError, match=r"^backend 'xformers' cannot run here, .*: undefined symbol: _ZN3c10$"):
+            use_backend("xformers")
+        with pytest.raises(ValueError, match="cannot run here"), use_backend("xformers"):
+            pass
+    finally:
+        backend.xformers_obstacle.cache_clear()
