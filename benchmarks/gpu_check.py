@@ -102,7 +102,8 @@ class Check:
 
     @property
     def seconds(self) -> dict[str, int]:
-        return SECONDS_ONLY if self.only else SECONDS
+        budget = SECONDS_ONLY if self.only else SECONDS
+        return {name: 6 * limit for name, limit in budget.items()} if self.dry_run else budget  # a CPU may be busy
 
     def run(self, name: str, command: list[str], limit_s: float, keep: str | None = None) -> str:
         """Runs a phase, shows its output as it comes, and returns it; `keep` is a pattern of the line to report."""
@@ -309,7 +310,7 @@ def result_table(record: Record | None) -> list[str]:
         lines += [
             f"  {row.name:<86} {1e3 * row.median_s:9.3f} {'':>23} {row.info.get('peak_memory_mib') or 0:8,.0f}"
             for row in rows
-            if row.is_ours and row is not ours
+            if row.name.startswith("beit_fast, ")
         ]
     lines.append("MFU: of the data sheet's peak; of peak: of what a matrix product reached in the same rounds")
     return lines

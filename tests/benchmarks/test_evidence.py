@@ -88,6 +88,7 @@ def test_tuning_is_measured_elsewhere_than_the_table(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_study_is_continued_and_its_record_grows(tiny, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "choose", lambda top1_at, rates: max(rates[:1], key=top1_at))
     monkeypatch.setattr(ablation, "TIERS", ((BASE, "scratch"),))
