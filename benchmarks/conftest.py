@@ -138,15 +138,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def interleaved(benchmark: Any, rounds: Rounds) -> Callable[..., Measured]:
+def interleaved(request: pytest.FixtureRequest, benchmark: Any, rounds: Rounds) -> Callable[..., Measured]:
     """`interleaved(key, make, name)`: the row of one implementation in the comparison that `make()` describes.
 
-    All tests with the same key share one measurement. Who cannot take part is skipped with the reason.
+    All tests of a file with the same key share one measurement. Who cannot take part is skipped with the reason.
     """
 
     def report(key: Hashable, make: Callable[[], Comparison], name: str, budget_s: float = 10.0) -> Measured:
         try:
-            measured = rounds.of(key, make, budget_s)
+            measured = rounds.of((request.path, key), make, budget_s)
         except BaseException:
             benchmark.skipped = True
             raise

@@ -147,6 +147,8 @@ def test_dry_run(tmp_path):
     (path,) = tmp_path.glob("*.json")
     assert path.stem.endswith("_gpu_check_step_dry_run")
     found = read(path)
+    kinds = {group.split(":")[0].split(",")[0] for group in found.groups()}
+    assert kinds == {"pre-training", "options of our own step", "backbone", "optimizer step with clipping"}
     assert len(found.groups()) == 10
     assert {"beit_fast", "timm", "transformers, SDPA", "official style"} <= {row.name for row in found.rows}
     tail = done.stdout[-6000:]
