@@ -154,9 +154,9 @@ py::array as_array(const py::object& value, const std::string& name, const std::
       good = shape[i] < 0 || array.shape(static_cast<py::ssize_t>(i)) == shape[i];
   }
   if (!good) {
-    std::string wanted;
-    for (const std::string& kind : kinds) wanted += (wanted.empty() ? "" : " or ") + text(py::dtype(kind).attr("name"));
-    refuse(name, "must be a C-contiguous" + std::string(writeable ? ", writeable" : "") + " numpy array of " + wanted +
+    std::string expected;
+    for (const std::string& kind : kinds) expected += (expected.empty() ? "" : " or ") + text(py::dtype(kind).attr("name"));
+    refuse(name, "must be a C-contiguous" + std::string(writeable ? ", writeable" : "") + " numpy array of " + expected +
                      ", shape " + shape_text(shape) + "; got " + describe(value));
   }
   return py::reinterpret_borrow<py::array>(value);

@@ -152,10 +152,10 @@ def _check_manifest(folder: Path, expected: dict[str, Any]) -> None:
     path = folder / "manifest.json"
     if path.exists():
         try:
-            found = json.loads(path.read_text())
+            manifest = json.loads(path.read_text())
         except ValueError:
-            found = None
-        if found != expected:
+            manifest = None
+        if manifest != expected:
             raise ValueError(f"{path} does not describe these images; delete the folder {folder} to draw them again")
     elif any(folder.glob("*/*.jpg")):
         raise ValueError(f"{folder} holds images but no manifest; delete the folder to draw them again")

@@ -70,8 +70,8 @@ class Augmentation:
 class ClassificationLoader(Loader):
     """Random views of a labelled source.
 
-    A position p of an epoch is view p % repeats of the image at place p // repeats of the epoch's order. An image that
-    cannot be used is replaced by the next one of that order, with its label.
+    A position p of an epoch is view p % repeats of the image at p // repeats in the epoch's order. An image that cannot
+    be used is replaced by the next one of that order, with its label.
 
     Args:
         source: the images.

@@ -227,7 +227,7 @@ class DaliDecoder(DaliPipeline):
         if chosen:
             stored = np.stack([stored_window(windows[number], headers[number]) for number in chosen])
             outputs, damaged = self.run_undamaged([encoded[number] for number in chosen], stored)
-            whole = [number for place, number in enumerate(chosen) if place not in damaged]
+            whole = [number for row, number in enumerate(chosen) if row not in damaged]
             for number, crop in zip(whole, outputs[0] if outputs else (), strict=True):
                 pixels[number] = oriented(np.asarray(crop), headers[number])
         for number, (data, header) in enumerate(zip(encoded, headers, strict=True)):

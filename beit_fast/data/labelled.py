@@ -74,7 +74,7 @@ def open_validation(
     `classes` are the training classes, which the validation set has to share: see `with_classes`.
     """
     if validation_path is not None or _cifar_folder(path) is not None:
-        found = open_evaluation(validation_path if validation_path is not None else path)
+        images = open_evaluation(validation_path if validation_path is not None else path)
     else:
         root = local_path(path)
         homes = [root, root.parent] if root.name == "train" else [root]
@@ -84,8 +84,8 @@ def open_validation(
                 f"no validation images: {path} has no folder {', '.join(VALIDATION_FOLDERS)}; give "
                 "--data.validation-path, or --data.no-validate to train without"
             )
-        found = _labelled(folder)
-    return with_classes(found, classes, str(validation_path if validation_path is not None else path), class_map)
+        images = _labelled(folder)
+    return with_classes(images, classes, str(validation_path if validation_path is not None else path), class_map)
 
 
 def open_evaluation(path: str | os.PathLike[str]) -> LabelledImages:
@@ -128,14 +128,14 @@ def _labelled(path: str | os.PathLike[str]) -> LabelledImages:
 
 
 def _labels(source: ImageSource, path: str) -> NDArray[np.int64]:
-    found = [source.label(index) for index in range(len(source))]
-    missing = [index for index, label in enumerate(found) if label is None]
+    numbers = [source.label(index) for index in range(len(source))]
+    missing = [index for index, label in enumerate(numbers) if label is None]
     if missing:
         raise ValueError(
-            f"{path}: {len(missing)} of {len(found)} images have no label, e.g. {source.name(missing[0])}; labels are "
-            "first-level folders, or a .cls entry beside every image of a tar shard"
+            f"{path}: {len(missing)} of {len(numbers)} images have no label, e.g. {source.name(missing[0])}; labels "
+            "are first-level folders, or a .cls entry beside every image of a tar shard"
         )
-    labels = np.array(found, np.int64)
+    labels = np.array(numbers, np.int64)
     if labels.min() < 0:
         raise ValueError(f"{path}: label {labels.min()} of {source.name(int(labels.argmin()))}; labels start at 0")
     return labels
@@ -183,12 +183,12 @@ def _read_class_map(path: Path, names: Sequence[str], numbers: dict[str, int]) -
     lines = [line.strip("\r").split("\t") if "\t" in line else line.split(None, 1) for line in text.split("\n")]
     pairs = [[word.strip() for word in line] for line in lines if line]
     known: dict[str, int] = {}
-    for place, (name, *target) in enumerate(pairs):
-        number = place if not target else numbers.get(target[0])
+    for line_number, (name, *target) in enumerate(pairs):
+        number = line_number if not target else numbers.get(target[0])
         if number is None and target[0].isdecimal():
             number = int(target[0])
         if number is None or number >= len(numbers):
-            raise ValueError(f"{path}: {name!r} stands for {target[0] if target else place!r}, which is no class")
+            raise ValueError(f"{path}: {name!r} stands for {target[0] if target else line_number!r}, which is no class")
         known[name] = number
     missing = [name for name in names if name not in known]
     if missing:

@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
     epoch: int
     positions: NDArray[np.int64]
-    """(b,) places in the shuffled order of the epoch, each in [0, number of samples)."""
+    """(b,) positions in the shuffled order of the epoch, each in [0, number of samples)."""
 
 
 class Loader:
@@ -114,7 +114,7 @@ class Loader:
     def read_ahead(self, requests: Iterable[Request], repeats: int = 1) -> Iterator[tuple[Request, list[Sample]]]:
         """Yield requests with their samples; the files of one are read while the one before it is worked on.
 
-        With `repeats`, position p stands for place p // repeats of the epoch's order.
+        With `repeats`, position p stands for p // repeats of the epoch's order.
         """
         reading: deque[tuple[Request, Iterator[Sample]]] = deque()
         for request in requests:
@@ -144,7 +144,7 @@ class Loader:
                 not decode.
 
         Returns:
-            int64 (b,): places of the samples in the source.
+            int64 (b,): indices of the samples in the source.
 
         Raises:
             ValueError: not one image can be used.

@@ -19,7 +19,7 @@ from torch import Tensor
 from beit_fast.data.decoding import has_dali, open_decoder, resolve_cpu_decoder
 from beit_fast.data.loader import Loader, Request
 from beit_fast.data.reading import Sample
-from beit_fast.data.resizing import CpuResizer, GpuResizer, Resizer
+from beit_fast.data.resizing import CpuResizer, DaliResizer, Resizer
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
@@ -57,7 +57,7 @@ class PretrainBatch:
 class PretrainLoader(Loader):
     """Makes pre-training batches from a source of encoded images.
 
-    An image that cannot be read or decoded is replaced by the sample at the next place of the epoch's order,
+    An image that cannot be read or decoded is replaced by the sample at the next position of the epoch's order,
     (position + 1) modulo the length and so on, and reported to `bad_images`.
 
     Args:
@@ -120,7 +120,7 @@ class PretrainLoader(Loader):
         self._resizer: Resizer
         self._resizer = CpuResizer(on_cpu, self.workers, image_size, token_image_size, jitter_center == "image")
         if self.decoder == "dali-gpu":
-            self._resizer = GpuResizer(self.device, self.threads, self._resizer)
+            self._resizer = DaliResizer(self.device, self.threads, self._resizer)
         self._lock = threading.Lock()  # a decoder has one set of buffers
 
     def batches(self, requests: Iterable[Request]) -> Iterator[PretrainBatch]:

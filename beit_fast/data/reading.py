@@ -25,9 +25,9 @@ class Sample:
     """An image that passed the screening."""
 
     position: int
-    """Its place in the order of the epoch; -1 where there is none."""
+    """In the order of the epoch; -1 where there is none."""
     index: int
-    """Its place in the source."""
+    """In the source."""
     data: bytes
     header: Header
 
@@ -40,9 +40,9 @@ def decode(decoder: Decoder, samples: Sequence[Sample], windows: Windows) -> lis
 
 
 class ScreenedReader:
-    """Reads samples by their place in an epoch's order, in threads; reports bad images to `bad_images`.
+    """Reads samples by their position in an epoch's order, in threads; reports bad images to `bad_images`.
 
-    A bad image is replaced by the sample at the next place, (position + 1) modulo the length, and so on: the
+    A bad image is replaced by the sample at the next position, (position + 1) modulo the length, and so on: the
     replacement does not depend on the batch either.
 
     Raises:
@@ -64,7 +64,7 @@ class ScreenedReader:
             ValueError: no positions.
         """
         if positions.ndim != 1 or len(positions) == 0:
-            raise ValueError(f"positions must be a row of at least one place, got shape {positions.shape}")
+            raise ValueError(f"positions must be a row of at least one, got shape {positions.shape}")
         # A task per image would cost as much as reading it from the page cache.
         parts = np.array_split(positions, min(len(positions), 2 * self._threads))
         futures = [self._pool.submit(self._find_all, epoch, part.tolist()) for part in parts]
@@ -74,7 +74,7 @@ class ScreenedReader:
         return [self.find(epoch, position) for position in positions]
 
     def find(self, epoch: int, position: int) -> Sample:
-        """Return the first usable sample at or after a place of the epoch's order.
+        """Return the first usable sample at or after a position of the epoch's order.
 
         Raises:
             TooManyBadImages: see `BadImages`.
@@ -82,9 +82,9 @@ class ScreenedReader:
         """
         length = len(self.source)
         for step in range(length):
-            place = position if step == 0 else (position + step) % length  # a first place out of range is an error
-            index = int(epoch_order([place], length, self.seed, epoch)[0])
-            sample = self.read(index, place)
+            tried = position if step == 0 else (position + step) % length  # a first position out of range is an error
+            index = int(epoch_order([tried], length, self.seed, epoch)[0])
+            sample = self.read(index, tried)
             if sample is not None:
                 return sample
         raise ValueError(NOTHING_USABLE)
@@ -104,7 +104,7 @@ class ScreenedReader:
         return Sample(position, index, *screened)
 
     def read_all(self, indices: Sequence[int]) -> Iterator[Sample | None]:
-        """Read images by their place in the source; None for a bad one."""
+        """Read images by their index in the source; None for a bad one."""
         return self._pool.map(self.read, indices)
 
     def close(self) -> None:

@@ -121,12 +121,12 @@ class CpuResizer:
         return {row: crop for row, crop in zip(rows, crops, strict=True) if isinstance(crop, Rejection)}
 
 
-class GpuResizer(DaliPipeline):
-    """nvJPEG and DALI's resize on the GPU. Written without a GPU at hand: unverified."""
+class DaliResizer(DaliPipeline):
+    """DALI's decoder and resize: nvJPEG and kernels on a GPU, which is unverified; on a CPU the same graph (tests)."""
 
     def __init__(self, device: torch.device, threads: int, on_cpu: CpuResizer) -> None:
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        super().__init__(threads, device_id=index)
+        current = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+        super().__init__(threads, device_id=current)
         self.device, self.sizes, self._on_cpu = device, on_cpu.sizes, on_cpu
 
     def graph(self, crops: Any) -> tuple[Any, ...]:
@@ -139,32 +139,39 @@ class GpuResizer(DaliPipeline):
         return ResizedViews(images, token_images, None)
 
     def resize_into(
-        self,
-        views: ResizedViews,
-        rows: list[int],
-        samples: Sequence[Sample],
-        windows: Windows,
-        known: Flags,
+        self, views: ResizedViews, rows: list[int], samples: Sequence[Sample], windows: Windows, known: Flags
     ) -> dict[int, Rejection]:
         """The graph makes both views of all samples, `known` or not; what it cannot decode is made on the CPU."""
-        chosen = [place for place, sample in enumerate(samples) if sample.header.decoder != "pillow"]
-        stored = np.array([stored_window(windows[place], samples[place].header) for place in chosen], np.int32)
-        outputs, damaged = self.run_undamaged([samples[place].data for place in chosen], stored) if chosen else ((), {})
-        whole = [place for number, place in enumerate(chosen) if number not in damaged]
+        chosen = [index for index, sample in enumerate(samples) if sample.header.decoder != "pillow"]
+        stored = np.array([stored_window(windows[index], samples[index].header) for index in chosen], np.int32)
+        outputs, damaged = self.run_undamaged([samples[index].data for index in chosen], stored) if chosen else ((), {})
+        whole = [index for number, index in enumerate(chosen) if number not in damaged]
         if len(whole) == len(views.images):
             _copy_from_dali(outputs, views[:2])
         elif whole:
             parts = self.empty(len(whole))
             _copy_from_dali(outputs, parts[:2])
-            index = torch.tensor([rows[place] for place in whole]).to(self.device, non_blocking=True)
-            views.images[index], views.token_images[index] = parts[:2]
-        for place in whole:
-            header = samples[place].header
+            _put(parts, views, [rows[index] for index in whole])
+        for index in whole:
+            header = samples[index].header
             for view in views[:2] if header.orientation != 1 else ():
-                view[rows[place]] = oriented(view[rows[place]].clone(), header)
+                view[rows[index]] = oriented(view[rows[index]].clone(), header)
         rest = sorted(set(range(len(rows))) - set(whole))
-        left = [samples[place] for place in rest]
-        return self._on_cpu.resize_into(views, [rows[place] for place in rest], left, windows[rest], known)
+        if not rest:
+            return {}
+        # In memory first: the threads of the CPU's resizer know nothing of the stream of this one.
+        targets, parts = [rows[index] for index in rest], self._on_cpu.empty(len(rest))
+        failed = self._on_cpu.resize_into(
+            parts, list(range(len(rest))), [samples[index] for index in rest], windows[rest], known[targets]
+        )
+        _put(parts, views, targets)
+        return {targets[number]: rejection for number, rejection in failed.items()}
+
+
+def _put(parts: ResizedViews, views: ResizedViews, rows: list[int]) -> None:
+    """Copy both views of some samples to `rows` of a batch."""
+    for part, view in zip(parts[:2], views[:2], strict=True):
+        view[torch.tensor(rows).to(view.device)] = part.to(view.device)
 
 
 def resize_with_dali(crops: Any, image_size: int, token_image_size: int) -> tuple[Any, Any]:
@@ -180,7 +187,8 @@ def resize_with_dali(crops: Any, image_size: int, token_image_size: int) -> tupl
 def _copy_from_dali(outputs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    stream = torch.cuda.current_stream(tensors[0].device)
+    stream = torch.cuda.current_stream(tensors[0].device) if tensors[0].is_cuda else None
     for output, tensor in zip(outputs, tensors, strict=True):
         feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
-    stream.synchronize()  # the next run of the pipeline writes into the same buffers
+    if stream is not None:
+        stream.synchronize()  # the next run of the pipeline writes into the same buffers; only this thread waits

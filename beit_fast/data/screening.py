@@ -241,8 +241,8 @@ def _ifd(data: bytes, order: str, offset: int) -> dict[int, tuple[int, ...]]:
         if letter is None or number > 1_000_000:
             continue
         layout = f"{order}{number}{letter}"
-        place = entry + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
-        tags[tag] = struct.unpack_from(layout, data, place)
+        start = entry + 8 if struct.calcsize(layout) <= 4 else struct.unpack_from(order + "I", data, entry + 8)[0]
+        tags[tag] = struct.unpack_from(layout, data, start)
     return tags
 
 

@@ -53,7 +53,7 @@ class LabelRule:
         classes[ignored] = IGNORE
         outside = (classes >= self.num_classes) | (classes < IGNORE)
         if outside.any():
-            row, column = (int(place[0]) for place in np.nonzero(outside))
+            row, column = (int(indices[0]) for indices in np.nonzero(outside))
             first = int(self.reduce_zero)
             raise ValueError(
                 f"{name}: label {int(numbers[row, column])} at row {row}, column {column} is none of the "
@@ -204,9 +204,14 @@ def open_segmentation(
     source = open_source(images)
     if not isinstance(source, FolderSource):
         raise ValueError(f"{images}: holds tar shards; segmentation reads folders of image and label files")
-    found = {p.relative_to(labels).with_suffix(""): p for p in labels.rglob("*") if p.suffix.lower() in _SUFFIXES}
+    files: dict[Path, Path] = {}
+    for file in sorted(file for file in labels.rglob("*") if file.suffix.lower() in _SUFFIXES):
+        key = file.relative_to(labels).with_suffix("")
+        if key in files:
+            raise ValueError(f"{labels}: two label files for {key}: {files[key].name} and {file.name}; remove one")
+        files[key] = file
     keys = [Path(os.path.relpath(source.name(i), images)).with_suffix("") for i in range(len(source))]
-    missing = [number for number, key in enumerate(keys) if key not in found]
+    missing = [number for number, key in enumerate(keys) if key not in files]
     if missing:
         raise ValueError(
             f"{labels}: {len(missing)} of {len(keys)} images have no label, e.g. {source.name(missing[0])} "
@@ -220,26 +225,26 @@ def open_segmentation(
         raise ValueError(f"{root}: {len(names)} names of classes, but --data.num-classes is {count}")
     classes = names or tuple(str(number) for number in range(count))
     rule = LabelRule(count, reduce_zero, ignore_value)
-    return SegmentationImages(source, tuple(found[key] for key in keys), rule, classes)
+    return SegmentationImages(source, tuple(files[key] for key in keys), rule, classes)
 
 
 def _folders(root: Path, train: bool) -> tuple[Path, Path]:
     """Where images and labels of a split are; where nothing is split, of all."""
     splits = _TRAINING if train else _VALIDATION
     pairs = [(i, a) for i in _IMAGES for a in _LABELS]
-    places = [(root / i / s, root / a / s) for s in splits for i, a in pairs]
-    places += [(root / s / i, root / s / a) for s in splits for i, a in pairs]
+    candidates = [(root / i / s, root / a / s) for s in splits for i, a in pairs]
+    candidates += [(root / s / i, root / s / a) for s in splits for i, a in pairs]
     every_split = (*_TRAINING, *_VALIDATION)
     if not any((root / i / s).is_dir() or (root / s / i).is_dir() for i in _IMAGES for s in every_split):
-        places += [(root / i, root / a) for i, a in pairs]
-    found = next((place for place in places if place[0].is_dir() and place[1].is_dir()), None)
-    if found is None:
+        candidates += [(root / i, root / a) for i, a in pairs]
+    folders = next((pair for pair in candidates if pair[0].is_dir() and pair[1].is_dir()), None)
+    if folders is None:
         split, short = ("training", "train") if train else ("validation", "val")
         raise ValueError(
             f"{root}: no {split} images with labels; looking for images/{split} with annotations/{split}, for "
             f"{short}/images with {short}/labels, or for images with labels"
         )
-    return found
+    return folders
 
 
 def _class_names(root: Path) -> tuple[str, ...]:

@@ -79,8 +79,8 @@ class SegmentationCropSampler:
         size = min(scaled[0], self.crop), min(scaled[1], self.crop)
         h, w = _in_source(size[0], scaled[0], height), _in_source(size[1], scaled[1], width)
         window = (0, 0, h, w)
-        for place in u[2:].reshape(-1, 2)[: 1 if self.cat_max_ratio == 1 else None]:
-            top, left = (int(v * (whole - part + 1)) for v, whole, part in zip(place, scaled, size, strict=True))
+        for corner in u[2:].reshape(-1, 2)[: 1 if self.cat_max_ratio == 1 else None]:
+            top, left = (int(v * (whole - part + 1)) for v, whole, part in zip(corner, scaled, size, strict=True))
             top, left = round(top * height / scaled[0]), round(left * width / scaled[1])
             window = (min(top, height - h), min(left, width - w), h, w)
             if self._is_mixed(label[window[0] : window[0] + h, window[1] : window[1] + w]):
@@ -229,7 +229,7 @@ class WholeImage:
     """One image for evaluation, in memory."""
 
     number: int
-    """Its place in the source."""
+    """Its index in the source."""
     pixels: Tensor
     """uint8 (H, W, 3)"""
     label: Tensor

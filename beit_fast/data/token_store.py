@@ -76,8 +76,8 @@ class TokenStore:
         crcs = rows[:, -_CRC_BYTES:].copy().view("<u4")[:, 0]
         tokens = rows[:, :-_CRC_BYTES].copy().view("<u2").astype(np.uint16, copy=False)
         present = np.zeros(len(numbers), np.bool_)
-        for place in np.flatnonzero(crcs):
-            present[place] = self._crc(int(numbers[place]), rows[place, :-_CRC_BYTES].tobytes()) == crcs[place]
+        for row in np.flatnonzero(crcs):
+            present[row] = self._crc(int(numbers[row]), rows[row, :-_CRC_BYTES].tobytes()) == crcs[row]
         self.damaged_records += int(np.count_nonzero(crcs)) - int(present.sum())
         tokens[~present] = 0
         return tokens, present
@@ -171,12 +171,12 @@ def _look(path: Path, settings: Mapping[str, Any], size: int) -> str:
     if not path.is_file():
         raise ValueError(f"token cache {path} is not a file; give another --data.token-cache")
     with path.open("rb") as file:
-        found = _read_header(file.read(HEADER_BYTES))
-    if found is None:
+        stored = _read_header(file.read(HEADER_BYTES))
+    if stored is None:
         return "damaged"
-    names = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
+    names = [name for name in sorted({*stored, *settings}) if stored.get(name) != settings.get(name)]
     if names:
-        pairs = ", ".join(f"{name} {found.get(name)}, now {settings.get(name)}" for name in names)
+        pairs = ", ".join(f"{name} {stored.get(name)}, now {settings.get(name)}" for name in names)
         raise ValueError(
             f"token cache {path} was made with {pairs}; restore the settings, give another --data.token-cache, or "
             "delete the file"
@@ -212,8 +212,8 @@ def _read_header(data: bytes) -> dict[str, Any] | None:
     text = data[at + 8 : at + 8 + length]
     if len(data) != HEADER_BYTES or not data.startswith(MAGIC) or len(text) != length or zlib.crc32(text) != crc:
         return None
-    found = json.loads(text)
-    return found if isinstance(found, dict) and _header(found) == data else None
+    stored = json.loads(text)
+    return stored if isinstance(stored, dict) and _header(stored) == data else None
 
 
 @contextlib.contextmanager

@@ -68,3 +68,10 @@ def test_the_first_epoch_counts_all_labels(tmp_path, caplog):
     assert [record.message for record in caplog.records] == [
         "first epoch: 5 label maps: 25.0 % of the pixels ignored; 2 of 4 classes without a pixel (1, 3)"
     ]
+
+
+def test_two_label_files_of_one_image_are_refused(tmp_path):
+    masks(tmp_path, stripes(0, 1))
+    Image.fromarray(np.zeros((12, 12), np.uint8)).save(tmp_path / "annotations/0.tif")
+    with pytest.raises(ValueError, match=r"two label files for 0: 0\.png and 0\.tif"):
+        open_segmentation(tmp_path, True, 2, False, 255)

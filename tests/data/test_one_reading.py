@@ -3,16 +3,19 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from beit_fast.data.classification import Augmentation, ClassificationLoader, EvaluationLoader
 from beit_fast.data.decoding import DaliDecoder, PilDecoder
 from beit_fast.data.loader import Request
 from beit_fast.data.pretraining import PretrainLoader
-from beit_fast.data.reading import read_picture
+from beit_fast.data.reading import Sample, read_picture
+from beit_fast.data.resizing import CpuResizer, DaliResizer
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.screening import BadImages, Header, Rejection, TooManyBadImages, screen
 from beit_fast.data.segmentation import LabelRule, SegmentationImages
@@ -260,3 +263,39 @@ def test_too_many_float_images_end_the_run_with_the_way_out(tmp_path):
     loader = ClassificationLoader(source, np.zeros(20, int), Augmentation(), seed=0, image_size=SIDE, threads=1)
     with loader, pytest.raises(TooManyBadImages, match=r"--data\.value-range LOW HIGH"):
         next(loader.batches([Request(0, np.arange(20))]))
+
+
+def test_the_graph_of_the_gpu_makes_the_views_of_the_cpu():
+    """Decoder and both resizes as one DALI graph, on a CPU here; turned, damaged and unreadable images among them."""
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((160, 120)))
+    turned = Image.Exif()
+    turned[274] = 6
+    encoded = [
+        encode(smooth, "JPEG", quality=95), encode(smooth, "JPEG", quality=95, exif=turned.tobytes()),
+        encode(CMYK.resize((80, 80)), "TIFF"), encode(smooth, "PNG")[:-4000] + b"\0" * 4000, encode(smooth, "PNG"),
+    ]  # fmt: skip
+    encoded[3] = encoded[3][:-12] + encode(smooth, "PNG")[-12:]
+    samples = [Sample(i, i, data, screen(data)) for i, data in enumerate(encoded)]
+    whole = np.array([(0, 0, s.header.height, s.header.width) for s in samples], np.int32)
+    windows = CropSampler().sample(0, 0, range(5), whole[:, 2], whole[:, 3]).windows
+    windows[3] = whole[3]
+    with ThreadPoolExecutor(2) as pool:
+        on_cpu = CpuResizer(DaliDecoder(1), pool, 64, 32, False)
+        graph = DaliResizer(torch.device("cpu"), 1, on_cpu)
+        known = np.array([False, False, False, False, True])
+        results = []
+        for resizer in (on_cpu, graph):
+            views = resizer.empty(5)
+            for view in views[:2]:
+                view.zero_()
+            failed = resizer.resize_into(views, [0, 1, 2], samples[:3], windows[:3], known)
+            failed |= resizer.resize_into(views, [3, 4], samples[3:], windows[3:], known)
+            assert list(failed) == [3]
+            results.append(views)
+    expected, seen = results
+    for row in (0, 1, 2, 4):
+        assert np.abs(expected.images[row].numpy().astype(int) - seen.images[row].numpy()).mean() < 0.5
+    for row in (0, 1, 2):
+        assert np.abs(expected.token_images[row].numpy().astype(int) - seen.token_images[row].numpy()).mean() < 0.5
+    assert torch.equal(expected.images[2], seen.images[2])  # the TIFF takes the CPU's way in both

@@ -55,9 +55,9 @@ class RandomErasing:
         w = np.rint(np.sqrt(area / aspect)).astype(np.int64)
         fits = (h < height) & (w < width)
         rows, first = np.arange(len(u)), fits.argmax(1)
-        h, w, place = h[rows, first], w[rows, first], tries[rows, first, 2:]
-        top = (place[:, 0] * (height - h + 1)).astype(np.int64)
-        left = (place[:, 1] * (width - w + 1)).astype(np.int64)
+        h, w, corner = h[rows, first], w[rows, first], tries[rows, first, 2:]
+        top = (corner[:, 0] * (height - h + 1)).astype(np.int64)
+        left = (corner[:, 1] * (width - w + 1)).astype(np.int64)
         erased = fits.any(1) & (u[:, 0] < self.probability) & (h > 0) & (w > 0)
         return np.where(erased[:, None], np.stack([top, left, h, w], 1), 0)
 
@@ -65,7 +65,7 @@ class RandomErasing:
 def erase(images: Tensor, rectangles: NDArray[np.int64], keys: Tensor) -> Tensor:
     """Fill `rectangles` (B, 4) of normalised images float (B, C, H, W) with N(0, 1) noise, in place; returns them.
 
-    The noise of a pixel depends on `keys` int64 (B,) and its place alone: it is the same in any batch and on any
+    The noise of a pixel depends on `keys` int64 (B,) and its position alone: it is the same in any batch and on any
     device up to rounding. All pixels of the batch are drawn at once, without waiting for the device.
     """
     chosen = np.flatnonzero(rectangles[:, 2] > 0)

@@ -81,6 +81,6 @@ def shift_colours(levels: Tensor, saturation: Tensor, degrees: Tensor) -> Tensor
     sectors = torch.where(which == 0, green - blue, torch.where(which == 1, blue - red, red - green)) / safe
     sectors = (sectors + 2.0 * which + degrees[:, 0] / 60.0)[:, None]
     chroma = torch.minimum(chroma[:, None] * saturation, value[:, None])
-    place = torch.tensor([5.0, 3.0, 1.0], device=levels.device)[:, None, None]
-    turned = (sectors + place).remainder(6.0)
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=levels.device)[:, None, None]
+    turned = (sectors + offsets).remainder(6.0)
     return value[:, None] - chroma * torch.minimum(turned, 4.0 - turned).clamp(0, 1)

@@ -1,7 +1,7 @@
 """CIFAR-100 as its authors distribute it (Krizhevsky, 2009): the binary version, and the pickles of the python version.
 
 A pickle is a program. Here it is read by an unpickler that knows four names, none of which does anything: arrays are
-rebuilt from the bytes found, everything else is refused.
+rebuilt from their bytes, everything else is refused.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _read_binary(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return records[:, 2:], records[:, 1]
 
 
-class _Found:
+class _Pickled:
     """What a pickle builds an array from; keeps it, does nothing with it."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -83,10 +83,10 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 _KNOWN = {
-    ("numpy.core.multiarray", "_reconstruct"): _Found,
-    ("numpy._core.multiarray", "_reconstruct"): _Found,
-    ("numpy", "ndarray"): _Found,
-    ("numpy", "dtype"): _Found,
+    ("numpy.core.multiarray", "_reconstruct"): _Pickled,
+    ("numpy._core.multiarray", "_reconstruct"): _Pickled,
+    ("numpy", "ndarray"): _Pickled,
+    ("numpy", "dtype"): _Pickled,
     ("_codecs", "encode"): _encode,
 }
 
@@ -121,9 +121,9 @@ def _list(content: dict[str, Any], key: str, path: Path) -> list[Any]:
 
 def _array(content: dict[str, Any], key: str, path: Path) -> NDArray[np.uint8]:
     """The uint8 array under `key`, from the (version, shape, dtype, fortran, bytes) that numpy pickles."""
-    found = content.get(key)
+    pickled = content.get(key)
     try:
-        _, shape, kind, fortran, data = found.state  # type: ignore[union-attr]
+        _, shape, kind, fortran, data = pickled.state  # type: ignore[union-attr]
         code = kind.arguments[0]
         raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
         if code not in ("u1", "uint8") or fortran:

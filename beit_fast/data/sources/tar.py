@@ -42,7 +42,7 @@ def members_of(read: Read, end: int, path: str) -> tuple[list[Member], list[tupl
     """
     base_name = os.path.basename(path)
     members: list[Member] = []
-    links: list[tuple[int, str, str]] = []  # place among the members, name, target
+    links: list[tuple[int, str, str]] = []  # index among the members, name, target
     skipped: list[tuple[str, str]] = []
     records: dict[str, str] = {}
     offset = 0
@@ -101,13 +101,13 @@ def _resolve(
         return
     files = {os.path.normpath(member.name): member for member in members}
     targets = {os.path.normpath(name): target for _, name, target in links}
-    for place, name, target in reversed(links):
+    for index, name, target in reversed(links):
         for _ in links:
             if target in files:
                 break
             target = targets.get(target, target)
         if target in files:
-            members.insert(place, files[target]._replace(name=name))
+            members.insert(index, files[target]._replace(name=name))
         else:
             skipped.append(("link to nothing in the archive", f"{archive}:{name}"))
 
