@@ -16,6 +16,7 @@ from torch import Tensor
 from beit_fast.kernels.backend import onednn_is_faster, select
 from beit_fast.kernels.registration import is_traced
 
+_PIECE = 128  # rows whose sum is rounded as it grows; the sums of the pieces are added pairwise
 _FEW_MULTIPLY_ADDS = 1 << 25  # below, what a call of oneDNN costs beside its arithmetic eats up the gain
 
 
@@ -33,6 +34,17 @@ def matmul(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling() and onednn_is_faster() and _onednn_serves(left, right, right.shape[1]):
         return _onednn(left, right.t(), bias)
     return left @ right if bias is None else torch.addmm(bias, left, right)
+
+
+def column_sums(rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum of rows (R, D), each times its weight (R,), as (D,): faster than torch's sum, and as exact.
+
+    By products with pieces of the rows: in one product the rounding would grow with R.
+    """
+    weights = rows.new_ones(rows.shape[0]) if weights is None else weights
+    whole = rows.shape[0] // _PIECE * _PIECE
+    pieces = weights[:whole].view(-1, 1, _PIECE) @ rows[:whole].view(-1, _PIECE, rows.shape[1])  # (R / 128, 1, D)
+    return pieces.sum((0, 1)) + weights[whole:] @ rows[whole:]
 
 
 def _onednn_serves(x: Tensor, weight: Tensor, columns: int) -> bool:
@@ -68,5 +80,5 @@ class _Linear(torch.autograd.Function):
         return (
             product(rows, weight).view(x.shape) if need_x else None,
             product(rows.t(), inputs) if need_weight else None,
-            rows.new_ones(rows.shape[0]) @ rows if need_bias else None,
+            column_sums(rows) if need_bias else None,
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from beit_fast.models.backbone import BeitBackbone
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.key_names import to_official
-from beit_fast.models.reading import CheckpointError, read_state_dict
+from beit_fast.models.reading import CheckpointError, read_checkpoint
 from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 
 # What comes and goes with the task: fresh where the file has none, ignored where the model has none.
@@ -40,10 +40,18 @@ class LoadReport:
     """Parameters of the task that the file has not, or of another size; they keep the model's own initial values."""
     ignored: dict[str, str] = field(default_factory=dict)
     """Tensors of the file that went nowhere, by their names there, and why."""
+    taken: str = ""
+    """Which of the file's sets of weights was taken, where it has averaged ones and others."""
+    skipped: list[str] = field(default_factory=list)
+    """Classes and functions named in the file, of which nothing was executed."""
 
     def __str__(self) -> str:
         counts = f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized, {len(self.expanded)} expanded"
         lines = [f"{self.source}: {counts}, {len(self.ignored)} ignored, {len(self.missing)} left as initialised"]
+        if self.taken:
+            lines.append(f"  taken: {self.taken}")
+        if self.skipped:
+            lines.append(f"  skipped, not executed: {', '.join(self.skipped)}")
         if self.missing:
             lines.append(f"  left as initialised: {', '.join(self.missing)}")
         reasons: dict[str, list[str]] = {}
@@ -61,11 +69,12 @@ def load_checkpoint(
     *,
     sha256: str | None = None,
     source_grid: tuple[int, int] | None = None,
+    ema: bool = True,
     verbose: bool = True,
 ) -> LoadReport:
     """Load the weights of a file into a BEiT of this library: all of them, or none and an error.
 
-    Reads what `models.reading.read_state_dict` reads, under the names of the official code, timm, transformers 4 and 5
+    Reads what `models.reading.read_checkpoint` reads, under the names of the official code, timm, transformers 4 and 5
     or mmsegmentation. A table that all blocks share is copied to each block where each has its own; tables and position
     embeddings are resized to the model's image size (official spline, bicubic); a patch projection is fitted to another
     number of channels as timm does; a head of another size stays as it was initialised. Parameters keep their identity.
@@ -75,6 +84,7 @@ def load_checkpoint(
             or a feature extractor.
         sha256: expected of the file, in hexadecimal.
         source_grid: (h, w), the patches of the images the weights were learned at; only needed where it is not square.
+        ema: take the averaged weights where the file has some beside the others, as timm does.
         verbose: print the report.
 
     Returns:
@@ -93,9 +103,12 @@ def load_checkpoint(
         >>> report.missing
         []
     """
-    return load_state_dict(
-        model, read_state_dict(path, sha256=sha256), source=str(path), source_grid=source_grid, verbose=verbose
-    )
+    checkpoint = read_checkpoint(path, sha256=sha256, ema=ema)
+    report = load_state_dict(model, checkpoint.tensors, source=str(path), source_grid=source_grid)
+    report.taken, report.skipped = checkpoint.taken, checkpoint.skipped
+    if verbose:
+        print(report)
+    return report
 
 
 def load_state_dict(

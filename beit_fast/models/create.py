@@ -85,7 +85,7 @@ def create_model(
         img_size: pixels, a side or (height, width); the name's own where None. Any other size works at run time, too.
         overrides: `features_only` and `out_indices` (then the result is a `BeitFeatures`); `global_pool`,
             `drop_path_rate`, `drop_rate`, `use_fc_norm`, `norm_layer`, `depth`, `embed_dim`, ... of timm; any field of
-            `BeitConfig`; `cache_dir`, `device` and `dtype`.
+            `BeitConfig`; `cache_dir`, `device` and `dtype`; `ema=False` for the weights that are no average.
 
     Returns:
         A `Beit`: images (B, in_chans, S, S) to logits (B, num_classes); or a `BeitFeatures`: images to a list of maps
@@ -117,7 +117,7 @@ def create_model(
     features_only, out_indices = options.pop("features_only", False), options.pop("out_indices", 3)
     norm, output_fmt = options.pop("norm", False), options.pop("output_fmt", "NCHW")
     cache_dir, device, dtype = (options.pop(key, None) for key in ("cache_dir", "device", "dtype"))
-    norm_layer = options.pop("norm_layer", None)
+    norm_layer, ema = options.pop("norm_layer", None), options.pop("ema", True)
     classes = (21841 if tag in (_V1_22K, _V2_22K) else 1000) if num_classes is None else num_classes
     config = named_config(base)
     config = replace(config, image_size=img_size or config.image_size, in_chans=in_chans)
@@ -134,7 +134,7 @@ def create_model(
         source = f"hf-hub:timm/{base}.{tag}" if pretrained is True else pretrained
         load_checkpoint(model, weights_at(source, cache_dir=cache_dir))
     if checkpoint_path:
-        load_checkpoint(model, checkpoint_path)
+        load_checkpoint(model, checkpoint_path, ema=ema)
     if features_only:
         return cast(Beit, BeitFeatures(model, out_indices, norm=norm, output_fmt=output_fmt))
     return model

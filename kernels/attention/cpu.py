@@ -14,6 +14,7 @@ from torch import Tensor
 
 KEEP_BYTES = 128 * 2**20
 _CACHED_BYTES = 2 * 2**20  # one sample of BEiT-B at 224 px, four of BEiT-Ti
+_GROUP = 8  # samples
 _SCRATCH_BYTES = 8 * 2**20  # a slice of heads at a time where one sample's scores take more
 
 
@@ -105,6 +106,7 @@ def backward(
     compute = compute_dtype(q.dtype)
     grad_qkv = q.new_empty(batch, num_tokens, 3, num_heads, head_dim)
     grad_bias = q.new_zeros((num_heads, num_tokens, num_tokens) if need_bias else 0, dtype=compute)
+    group = torch.zeros_like(grad_bias)  # the sum of some samples, so that rounding does not grow with the batch
     added = None if bias is None else bias.to(compute)
     samples = _samples_at_once(q)
     step = max(1, min(num_heads, _SCRATCH_BYTES // (num_tokens * num_tokens * compute.itemsize)))
@@ -135,8 +137,11 @@ def backward(
             # row by row: weights * (grad_scores - sum(weights * grad_scores)), in place
             torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, compute, grad_input=grad_scores)
             if need_bias:
-                for of_sample in grad_scores.unflatten(0, shape):  # one after the other, whatever `samples` is
-                    grad_bias[heads].add_(of_sample)
+                for sample, of_sample in enumerate(grad_scores.unflatten(0, shape), start=first + 1):  # in their order
+                    group[heads].add_(of_sample)
+                    if sample % _GROUP == 0 or sample == batch:
+                        grad_bias[heads].add_(group[heads])
+                        group[heads].zero_()
             torch.baddbmm(product, grad_scores, keys, beta=0, alpha=scale, out=product)
             into_q.copy_(result)
             torch.baddbmm(product, grad_scores.transpose(1, 2), queries, beta=0, alpha=scale, out=product)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels.backend import select
-from beit_fast.kernels.matmul import matmul
+from beit_fast.kernels.matmul import column_sums, matmul
 from beit_fast.kernels.mim_loss import cpu, reference
 from beit_fast.kernels.mim_loss.cpu import IGNORED
 from beit_fast.kernels.registration import fused_op
@@ -100,7 +100,7 @@ def _column_sum(matrix: Tensor) -> Tensor:
     """(M, V) -> (V,) in at least fp32; on a CPU as a product with ones, which is twice as fast as `sum(0)`."""
     wide = _wide(matrix.dtype)
     if matrix.device.type == "cpu" and matrix.dtype == wide:
-        return matrix.new_ones(matrix.shape[0]) @ matrix
+        return column_sums(matrix)
     return matrix.sum(0, dtype=wide)
 
 

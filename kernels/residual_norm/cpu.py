@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from beit_fast.kernels.matmul import column_sums
+
+_PIECE = 128
+"""Rows of one weighted sum: few enough for its rounding not to show, many enough for a call to cost little."""
+
 
 def residual_norm(
     x: Tensor,
@@ -80,7 +85,7 @@ def residual_norm_backward(
         rows = grad.flatten(0, 1)
         columns = grad.new_empty(0)
         if branch_bias is not None:
-            columns = factors @ rows  # faster than a sum over rows
+            columns = column_sums(rows, factors)
         if need_gamma:
             assert branch is not None
             grad_gamma = _weighted_column_sum(rows, branch.flatten(0, 1).to(grad.dtype), factors)
@@ -108,11 +113,15 @@ def _scale(gamma: Tensor | None, drop_path: Tensor | None) -> Tensor | None:
 def _weighted_column_sum(grad: Tensor, branch: Tensor, factors: Tensor) -> Tensor:
     """The sum over rows of factors * grad * branch, all (R, D), without a temporary of their size.
 
-    It is the weight gradient of a LayerNorm of mean 0 and 1/std `factors`, which torch reduces in one pass.
+    It is the weight gradient of a LayerNorm of mean 0 and 1/std `factors`, which torch reduces in one pass: a pass for
+    each piece of the rows, whose sums are added pairwise.
     """
     width = grad.shape[-1]
     zeros, weight = torch.zeros_like(factors), grad.new_ones(width)
-    _, weighted, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, branch, [width], zeros, factors, weight, None, [False, True, False]
-    )
-    return weighted
+    sums = [
+        torch.ops.aten.native_layer_norm_backward(*piece[:2], [width], *piece[2:], weight, None, [False, True, False])[
+            1
+        ]
+        for piece in zip(*(tensor.split(_PIECE) for tensor in (grad, branch, zeros, factors)), strict=True)
+    ]
+    return torch.stack(sums).sum(0)
