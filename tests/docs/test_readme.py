@@ -18,6 +18,7 @@ def test_the_readme_is_short():
     cells = [cell for line in lines if line.startswith("|") for cell in line.split("|")]
     assert max(map(len, cells), default=0) <= 200
     assert any(line.startswith("pip install") for line in lines[:30])
+    assert any("benchmarks/pictures/" in line and line.startswith("![") for line in lines[:20])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

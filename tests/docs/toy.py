@@ -33,6 +33,13 @@ TOY = {
         "--quantizer.autoencoder-steps": "1",
     },
 }  # fmt: skip
+WITH_TORCHVISION = """
+from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+make_torchvision_importable()
+from beit_fast.cli.main import main
+raise SystemExit(main())
+"""
+"""`beit-fast` where torch and torchvision are of two kinds, which timm refuses to be imported with."""
 KEPT = {"--tokenizer.name", "--evaluation.images"}
 """Options that keep the value of the page where it gives one."""
 
@@ -54,7 +61,7 @@ def toy_words(words: list[str]) -> list[str]:
             rest += ["--images", "4", "--pictures", "1"]
         if rest[:2] == ["visualize", "codes"]:
             rest += ["--images", "4", "--count", "4"]
-        return ["-m", "beit_fast", *rest]
+        return ["-c", WITH_TORCHVISION, *rest]
     return words[1:] if words[0] == "python" else words
 
 
