@@ -23,7 +23,8 @@ AREAS = {
     "Pictures": ("beit_fast/visualize",),
 }
 SAYS_IT = re.compile(
-    r"; (?:[^;]+)$|: (?:put|give|choose|use|raise|lower|write|pip|return|name|for|leave|read|install|mask|repeat|`)\b"
+    r"; (?:[^;]+)$|: --|: mean or"
+    r"|: (?:put|give|choose|use|raise|lower|write|pip|return|name|for|leave|read|install|mask|repeat|`)\b"
     r"|(?:[.] |, )(?:Fetch|If you|use|give)\b"
     r"|pip install|did you mean|[Ww]ithout a network|see |must be the …|one of them must|--help"
 )
@@ -31,7 +32,7 @@ SAYS_IT = re.compile(
 
 RULES = [
     (
-        r"^(evaluate|predict|segment|report|compare|tokens|visualize|embed|export) ?.*(takes|RUN, )",
+        r"^(evaluate|predict|segment|report|compare|tokens|visualize|embed|export|knn) ?.*(takes|RUN, )",
         "Type it as the message shows.",
     ),
     (r"^…$|^… ?…$", "The message is that of the error underneath; `traceback.txt` in the run folder has the rest."),

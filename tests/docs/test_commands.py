@@ -82,7 +82,7 @@ def known_options():
     return {name.replace(".no-", ".") for name in names}
 
 
-OTHER_OPTIONS = {"--ratios", "--flip", "--image-size", "--check", "--help", "--record"}
+OTHER_OPTIONS = {"--tokens", "--block", "--ratios", "--flip", "--image-size", "--check", "--help", "--record"}
 """Options of commands other than recipes that sentences name."""
 
 

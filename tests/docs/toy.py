@@ -55,7 +55,7 @@ def toy_words(words: list[str]) -> list[str]:
         return ["-m", "beit_fast", "train", words[2], *toy_options(words[2], words[3:])]
     if words[0] == "beit-fast":
         rest = words[1:]
-        if rest[0] in ("evaluate", "predict", "segment", "visualize") and "codes" not in rest:
+        if rest[0] in ("evaluate", "predict", "segment", "visualize", "embed", "knn") and "codes" not in rest:
             rest += ["--device", "cpu"]
         if rest[:2] == ["visualize", "reconstructions"]:
             rest += ["--images", "4", "--pictures", "1"]
