@@ -40,7 +40,7 @@ from beit_fast.cli.main import main
 raise SystemExit(main())
 """
 """`beit-fast` where torch and torchvision are of two kinds, which timm refuses to be imported with."""
-KEPT = {"--tokenizer.name", "--evaluation.images"}
+KEPT = {"--tokenizer.name"}
 """Options that keep the value of the page where it gives one."""
 
 

@@ -120,7 +120,7 @@ class EvaluationConfig:
     """Held-out images: masked loss, the entropy it has to beat, and the loss without the right context."""
 
     images: int = free(0)
-    """Number of held-out images; 0 evaluates nothing."""
+    """Number of held-out images, at most as many as there are; 0 evaluates nothing."""
     path: str | None = local(None)
     """Folder or shards of held-out images; None: built-in images of another seed, without photographs."""
     knn: str | None = free(None)
@@ -296,7 +296,7 @@ class MaskedImageModeling(ImageTask):
             neighbours = self.knn.evaluate(pretrained_backbone(model), self.world, self.config.batch_per_device)
         if self.held_out is None:
             return neighbours
-        images, size = self.config.evaluation.images, self.config.batch_per_device
+        images, size = min(self.config.evaluation.images, len(self.held_out.source)), self.config.batch_per_device
         values, histogram = held_out.evaluate(
             model, self.tokenizer, self.held_out, images, size, self.predict_all, self.alive
         )

@@ -124,6 +124,14 @@ def test_evaluation_against_its_definitions(config, monkeypatch):
     assert result["held_out_images"] == 10
 
 
+def test_more_held_out_images_than_there_are(config, images):
+    evaluation = EvaluationConfig(images=500, path=str(images), pictures=0)
+    _, folder = run(config, steps=1, evaluation=evaluation)
+    assert [
+        line["held_out_images"] for line in read_metrics(folder / "metrics.jsonl") if "held_out_images" in line
+    ] == [24]
+
+
 def test_broken_images_are_listed_and_the_run_goes_on(config, images, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
