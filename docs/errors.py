@@ -24,8 +24,8 @@ AREAS = {
 }
 SAYS_IT = re.compile(
     r"; (?:[^;]+)$|: --|: mean or"
-    r"|: (?:put|give|choose|use|raise|lower|write|pip|return|name|for|leave|read|install|mask|repeat|save|load|call|pass|set"
-    r"|make|start|remove|keep|run|name|`)\b"
+    r"|: (?:put|give|choose|use|raise|lower|write|pip|return|name|for|leave|read|install|mask|repeat|save"
+    r"|load|call|pass|set|make|start|remove|keep|run|name|`)\b"
     r"|(?:[.] |, )(?:Fetch|If you|use|give)\b"
     r"|pip install|did you mean|[Ww]ithout a network|see |must be the …|one of them must|--help"
 )
