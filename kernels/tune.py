@@ -163,9 +163,9 @@ def subjects(
     runs |= dict.fromkeys(("attention_backward_query", "attention_backward_key"), run_backward)
     found += [Subject(name, head_bucket, run, tiles) for name, run in runs.items()]
     bucket = str((N + 15) // 16 * 16)
-    rivals = CANDIDATES.get(architecture_of(device), {})
-    backward_rows = rivals.get(f"attention_backward_one_pass/{bucket}", ())
-    forward_rows = rivals.get(f"attention_forward_one_pass/{bucket}", ())
+    candidates = CANDIDATES.get(architecture_of(device), {})
+    backward_rows = candidates.get(f"attention_backward_one_pass/{bucket}", ())
+    forward_rows = candidates.get(f"attention_forward_one_pass/{bucket}", ())
 
     def run_forward_beside() -> object:
         with trial("attention_backward_one_pass", bucket, backward_rows[0]):  # without which there is no such forward

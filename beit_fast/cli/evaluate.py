@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tyro.conf import Positional
 
 from beit_fast.cli.options import errors_in_one_line, fail, parse
@@ -15,9 +16,17 @@ from beit_fast.cli.predict import ClassifierOptions, autocast, open_prepared
 from beit_fast.data.classification import EvaluationLoader
 from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evaluation, with_classes
 from beit_fast.data.screening import BadImages
+from beit_fast.data.segmentation import builtin_segmentation, open_segmentation
+from beit_fast.data.segmentation_loader import WholeImages
 from beit_fast.train.distributed.world import end_world, start_world
 from beit_fast.train.evaluation.classification import evaluate_classifier
 from beit_fast.train.evaluation.classifiers import Classifier
+from beit_fast.train.evaluation.segmentation import evaluate_segmentation
+from beit_fast.train.evaluation.segmentors import is_segmentor, open_segmentor
+from beit_fast.train.tasks.weights import saved_config
+
+IGNORED_LABEL = 255
+"""Number, in label files, of pixels that do not count, as in ADE20K."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +56,11 @@ class EvaluationDataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ClassifierOptions):
-    """Top-1, top-5 and loss of a classifier on labelled images.
+    """Top-1, top-5 and loss of a classifier, or mIoU of a segmentation model, on labelled images.
 
     beit-fast evaluate runs/finetune_imagenet_base --data.path /data/imagenet
+    beit-fast evaluate runs/segment_ade20k_base --data.path /data/ADEChallengeData2016 --flip \\
+        --ratios 0.5 0.75 1 1.25 1.5 1.75
     """
 
     checkpoint: Positional[str] = ""
@@ -58,14 +69,22 @@ class EvaluateOptions(ClassifierOptions):
     batch_size: int = 64
     """Images per forward pass."""
     output_dir: Path | None = None
-    """Where to write per_class.tsv and confusion.png."""
+    """Where to write per_class.tsv and confusion.png; of a segmentation model segmentations.png."""
+    ratios: tuple[float, ...] = (1.0,)
+    """Segmentation: scales of the image whose class shares are averaged."""
+    flip: bool = False
+    """Segmentation: average with the mirrored image, too."""
+    reduce_zero_label: bool | None = None
+    """Segmentation: in label files 0 is no class, and class k is written as k + 1 (ADE20K); None: as the run has it."""
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
-    """`evaluate CHECKPOINT [--data.path ...]`: prints top-1, top-5 and loss; under torchrun on several devices."""
+    """Print the accuracy on a labelled set; under torchrun on several devices."""
     chosen = parse(EvaluateOptions(), arguments, "beit-fast evaluate")
     if not chosen.checkpoint:
         fail("evaluate takes one checkpoint: beit-fast evaluate CHECKPOINT --data.path DIR", code=2)
+    if is_segmentor(chosen.checkpoint):
+        return _evaluate_segmentor(chosen)
     with errors_in_one_line():
         world = start_world(chosen.device)
         try:
@@ -105,3 +124,40 @@ def _images(data: EvaluationDataConfig, classifier: Classifier) -> LabelledImage
     else:
         images = open_evaluation(data.path)
     return with_classes(images, classifier.classes, data.path or "built-in scenes", data.class_map)
+
+
+def _evaluate_segmentor(chosen: EvaluateOptions) -> int:
+    with errors_in_one_line():
+        segmentor = open_segmentor(chosen.checkpoint)
+        inference = replace(segmentor.inference, ratios=chosen.ratios, flip=chosen.flip)
+        data, world = chosen.data, start_world(chosen.device)
+        try:
+            if data.path is None:
+                images = builtin_segmentation(data.cache_dir, data.builtin_images, data.builtin_size, train=False)
+            else:
+                zero = chosen.reduce_zero_label
+                if zero is None:
+                    zero = saved_config(chosen.checkpoint).get("data", {}).get("reduce_zero_label", False)
+                images = open_segmentation(data.path, False, len(segmentor.classes), zero, IGNORED_LABEL)
+            bad_images = BadImages(len(images), None, data.max_bad_share)
+            whole = WholeImages(images, decoder=data.decoder, bad_images=bad_images, threads=data.threads)
+            try:
+                model = segmentor.model.to(world.device)
+                with torch.no_grad(), autocast(chosen, world.device):
+                    scores = evaluate_segmentation(model, whole, inference, segmentor.classes, world, pictures=4)
+            finally:
+                whole.close()
+        finally:
+            end_world(world)
+    if world.is_main:
+        metrics = scores.metrics()
+        print(
+            f"{chosen.checkpoint}: mIoU {metrics['mean_iou_percent']:.3f} %, pixel accuracy "
+            f"{metrics['pixel_accuracy_percent']:.3f} %, mean accuracy {metrics['mean_accuracy_percent']:.3f} % on "
+            f"{metrics['validation_images']:.0f} images of {data.path or 'built-in scenes'}, windows of "
+            f"{inference.window} pixels, ratios {' '.join(map(str, chosen.ratios))}{', flipped too' * chosen.flip}"
+        )
+        if chosen.output_dir is not None:
+            chosen.output_dir.mkdir(parents=True, exist_ok=True)
+            print("\n".join(f"wrote {path}" for path in scores.write(chosen.output_dir)))
+    return 0

@@ -49,6 +49,11 @@ def parse(default: Options, arguments: Sequence[str], program: str | None = None
         reason = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", message)  # from a dataclass that checks itself
         fail(reason, code=2 if reason == message else 1)
     options, unknown = parsed
+    several = next((f.name for f in dataclasses.fields(default) if f.type == "Positional[tuple[Path, ...]]"), None)  # type: ignore[arg-type]
+    if several is not None:  # files behind an option that stands among them
+        more = [Path(word) for word in unknown if not word.startswith("-")]
+        options = dataclasses.replace(options, **{several: (*getattr(options, several), *more)})
+        unknown = [word for word in unknown if word.startswith("-")]
     if unknown:
         wrong = unknown[0].split("=")[0].replace("_", "-")
         if not wrong.startswith("--"):

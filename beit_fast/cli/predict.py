@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -55,12 +57,17 @@ class PredictOptions(ClassifierOptions):
     """The five likeliest classes of images.
 
     beit-fast predict runs/finetune_imagenet_base dog.jpg cat.jpg
+    beit-fast predict runs/finetune_imagenet_base photos --json > classes.jsonl
     """
 
     checkpoint: Positional[str] = ""
     """A fine-tuning run, or a file or folder of weights (this library, the official code, timm, transformers)."""
     images: Positional[tuple[Path, ...]] = ()
-    """Image files."""
+    """Image files, and folders of them."""
+    top: int = 5
+    """Classes to name."""
+    json: bool = False
+    """Print a JSON object per image: its path, and names and shares of its classes."""
     value_range: tuple[float, float] | None = None
     """Values of float and 32-bit pixels that are black and white, as in training; without it they are refused."""
 
@@ -107,9 +114,12 @@ def predict_command(arguments: Sequence[str]) -> int:
     for path, view in readable(chosen.images, view_of, unread):
         with torch.no_grad(), autocast(chosen, device):
             shares = model(((view.to(device) - mean) / std)[None]).float().softmax(-1)[0].cpu()
-        print(path)
-        for share, number in zip(*shares.topk(min(5, len(shares))), strict=True):
-            print(f"  {100 * float(share):6.2f} %  {classifier.classes[int(number)]}")
+        most = shares.topk(min(chosen.top, len(shares)))
+        named = [(classifier.classes[n], share) for share, n in zip(*(v.tolist() for v in most), strict=True)]
+        if chosen.json:
+            print(json.dumps({"image": str(path), "classes": [{"name": n, "share": s} for n, s in named]}), flush=True)
+        else:
+            print("\n".join([str(path), *(f"  {100 * share:6.2f} %  {name}" for name, share in named)]))
     return int(bool(unread))
 
 
@@ -163,8 +173,12 @@ def open_prepared(path: str, options: ClassifierOptions) -> Classifier:
 def readable(
     paths: Sequence[Path], read: Callable[[Path], Image | str], unread: list[Path]
 ) -> Iterator[tuple[Path, Image]]:
-    """Each path with what `read` makes of it; where that is a reason (str), says so and adds the path to `unread`."""
-    for path in paths:
+    """Each path, of a folder its files, with what `read` makes of it.
+
+    Where that is a reason (str), it is printed and the path added to `unread`.
+    """
+    files = [sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path] for path in paths]
+    for path in itertools.chain(*files):
         image = read(path)
         if isinstance(image, str):
             print(f"error: {path}: {image}", file=sys.stderr, flush=True)

@@ -52,6 +52,8 @@ def accelerate(model: Model) -> Model:
     """
     if isinstance(model, (Beit, BeitFeatures, BeitForMaskedImageModeling)):
         return model
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"accelerate takes a model, not {model!r}: accelerate(timm.create_model({model!r}))")
     libraries = _loaded_libraries()
     faster = {own: ours for library in libraries for own, ours in library.FASTER.items()}
     for library in libraries:

@@ -106,9 +106,19 @@ class BeitBackbone(nn.Module):
         raise TypeError("BEiT cannot be scripted (torch retires TorchScript): use torch.export or torch.jit.trace")
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
-        """(h, w), the patches of these images; in a symbolic trace, which has no sizes, those of the model's own."""
+        """(h, w), the patches of these images; in a symbolic trace, which has no sizes, those of the model's own.
+
+        Raises:
+            ValueError: they are no floating-point tensor.
+        """
         if isinstance(images, torch.fx.Proxy):
             return self.config.grid
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(
+                f"images must be a tensor of normalised floating-point numbers, got {kind}: "
+                "(torch.as_tensor(images).float() / 255 - mean) / std"
+            )
         height, width = images.shape[-2:]
         return height // self.config.patch_size, width // self.config.patch_size
 

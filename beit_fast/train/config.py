@@ -57,7 +57,7 @@ class OptimConfig:
     warmup_lr: float = 0.0
     """Learning rate of the first step; linear from there to the peak."""
     warmup_epochs: float = 10.0
-    """Length of the warm-up in epochs."""
+    """Length of the warm-up in epochs; of a run that is shorter, a tenth."""
     warmup_steps: int | None = None
     """Length of the warm-up in optimizer steps, in place of epochs."""
     schedule: Literal["cosine", "linear", "constant", "poly"] = "cosine"

@@ -10,11 +10,11 @@ from benchmarks import machine, plots, record, remarks, report
 from benchmarks.records import newest, read, read_all
 
 
-def entry(group, rival, median, ratio=None, **info):
+def entry(group, name, median, ratio=None, **info):
     if ratio is not None:
         info["over_beit_fast"] = dict(zip(("median", "low", "high"), ratio, strict=True)) | {"pairs": 15}
     stats = {"median": median, "q1": median * 0.9, "q3": median * 1.1, "rounds": 15}
-    return {"group": group, "stats": stats, "extra_info": {"rival": rival, **info}}
+    return {"group": group, "stats": stats, "extra_info": {"rival": name, **info}}
 
 
 ENVIRONMENT = {

@@ -20,7 +20,7 @@ from benchmarks.baselines.libraries import make_torchvision_importable
 
 LOADING = "--data.threads 1 --device cpu --log.progress none"
 ARCHITECTURE = "--model.size tiny --model.width 64 --model.depth 2 --model.num-heads 2 --model.image-size 64"
-SHORT = "--batch-size 8 --batch-per-device 8 --optim.warmup-steps 1"
+SHORT = "--batch-size 8 --batch-per-device 8"
 
 
 def beit(*words):
@@ -60,7 +60,7 @@ def runs(images, tmp_path_factory):
     with contextlib.chdir(root):
         assert beit(
             "train train_tokenizer --output-dir tokenizer --steps 6 --hidden-dim 16 --data.path", images / "train",
-            "--quantizer.autoencoder-steps 2", LOADING, SHORT,
+            "--optim.warmup-steps 1 --quantizer.autoencoder-steps 2", LOADING, SHORT,
         ) == 0  # fmt: skip
         assert beit(
             "train pretrain_beit_base --output-dir pretrain --steps 3 --tokenizer.name tokenizer --data.path",
@@ -113,6 +113,12 @@ def test_the_classifier_is_evaluated_and_predicts(runs, images, capsys):
     assert beit("predict", runs / "finetune", "--device cpu", image) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split("%")[1].strip() for line in lines if "%" in line} == {"kind_0", "kind_1", "kind_2"}
+    assert beit("predict", runs / "finetune", image.parent, "--json --top 2 --device cpu") == 0
+    written = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [Path(entry["image"]) for entry in written] == sorted(image.parent.iterdir())
+    assert all(len(entry["classes"]) == 2 and 0 < entry["classes"][0]["share"] <= 1 for entry in written)
+    first = next(entry for entry in written if Path(entry["image"]) == image)["classes"][0]
+    assert f"{100 * first['share']:6.2f} %  {first['name']}" in "\n".join(lines)
 
 
 def same_logits(expected, found):
@@ -183,6 +189,29 @@ def test_a_pretraining_run_is_named_where_a_classifier_is_expected(runs, images,
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train pretrain_beit_bas", "did you mean pretrain_beit_base?"),
+        ("trian x", "unknown command 'trian'; did you mean train?"),
+        ("train pretrain_beit_base --data.path /nope --tokenizer.name /nowhere", "/nope"),
+        ("train finetune_imagenet_base --weights /nope", "/nope: no such file or folder"),
+        ("predict /nope x.jpg", "/nope: no such file or folder"),
+        ("predict --device cpu", "predict takes a checkpoint and images"),
+        ("export /nope /tmp/nowhere --to timn", "timn"),
+        ("embed /nope /nope features.csv", "features.npy (or .parquet)"),
+        ("knn /nope", "knn takes a model and labelled images"),
+        ("train pretrain_tiny_builtin --device tpu9", "device 'tpu9' is not one of"),
+    ],
+)
+def test_likely_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert beit(words) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_segmentation_from_the_same_pretraining(runs, tmp_path, capsys):
     """Crops of 64 pixels are a choice of the data; the architecture comes with the weights."""
     words = (
@@ -196,6 +225,14 @@ def test_segmentation_from_the_same_pretraining(runs, tmp_path, capsys):
     ) == 0, capsys.readouterr().err  # fmt: skip
     model = BeitForSemanticSegmentation.from_pretrained(tmp_path / "segment")
     assert model.config.backbone.width == 64
+    metrics = [json.loads(line) for line in (tmp_path / "segment" / "metrics.jsonl").read_text().splitlines()]
+    iou = next(line["mean_iou_percent"] for line in reversed(metrics) if "mean_iou_percent" in line)
+    capsys.readouterr()
+    scenes = "--data.builtin-images 1 --data.builtin-size 64 --data.threads 1 --device cpu --data.cache-dir"
+    assert beit("evaluate", tmp_path / "segment", scenes, tmp_path) == 0
+    assert f"mIoU {iou:.3f} %" in capsys.readouterr().out
+    assert beit("evaluate", tmp_path / "segment", "--ratios 1 1.5 --flip", scenes, tmp_path) == 0
+    assert "ratios 1.0 1.5, flipped too" in capsys.readouterr().out
     assert beit("export", tmp_path / "segment", tmp_path / "out", "--to torch-export") == 0
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

@@ -196,11 +196,11 @@ def exif(value, kind=3, order="<", before=b""):
 def test_one_reading_of_the_orientation(decoder, kind, order):
     """Of every integer type and byte order; what DALI and Pillow make of it does not matter."""
     plain = np.asarray(Image.open(io.BytesIO(encode(RGB[:24], "JPEG", quality=95))))
-    turns = {
+    orientations = {
         1: plain, 2: plain[:, ::-1], 3: plain[::-1, ::-1], 4: plain[::-1], 5: plain.transpose(1, 0, 2),
         6: np.rot90(plain, -1), 7: np.rot90(plain, -1)[::-1], 8: np.rot90(plain),
     }  # fmt: skip
-    for orientation, expected in turns.items():
+    for orientation, expected in orientations.items():
         data = encode(RGB[:24], "JPEG", quality=95)
         segment = b"Exif\0\0" + exif(orientation, kind, order)
         data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]

@@ -21,11 +21,11 @@ import beit_fast
 from benchmarks.forward_memory import peak_mib
 from benchmarks.baselines.libraries import timm_beit
 from benchmarks.memory import PeakMemory
-rival, batch, values = json.loads(sys.argv[1])
+variant, batch, values = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 config = beit_fast.BeitConfig(**values)
-if rival != "accelerated":
-    print(peak_mib(rival, config, batch, torch.device("cpu")))
+if variant != "accelerated":
+    print(peak_mib(variant, config, batch, torch.device("cpu")))
 else:
     model, images = beit_fast.accelerate(timm_beit(config).eval()), torch.randn(batch, 3, *config.image_hw)
     with torch.inference_mode():
@@ -36,9 +36,9 @@ else:
 """
 
 
-def measured(rival, batch, **overrides):
+def measured(variant, batch, **overrides):
     config = {**SIZE, "image_size": SIDE, "relative_position_bias": "per_block", "num_classes": 10, **overrides}
-    command = [sys.executable, "-c", MEASURE, json.dumps([rival, batch, config])]
+    command = [sys.executable, "-c", MEASURE, json.dumps([variant, batch, config])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1]), bias_mib(BeitConfig(**config))
@@ -46,10 +46,10 @@ def measured(rival, batch, **overrides):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be read on Linux only")
-@pytest.mark.parametrize("rival", ["beit_fast", "beit_fast, resized from 224 px", "accelerated"])
-def test_one_bias_at_a_time_and_none_for_a_sample(rival):
-    one, bias = measured(rival, 1)
-    four, _ = measured(rival, 4)
+@pytest.mark.parametrize("variant", ["beit_fast", "beit_fast, resized from 224 px", "accelerated"])
+def test_one_bias_at_a_time_and_none_for_a_sample(variant):
+    one, bias = measured(variant, 1)
+    four, _ = measured(variant, 4)
     assert 0.9 * bias < one < 1.5 * bias  # the bias of a block, and what a sample needs
     # a sample has its tokens and the MLP's four times as wide: 16 MiB here; its scores alone would be 192
     assert (four - one) / 3 < 0.25 * bias

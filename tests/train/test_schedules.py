@@ -73,10 +73,17 @@ def test_linear_and_constant():
     ("config", "samples", "message"),
     [
         (RunConfig(batch_size=8), 7, "lower --batch-size"),
-        (RunConfig(batch_size=8, epochs=1), 80, "warm-up"),
+        (RunConfig(batch_size=8, epochs=1, optim=OptimConfig(warmup_steps=11)), 80, "warm-up"),
         (RunConfig(batch_size=8, epochs=0, optim=OptimConfig(warmup_steps=0)), 80, "--epochs"),
     ],
 )
 def test_impossible_lengths(config, samples, message):
     with pytest.raises(ValueError, match=message):
         run_length(config, samples)
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(20.0, 100), (10.0, 100), (9.9, 9), (0.5, 0)])
+def test_a_short_run_has_a_short_warm_up(epochs, expected):
+    """Ten epochs of warm-up in a run that is shorter: a tenth of the run, in place of a refusal."""
+    config = RunConfig(epochs=epochs, batch_size=8, optim=OptimConfig(warmup_epochs=10.0))
+    assert run_length(config, 80)[2] == expected

@@ -56,6 +56,19 @@ def open_segmentor(path: str | Path) -> Segmentor:
     return Segmentor(model, tuple(names), inference)
 
 
+def is_segmentor(path: str | Path) -> bool:
+    """Whether a run, a folder or a file holds a segmentation model; False too where it cannot be read."""
+    root = Path(path)
+    root = root / "model" if (root / "model" / "config.json").is_file() else root
+    if root.is_dir() and "stride" in read_description(root):
+        return True
+    try:
+        tensors, _ = to_official(read_state_dict(root))
+    except ValueError:
+        return False
+    return any(name.startswith("decode_head.") for name in tensors)
+
+
 def segmentor_of(path: Path) -> SegmentationConfig:
     """The configuration of a segmentation model, from the shapes of a file's tensors."""
     state = read_state_dict(path)

@@ -174,11 +174,11 @@ class MaskedImageModeling(ImageTask):
 
     def build(self, world: World) -> nn.Module:
         c, data = self.config, self.config.data
-        masking = self.open_tokenizer(world)
-        if data.path is not None:
+        if data.path is not None:  # before the tokenizer, which may have to be fetched
             source = open_training_source(data.path)
         else:
             source = builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
+        masking = self.open_tokenizer(world)
         bad_images = self.screen(source, data.max_bad_share)
         if self.tokenizer is not None:
             self.token_store = self.open_token_store(self.tokenizer, masking)

@@ -83,7 +83,7 @@ def describe_weights(path: str | Path) -> WeightsDescription:
         ValueError: they cannot be read, or describe a model that `ModelConfig` cannot: another MLP ratio, images that
             are not square.
     """
-    run = _run_config(Path(path))
+    run = saved_config(path)
     if "model" in run:
         values = {name: run["model"][name] for name in (*ARCHITECTURE, "image_size") if name in run["model"]}
         return WeightsDescription(values, run.get("data", {}).get("normalization"))
@@ -99,10 +99,10 @@ def describe_weights(path: str | Path) -> WeightsDescription:
     return WeightsDescription(_model_fields(config, name), known.get(pixels))
 
 
-def _run_config(root: Path) -> dict[str, Any]:
-    """The configuration of a run folder; empty where it is none."""
+def saved_config(path: str | Path) -> dict[str, Any]:
+    """The configuration of a run folder, as JSON has it; empty where it is none."""
     try:
-        saved = json.loads((root / "config.json").read_text())
+        saved = json.loads((Path(path) / "config.json").read_text())
     except (OSError, ValueError):
         return {}
     config = saved.get("config") if isinstance(saved, dict) and "task" in saved else None
