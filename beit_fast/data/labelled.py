@@ -19,6 +19,7 @@ from beit_fast.data.sources import (
     ImageSource,
     local_path,
     open_source,
+    read_file,
 )
 from beit_fast.data.sources.cifar import is_cifar100, read_cifar100
 
@@ -179,7 +180,7 @@ def with_classes(
 
 def _read_class_map(path: Path, names: Sequence[str], numbers: dict[str, int]) -> list[int]:
     """The number of the class of each of `names`."""
-    text = path.read_text(errors="surrogateescape")
+    text = os.fsdecode(read_file(str(path)))
     lines = [line.strip("\r").split("\t") if "\t" in line else line.split(None, 1) for line in text.split("\n")]
     pairs = [[word.strip() for word in line] for line in lines if line]
     known: dict[str, int] = {}

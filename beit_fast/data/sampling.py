@@ -40,7 +40,11 @@ def uniforms(keys: ArrayLike, count: int, stream: int) -> NDArray[np.float64]:
 
 
 def compiled_module() -> ModuleType:
-    """Returns `beit_fast._C`; raises `ModuleNotFoundError` with the way out where it was not built."""
+    """Return `beit_fast._C`.
+
+    Raises:
+        ModuleNotFoundError: it was not built; with the way out.
+    """
     try:
         from beit_fast import _C
     except ImportError as error:
@@ -88,7 +92,7 @@ class BlockwiseMasking:
         self.sample(0, 0, [])  # what else is wrong is said now, not in the first batch
 
     def sample(self, seed: int, epoch: int, indices: ArrayLike) -> torch.Tensor:
-        """Returns the masks of the samples `indices` (B,) as bool (B, h, w), True where masked."""
+        """Return the masks of the samples `indices` (B,) as bool (B, h, w), True where masked."""
         samples = np.asarray(indices, dtype=None if np.size(indices) else np.int64)
         masks = torch.empty((samples.size, *self.grid), dtype=torch.bool)
         compiled_module().sample_masks(
@@ -120,7 +124,9 @@ class Views(NamedTuple):
 class CropSampler:
     """Random resized crop, horizontal flip and colour jitter of pre-training (paper, appendix; no hue).
 
-    Raises `ValueError` naming the argument at fault, `ModuleNotFoundError` where `beit_fast._C` was not built.
+    Raises:
+        ValueError: an argument is out of its range; it is named.
+        ModuleNotFoundError: `beit_fast._C` was not built.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -137,7 +143,7 @@ class CropSampler:
         self.sample(0, 0, [], [], [])
 
     def sample(self, seed: int, epoch: int, indices: ArrayLike, heights: ArrayLike, widths: ArrayLike) -> Views:
-        """Returns the views of the samples `indices` (B,), whose images measure `heights` x `widths` (B,) pixels."""
+        """Return the views of the samples `indices` (B,), whose images measure `heights` x `widths` (B,) pixels."""
         return Views(
             *compiled_module().sample_views(
                 heights,
@@ -156,7 +162,7 @@ class CropSampler:
 
 
 def epoch_order(positions: ArrayLike, length: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Returns which samples of [0, length) stand at `positions` (P,) of the epoch: each exactly once per epoch.
+    """Return which samples of [0, length) stand at `positions` (P,) of the epoch: each exactly once per epoch.
 
     The permutation is computed entry by entry, never stored.
     """
@@ -164,5 +170,5 @@ def epoch_order(positions: ArrayLike, length: int, seed: int, epoch: int) -> NDA
 
 
 def sample_keys(seed: int, epoch: int, indices: ArrayLike) -> torch.Tensor:
-    """Returns 64 random bits per sample as int64 (B,), from which drop path takes its decisions."""
+    """Return 64 random bits per sample as int64 (B,), from which drop path takes its decisions."""
     return torch.from_numpy(compiled_module().sample_keys(indices, seed, epoch))

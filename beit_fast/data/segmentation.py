@@ -250,7 +250,7 @@ def _folders(root: Path, train: bool) -> tuple[Path, Path]:
 def _class_names(root: Path) -> tuple[str, ...]:
     for name in _NAMES:
         if (root / name).is_file():
-            lines = [line for line in (root / name).read_text().splitlines() if line.strip()]
+            lines = [line for line in os.fsdecode(read_file(str(root / name))).splitlines() if line.strip()]
             if name == "classes.txt":
                 return tuple(line.strip() for line in lines)
             return tuple(line.split("\t")[-1].split(",")[0].strip() for line in lines[1:])  # under a line of headings

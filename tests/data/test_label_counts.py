@@ -1,5 +1,7 @@
 """What label maps hold is said before the training: absent classes, ignored pixels, nothing to learn from."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -75,3 +77,10 @@ def test_two_label_files_of_one_image_are_refused(tmp_path):
     Image.fromarray(np.zeros((12, 12), np.uint8)).save(tmp_path / "annotations/0.tif")
     with pytest.raises(ValueError, match=r"two label files for 0: 0\.png and 0\.tif"):
         open_segmentation(tmp_path, True, 2, False, 255)
+
+
+def test_names_of_classes_that_are_no_utf8_come_back(tmp_path):
+    masks(tmp_path, stripes(0, 1))
+    (tmp_path / "classes.txt").write_bytes("Straße\n".encode("latin1") + "狗\n".encode("gbk"))
+    names = open_segmentation(tmp_path, True, None, False, 255).classes
+    assert [os.fsencode(name) for name in names] == ["Straße".encode("latin1"), "狗".encode("gbk")]
