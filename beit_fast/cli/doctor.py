@@ -11,6 +11,7 @@ import torch
 from torch import distributed
 
 from beit_fast.cli.self_test import LIMIT, self_test
+from beit_fast.kernels.backend import obstacle
 from beit_fast.version import __version__
 
 
@@ -61,11 +62,15 @@ def parallel_lines() -> list[str]:
     names = [name for name in ("gloo", "nccl", "mpi") if getattr(distributed, f"is_{name}_available")()]
     nccl = f" {'.'.join(map(str, torch.cuda.nccl.version()))}" if "nccl" in names and torch.cuda.is_available() else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    attention = "torch CPU"
+    if torch.cuda.is_available():
+        reason = obstacle(torch.cuda.current_device())
+        attention = f"torch ({reason})" if reason else "Triton"
     return [
         f"processes talk by: {', '.join(names)}{nccl}; {os.cpu_count()} cores, {memory:.0f} GiB of memory, "
         f"{platform.platform()}",
         f"CUDA of torch: {torch.version.cuda or 'none'}, cuDNN {torch.backends.cudnn.version() or 'none'}, attention "
-        f"on this machine: {'Triton' if torch.cuda.is_available() else 'torch CPU'}",
+        f"on this machine: {attention}",
     ]
 
 
