@@ -30,7 +30,7 @@ slow: $(VENV)/.dev  ## the slow tests (installation in clean environments, kills
 test-faults: $(VENV)/.dev  ## kills, damage, full disks, NaNs, restarts on two processes, counted; ARGS=--record keeps it
 	$(BIN)/python -m benchmarks.faults $(ARGS)
 
-aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 and sm_90 and check its costs
+aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 to sm_120 and check its costs
 	$(PYTEST) -m aot $(ARGS)
 
 bench: $(VENV)/.dev  ## beit_fast beside every peer that is installed; ARGS="--full" for all sizes
