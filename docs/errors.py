@@ -90,6 +90,7 @@ RULES = [
         "Check the path; the message says which files count as images.",
     ),
     (r"have no label|no label", "Add the missing label files, or take the images out."),
+    (r"^backend 'xformers'", "Install the xformers that fits this PyTorch, or take another backend: `auto`, `sdpa`."),
     (r"^--resume-from", "Name one of the steps or folders that the message lists."),
     (r"^cannot read", "Check that the file is still there and may be read; the same command continues the run."),
     (r"^--weights is missing", "Give `--weights`, or `--scratch` for random ones."),
