@@ -91,6 +91,7 @@ RULES = [
     ),
     (r"have no label|no label", "Add the missing label files, or take the images out."),
     (r"^backend 'xformers'", "Install the xformers that fits this PyTorch, or take another backend: `auto`, `sdpa`."),
+    (r"^accelerate takes", "Give the model itself, as the message shows."),
     (r"^--resume-from", "Name one of the steps or folders that the message lists."),
     (r"^cannot read", "Check that the file is still there and may be read; the same command continues the run."),
     (r"^--weights is missing", "Give `--weights`, or `--scratch` for random ones."),
