@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow test-faults aot bench report gallery gpu-check build docs docs-serve dist clean
+.PHONY: help pretrain test check slow test-faults mutants aot bench report gallery gpu-check build docs docs-serve dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,10 @@ slow: $(VENV)/.dev  ## the slow tests (installation in clean environments, kills
 
 test-faults: $(VENV)/.dev  ## kills, damage, full disks, NaNs, restarts on two processes, counted; ARGS=--record keeps it
 	$(BIN)/python -m benchmarks.faults $(ARGS)
+
+mutants: $(VENV)/.dev  ## small mistakes in a module, and whether its tests notice: MODULE=schedules (others in pyproject.toml)
+	$(BIN)/pip install --quiet --constraint constraints.txt cosmic-ray
+	$(BIN)/python tests/mutants.py $(MODULE)
 
 aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 to sm_120 and check its costs
 	$(PYTEST) -m aot $(ARGS)

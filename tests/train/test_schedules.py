@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.schedules import learning_rate, run_length
+from beit_fast.train.schedules import accumulation, learning_rate, requests_of, run_length, seed_of
 
 PAPER = OptimConfig()
 IMAGENET = 1_281_167
@@ -87,3 +87,80 @@ def test_a_short_run_has_a_short_warm_up(epochs, expected):
     """Ten epochs of warm-up in a run that is shorter: a tenth of the run, in place of a refusal."""
     config = RunConfig(epochs=epochs, batch_size=8, optim=OptimConfig(warmup_epochs=10.0))
     assert run_length(config, 80)[2] == expected
+
+
+def test_poly_with_every_number_different_from_zero_and_one():
+    """A least rate of 0 hides the formula, and so does a first rate of 0; past the end the least rate stays."""
+    base, least, first, warmup, total = 8e-4, 3e-4, 2e-4, 4, 10
+    config = OptimConfig(lr=base, min_lr=least, warmup_lr=first, schedule="poly")
+    by_hand = []
+    for step in range(13):
+        line = least + (base - least) * (10 - step) / 10 if step <= 10 else least
+        by_hand.append(line * (0.25 + 0.75 * step / 4 if step < 4 else 1))
+    assert [learning_rate(s, config, total, warmup) for s in range(13)] == pytest.approx(by_hand, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [("cosine", [0.9, 0.9 - 0.6 * (1 - 2**-0.5) / 2, 0.6, 0.6 - 0.6 * 2**-0.5 / 2, 0.3, 0.3]),
+     ("linear", [0.9, 0.75, 0.6, 0.45, 0.3, 0.3]), ("constant", [0.9] * 6)],
+)  # fmt: skip
+def test_every_part_of_a_schedule_by_hand(schedule, after):
+    """Three steps of warm-up from 0.1 to 0.9, then four down to 0.3, then the end, twice."""
+    config = OptimConfig(lr=0.9, min_lr=0.3, warmup_lr=0.1, schedule=schedule)
+    rates = [learning_rate(s, config, 7, 3) for s in range(9)]
+    assert rates == pytest.approx([0.1, 0.5, 0.9, *after], rel=1e-12)
+
+
+def test_short_warm_ups():
+    config = OptimConfig(lr=0.9, min_lr=0.3, warmup_lr=0.1, schedule="linear")
+    assert [learning_rate(s, config, 3, 0) for s in range(3)] == pytest.approx([0.9, 0.7, 0.5])
+    assert [learning_rate(s, config, 3, 1) for s in range(3)] == pytest.approx([0.1, 0.9, 0.6])
+    assert [learning_rate(s, config, 3, 2) for s in range(3)] == pytest.approx([0.1, 0.9, 0.9])
+    assert [learning_rate(s, config, 3, 3) for s in range(5)] == pytest.approx([0.1, 0.5, 0.9, 0.9, 0.3])
+
+
+def test_lengths_at_their_limits():
+    config = RunConfig(batch_size=8, epochs=1, optim=OptimConfig(warmup_steps=1))
+    assert run_length(config, 8) == (1, 1, 1)
+    assert run_length(RunConfig(batch_size=8, epochs=9, steps=4, optim=OptimConfig(warmup_epochs=2)), 23) == (2, 4, 4)
+    assert run_length(RunConfig(batch_size=4, epochs=3, optim=OptimConfig(warmup_epochs=1)), 11) == (2, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_device", "size", "parts"),
+    [(12, 100, 1, 1), (12, 5, 1, 3), (12, 12, 1, 1), (12, 11, 1, 2), (12, 3, 2, 2), (12, 4, 3, 1), (12, 1, 4, 3)],
+)
+def test_micro_batches_are_the_epoch_in_order(batch, per_device, size, parts):
+    """Every position once, each rank's share of a step in one piece, its parts nearly equal."""
+    config = RunConfig(batch_size=batch, batch_per_device=per_device)
+    assert accumulation(config, size) == parts
+    shares = [list(requests_of(1, 5, 3, config, rank, size)) for rank in range(size)]
+    local = batch // size
+    for rank, requests in enumerate(shares):
+        assert len(requests) == 4 * parts
+        for number, step in enumerate(range(1, 5)):
+            own = requests[number * parts : (number + 1) * parts]
+            assert {request.epoch for request in own} == {step // 3}
+            first = (step % 3) * batch + rank * local
+            assert [int(p) for request in own for p in request.positions] == list(range(first, first + local))
+            lengths = [len(request.positions) for request in own]
+            assert max(lengths) - min(lengths) <= 1
+            assert max(lengths) <= per_device
+
+
+def test_seeds():
+    """The finaliser of splitmix64 in plain integers, chained, its lowest bit dropped."""
+
+    def by_hand(*numbers):
+        value, mask = 0, 2**64 - 1
+        for number in numbers:
+            value = (value + number + 0x9E3779B97F4A7C15) & mask
+            value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+            value ^= value >> 31
+        return value >> 1
+
+    for numbers in [(0,), (1,), (0, 0), (3, 7), (7, 3), (2**40, 5, 123), ()]:
+        assert seed_of(*numbers) == by_hand(*numbers)
+    assert len({seed_of(a, b) for a in range(20) for b in range(20)}) == 400
