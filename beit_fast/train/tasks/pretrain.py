@@ -228,6 +228,10 @@ class MaskedImageModeling(ImageTask):
             "tokenizer_sha256": tokenizer.sha256,
             "decoder": resolve_decoder(data.decoder, self.world.device),
         }
+        if c.tokenizer.dtype(self.world.device) != torch.float32:
+            settings["tokenizer_precision"] = str(c.tokenizer.dtype(self.world.device)).removeprefix("torch.")
+        if data.value_range is not None:
+            settings["value_range"] = data.value_range
         num_tokens = masking.grid[0] * masking.grid[1]
         return open_store(path, tokenizer, len(self.source), num_tokens, data.view_cycle, settings, c.dry_run)
 
