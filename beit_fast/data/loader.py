@@ -24,10 +24,7 @@ from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
 from beit_fast.kernels import color_jitter
 
-NORMALIZATION = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+NORMALIZATION = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 """Mean and standard deviation of each channel of images in [0, 1]."""
 T = TypeVar("T")
 

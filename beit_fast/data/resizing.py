@@ -39,12 +39,7 @@ class Resizer(Protocol):
         """Memory for the views of a batch, on the device of the resizer."""
 
     def resize_into(
-        self,
-        views: ResizedViews,
-        rows: list[int],
-        samples: Sequence[Sample],
-        windows: Windows,
-        known: Flags,
+        self, views: ResizedViews, rows: list[int], samples: Sequence[Sample], windows: Windows, known: Flags
     ) -> dict[int, Rejection]:
         """Fill `rows` of `views` with `samples` (len(rows)); returns the rows that could not be decoded.
 
@@ -93,12 +88,7 @@ class CpuResizer:
         return ResizedViews(images, token_images, torch.zeros(batch) if self.whole_image else None)
 
     def resize_into(
-        self,
-        views: ResizedViews,
-        rows: list[int],
-        samples: Sequence[Sample],
-        windows: Windows,
-        known: Flags,
+        self, views: ResizedViews, rows: list[int], samples: Sequence[Sample], windows: Windows, known: Flags
     ) -> dict[int, Rejection]:
         decoded = windows
         if self.whole_image:

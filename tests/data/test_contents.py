@@ -159,10 +159,7 @@ def test_folders_that_are_numbers_are_numbers(tmp_path):
     assert own.labels.tolist() == images.labels.tolist()
 
 
-@pytest.mark.parametrize(
-    "classes",
-    [("cat", "fox"), ("Cat", "dog"), ("1", "dog"), ("7", "8"), ("cat ", "dog")],
-)
+@pytest.mark.parametrize("classes", [("cat", "fox"), ("Cat", "dog"), ("1", "dog"), ("7", "8"), ("cat ", "dog")])
 def test_names_that_disagree_are_refused(tmp_path, classes):
     images = labelled(tmp_path, *classes)
     strange = next(name for name in images.classes if name not in ("cat", "dog"))

@@ -9,10 +9,7 @@ from PIL import Image
 
 from beit_fast.data import ArraySource, BlockwiseMasking, CropSampler, PretrainLoader, Request, open_source
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 MASKING = BlockwiseMasking((14, 14), 75)
 
 

@@ -13,14 +13,7 @@ import numpy as np
 
 from beit_fast.data.sources.contents import Contents, readable_suffixes
 from beit_fast.data.sources.files import LocalFiles
-from beit_fast.data.sources.source import (
-    Names,
-    check_size,
-    first_level_classes,
-    is_helper,
-    is_image,
-    suffix_kind,
-)
+from beit_fast.data.sources.source import Names, check_size, first_level_classes, is_helper, is_image, suffix_kind
 
 _HEADER = struct.Struct("<4s5H3L2H")  # the local header in front of a member (APPNOTE.TXT, section 4.3.7)
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
