@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from beit_fast.tokenizers import unpickle
+from beit_fast.tokenizers import TokenizerError, unpickle
 from beit_fast.tokenizers.unpickle import _Record, _TensorUnpickler
 
 STORAGES = {
@@ -106,7 +106,8 @@ def test_storages():
     assert reference().shape == (10,)
     assert reference(room=40).dtype == torch.float32
     assert reference((5, None)).shape == (10,)
-    assert reference((5, ("0", 2, 3))).shape == (3,)
+    view = reference((5, ("0", 2, 3)))
+    assert (view.shape, view.storage_offset()) == ((3,), 2)
     assert reference((4, 0)).shape == (0,)
     same = ("storage", find("torch", "FloatStorage"), "0", "cpu", 10)
     assert reference(earlier=[same], room=40).shape == (10,), "a second reference takes no more room"
@@ -173,3 +174,32 @@ def test_tensors_are_views_of_their_storage(offset, size, stride):
 def test_malformed_tensors_are_refused(storage, offset, size, stride):
     with pytest.raises(pickle.UnpicklingError):
         find("torch._utils", "_rebuild_tensor")(storage, offset, size, stride)
+
+
+def test_room_is_counted_to_the_byte():
+    byte = find("torch", "ByteStorage")
+    with pytest.raises(pickle.UnpicklingError, match="larger than the file"):
+        _TensorUnpickler(io.BytesIO()).persistent_load(("storage", byte, "0", "cpu", 1))
+    assert _TensorUnpickler(io.BytesIO()).persistent_load(("storage", byte, "0", "cpu", 0)).numel() == 0
+    with pytest.raises(pickle.UnpicklingError, match="larger than the file"):
+        reference(room=39)
+    with pytest.raises(pickle.UnpicklingError, match="unknown kind"):
+        _TensorUnpickler(io.BytesIO()).persistent_load(("storage", byte, "0", "cpu"))
+
+
+@pytest.mark.parametrize("info", [{"little_endian": False}, {"little_endian": True}, {}, [1]])
+def test_streams_of_other_machines(tmp_path, info):
+    """Magic number, version, facts of the machine, the state dict and the keys of no storages."""
+    file = tmp_path / "encoder.pkl"
+    parts = [unpickle._STREAM_MAGIC, unpickle._STREAM_PROTOCOL, info, {}, []]
+    file.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in parts))
+    message = "big-endian" if info == {"little_endian": False} else "holds no tensors"
+    with pytest.raises(TokenizerError, match=message):
+        unpickle.read_tensors(file)
+
+
+@pytest.mark.parametrize("text", ["Saving to: x", "a\nHTTP request sent, awaiting response", "--2021-06-15 10:00:00--"])
+def test_each_mark_of_a_log_is_enough(tmp_path, text):
+    (tmp_path / "encoder.pkl").write_text(text)
+    with pytest.raises(TokenizerError, match="log of wget"):
+        unpickle.read_tensors(tmp_path / "encoder.pkl")
