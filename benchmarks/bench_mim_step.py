@@ -121,7 +121,7 @@ def whole_step(case: ModelCase) -> Comparison:
 
     def ours() -> Implementation:
         tokenizer = DalleTokenizer(encoder).eval()
-        tokenizer.to_precision(torch.float16 if half else torch.float32).to(device)
+        tokenizer.to_precision(torch.float16 if half else torch.float32).to(device).prepare()
         step = OurStep(model, batch, dtype, update=True)
         mask, rows = batch.mask.view(-1, *config.grid), step.rows[case.batch_size]
         return with_tokens(following(step), lambda: tokenizer.encode(token_images, mask, rows))

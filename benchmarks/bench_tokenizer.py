@@ -67,7 +67,7 @@ def compare(case: Case) -> Comparison:
         encoder = DalleEncoder(8 if case.side == 32 else 256, 8192).requires_grad_(False)
         network: nn.Module = PlainDalleEncoder(encoder.state_dict(), half)
         tokenizer = DalleTokenizer(encoder).eval()
-        tokenizer.to_precision(torch.float16 if half else torch.float32).to(device)
+        tokenizer.to_precision(torch.float16 if half else torch.float32).to(device).prepare()
     else:
         tokenizer = load_tokenizer("demo", device=device)
         assert isinstance(tokenizer, DiscreteVAE)
