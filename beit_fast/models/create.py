@@ -48,6 +48,9 @@ def list_models(
         pretrained: only names with published weights, each followed by the tag of these weights.
         exclude_filters: wildcards of names to leave out.
 
+    Returns:
+        The names that fit; none where nothing does.
+
     Examples:
         >>> import beit_fast
         >>> beit_fast.list_models("beit_base*")
