@@ -46,7 +46,7 @@ def device_of(config: pytest.Config) -> torch.device:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much to measure: `name` is tiny, default or full; `pairs` the fewest rounds, None where nobody asked."""
+    """How much to measure: `name` is tiny, default or full; `pairs` the fewest rounds, None where not given."""
 
     name: str
     device: torch.device

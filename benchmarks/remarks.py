@@ -55,7 +55,7 @@ def remarks(record: Record, row: Row, slower: bool) -> list[str]:
 
 
 def why(group: str, name: str) -> str | None:
-    """The reason for a slower row, or None if nobody gave one."""
+    """The reason for a slower row, or None if there is none."""
     for (of_group, of_baseline), reason in WHY.items():
         if re.search(of_group, group) and re.search(of_baseline, name):
             return reason

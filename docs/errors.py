@@ -187,7 +187,7 @@ class Message:
 
     @property
     def way_out(self) -> str:
-        """What to do; "" where nobody said."""
+        """What to do; "" where nothing is said."""
         if self.kind in BY_CLASS:
             return BY_CLASS[self.kind]
         if SAYS_IT.search(self.text):

@@ -124,7 +124,7 @@ def launch_config(kernel: str, architecture: str | torch.device, bucket: int | s
 
 
 def find_config(kernel: str, device: torch.device, bucket: int) -> Config | None:
-    """The configuration of a kernel that has a rival, where a table has a row for just this bucket; else None."""
+    """The configuration of a kernel with an alternative, where a table has a row for just this bucket; else None."""
     found = _trials.get((kernel, str(bucket)))
     if found is None:
         architecture, name = architecture_of(device), f"{kernel}/{bucket}"

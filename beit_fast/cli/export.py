@@ -79,7 +79,7 @@ def compared(
 
 
 def open_any(source: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model whoever saved it, in evaluation mode on the CPU, and the preprocessing of its images.
+    """A model from any supported checkpoint, in evaluation mode on the CPU, and the preprocessing of its images.
 
     ValueError where it is no classifier, segmentation model or pre-training run.
     """

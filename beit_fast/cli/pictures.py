@@ -246,7 +246,7 @@ def _attention(options: AttentionOptions) -> int:
 
 
 def open_backbone(checkpoint: str, device: str) -> tuple[BeitBackbone, Tensor, Tensor]:
-    """A BEiT whoever saved it, in pre-training, as a classifier or without a head, and the mean and the deviation
+    """A BEiT from any supported checkpoint, with or without a head, and the mean and the deviation
     (3, 1, 1) of its pixels.
 
     ValueError where there is none.

@@ -93,7 +93,7 @@ class Block(nn.Module):
     def forward_after_attention(
         self, x: Tensor, heads: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What `forward_fused` does after the tokens have met; it works on any subset of them.
+        """The part of `forward_fused` after attention; it works on any subset of the tokens.
 
         The biases of `proj`, `fc1` and `fc2` are added by the op that follows each product.
 

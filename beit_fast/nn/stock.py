@@ -9,7 +9,7 @@ def is_stock(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling the module runs the `forward` of exactly one of these classes and nothing else.
 
     It does not where it has hooks (feature extraction, pruning, FSDP), or was replaced (LoRA, quantisation) or
-    parametrised: then whoever did that expects the module to be called.
+    parametrised: then the module itself has to be called.
     """
     return type(module) in kinds and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

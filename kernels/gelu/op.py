@@ -19,7 +19,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
     Args:
         x: (..., D).
         bias: (D,) of the linear layer that gave x, where that layer did not add it, or None.
-        may_overwrite: nobody else needs x, so that its memory may take the result where no gradient is computed.
+        may_overwrite: x is not needed afterwards, so that its memory may take the result where no gradient is computed.
 
     Returns:
         (..., D) of the dtype of x.

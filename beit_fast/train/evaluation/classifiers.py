@@ -1,4 +1,4 @@
-"""Opening a classifier whoever saved it: its model, its classes, and how its images were prepared."""
+"""Open a classifier from any supported checkpoint: its model, its classes, and how its images were prepared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening a segmentation model whoever saved it: the model, its classes, and how images are shown to it."""
+"""Open a segmentation model from any checkpoint: the model, its classes, and how images are shown to it."""
 
 from __future__ import annotations
 
