@@ -59,8 +59,8 @@ def test_everything_public_in_other_modules_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [*sorted(INERT), ("torch.nn", "Linear"), ("torch.nn.modules.conv", "Conv2d"), ("dall_e", "Encoder"),
-                         ("dall_e.encoder", "Encoder")],
+    ("module", "name"), [*sorted(INERT), ("torch.nn", "Linear"), ("torch.nn.modules.conv", "Conv2d"),
+                         ("dall_e", "Encoder"), ("dall_e.encoder", "Encoder")],
 )  # fmt: skip
 def test_classes_of_modules_are_inert(module, name):
     made = find(module, name)
