@@ -1,7 +1,7 @@
 """Proves a GPU: builds, tests, looks for bad memory accesses, measures, trains, and ends with one table.
 
-    make gpu-check                        # into benchmarks/records/, under nine minutes on one H100
-    make gpu-check ONLY=attention         # one part in two minutes: step, attention, tokenizer, input or recipes
+    make gpu-check                        # into benchmarks/records/; limits of nine minutes in all
+    make gpu-check ONLY=attention         # one part: step, attention, tokenizer, input or recipes
     make gpu-check OUT=/somewhere WHEELS=folder/of/wheels
 
 Needs torch, Triton, pytest and pytest-benchmark, no network; what else is missing is skipped and named.
@@ -76,7 +76,7 @@ STEPS = {
 }
 SECONDS = {"build": 50, "tests": 110, "sanitizer": 50, "benchmarks": 220, "recipes": 90}
 SECONDS_ONLY = {"build": 50, "tests": 25, "sanitizer": 0, "benchmarks": 60, "recipes": 100}
-"""Of each phase, in full and of one part: under nine minutes and about two."""
+"""Of each phase, in full (nine minutes in all) and of one part; neither has been timed on a GPU."""
 
 
 @dataclass
