@@ -184,6 +184,8 @@ def test_the_output_of_a_command_is_kept(server, tmp_path, monkeypatch):
     assert contents(source) == contents(open_source(server.folder))
     open_source(f"pipe:echo x >> {marker}; cat {server.folder}/train-{{000..001}}.tar")
     assert marker.read_text() == "x\nx\n"  # once for each of the two commands
+    awk = f"pipe:cat {server.folder}/train-000.tar; awk 'END {{ exit }}' {marker}"  # braces that are no choice stay
+    assert contents(open_source(awk)) == contents(open_source(server.folder / "train-000.tar"))
     with pytest.raises(SourceUnavailable, match=r"pipe:cat /nowhere\.tar: exit code 1 \(.*No such file"):
         open_source("pipe:cat /nowhere.tar")
     assert not list((tmp_path / "cache").rglob("*.partial"))

@@ -127,6 +127,8 @@ def _expand_braces(text: str) -> list[str]:
         if span:
             width = len(span[1]) if span[1].startswith("0") else 0
             choices.append([f"{value:0{width}d}" for value in range(int(span[1]), int(span[2]) + 1)])
+        elif number % 2 and "," not in part:  # no choice: the shell leaves such braces as they are
+            choices.append([f"{{{part}}}"])
         else:
             choices.append(part.split(",") if number % 2 else [part])
     return ["".join(choice) for choice in product(*choices)]
