@@ -129,7 +129,10 @@ class BeitBackbone(nn.Module):
             tokens = torch.where(mask.unsqueeze(-1), mask_token, tokens)
         x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
-            x = x + resize_position_embedding(self.pos_embed, self.config.grid, self._grid_of(images))
+            grid, positions = self._grid_of(images), cast(Tensor, self.pos_embed)
+            if grid != self.config.grid:
+                positions = resize_position_embedding(positions, self.config.grid, grid)
+            x = x + positions
         return self.pos_drop(x)
 
     def _attention_biases(self, images: Tensor) -> Callable[[int], Bias]:

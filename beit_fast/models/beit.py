@@ -138,7 +138,11 @@ class Beit(HubMethods, BeitBackbone):
     def _features(self, images: Tensor, sample_keys: Tensor | None, count: int, outputs: list[Tensor] | None) -> Tensor:
         """The tokens after `count` blocks, and after `norm` if these are all."""
         biases = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys, images.device) if self.training else None
+        drop_path = (
+            self.drop_path(images.shape[0], sample_keys, images.device)
+            if self.training and self.drop_path.rate
+            else None
+        )
         final_norm = self.norm if count == len(self.blocks) else None
         x, normed = self._run_blocks(self._embed(images), biases, drop_path, count, final_norm, outputs)
         return x if normed is None else normed

@@ -171,7 +171,11 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
     def _hidden_at(self, images: Tensor, mask: Tensor, masked_indices: Tensor, sample_keys: Tensor | None) -> Tensor:
         """(M, D): the residual stream after the last block at the masked positions, before the final norm."""
         bias_of = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys, images.device) if self.training else None
+        drop_path = (
+            self.drop_path(images.shape[0], sample_keys, images.device)
+            if self.training and self.drop_path.rate
+            else None
+        )
         x = self._embed(images, mask, self.mask_token)
         sample = torch.div(masked_indices, mask.shape[1], rounding_mode="floor")
         tokens = masked_indices + sample + 1  # every sample has one CLS token in front of its patches

@@ -107,7 +107,11 @@ class SegmentationBackbone(BeitBackbone):
         """(B, C, S, T) -> four maps (B, D, h, w), which the pyramid takes to 4, 2, 1 and 1/2 times h x w."""
         outputs: list[Tensor] = []
         biases = self._attention_biases(images)
-        drop_path = self.drop_path(images.shape[0], sample_keys, images.device) if self.training else None
+        drop_path = (
+            self.drop_path(images.shape[0], sample_keys, images.device)
+            if self.training and self.drop_path.rate
+            else None
+        )
         self._run_blocks(self._embed(images), biases, drop_path, len(self.blocks), None, outputs)
         grid = self._grid_of(images)
         # Not made contiguous: channels come last in memory, which is how convolutions run fastest.

@@ -64,10 +64,8 @@ class DropPathRates(torch.nn.Module):
         # no buffer, which `to_empty` would leave uninitialised and `bfloat16` round
         self.rates = torch.linspace(0.0, rate, depth, device="cpu")
 
-    def forward(self, batch_size: int, sample_keys: Tensor | None, device: torch.device) -> Tensor | None:
-        """(L, 2, B) factors, or None where nothing can be dropped (evaluation, rate 0)."""
-        if not self.training or self.rate == 0.0:
-            return None
+    def forward(self, batch_size: int, sample_keys: Tensor | None, device: torch.device) -> Tensor:
+        """(L, 2, B) factors of a training step; see `drop_path_scales`."""
         if not isinstance(device, torch.fx.Proxy) and self.rates.device != device:
             with torch.inference_mode(False):
                 self.rates = torch.linspace(0.0, self.rate, self.depth, device="cpu").to(device)

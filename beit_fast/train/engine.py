@@ -157,7 +157,7 @@ class TrainingRun:
             while self.step < self.target and vote is Vote.CONTINUE:
                 self.train_step(self.next_batches(batches))
                 self.step += 1
-                vote = self.stop.poll(self.writer.failed())
+                vote = self.stop.poll(self.writer.failure is not None)
                 if vote is Vote.FAILED:
                     self.wait_for_save()
                 self.output.advance(self.step)
@@ -364,7 +364,7 @@ class TrainingRun:
     def wait_for_save(self) -> None:
         """Wait until what was saved is on the disk; raises, on every rank, where it could not be written."""
         self.writer.join()
-        if self.world.any(self.writer.failed()):
+        if self.world.any(self.writer.failure is not None):
             raise self.writer.failure or OSError("another rank could not write the checkpoint; its message says why")
 
     def restore(self, checkpoint: Checkpoint) -> None:

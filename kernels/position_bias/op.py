@@ -36,7 +36,7 @@ def relative_position_bias(table: Tensor, window_size: tuple[int, int]) -> Tenso
         raise ValueError(f"window_size must be two positive integers, got {tuple(window_size)}")
     if table.dim() != 2 or not table.is_floating_point():
         raise ValueError(f"table must be floating (R, H), got {table.dtype} {tuple(table.shape)}")
-    expected = reference.table_rows((height, width))
+    expected = (2 * height - 1) * (2 * width - 1) + 3
     if table.shape[0] != expected:
         raise ValueError(
             f"table has {table.shape[0]} rows but a window of {height} x {width} needs {expected}; "

@@ -128,7 +128,6 @@ def test_a_failed_save_in_the_background_surfaces(tmp_path):
         writer.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert writer.failed()
     assert "no room for the checkpoint of step 2" in str(writer.failure)
     assert [line.split(" (")[0] for line in lines] == ["saved step_00000001"]
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step_00000001"]

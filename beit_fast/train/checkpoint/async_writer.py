@@ -29,7 +29,7 @@ class CheckpointWriter:
     Args:
         background: write in a thread, from a copy on the host (of the state's size, pinned where there is a GPU).
         sharded: every rank writes its part (FSDP2); otherwise rank 0 writes all.
-        log: receives one line per checkpoint written.
+        log: receives one line per checkpoint written, from the thread that wrote it.
     """
 
     def __init__(
@@ -42,7 +42,6 @@ class CheckpointWriter:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self.failure: BaseException | None = None
-        self._written: str | None = None
 
     def save(self, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Save `files` and `state` as the checkpoint of `step`; without `background` it is written on return."""
@@ -57,7 +56,6 @@ class CheckpointWriter:
                 self._write(step, parts, state, size, began, None)
             except OSError as error:
                 self.failure = error
-            self._report()
             return
         copies = {name: (self._copied(name, tensors), offsets) for name, (tensors, offsets) in parts.items()}
         ready = None
@@ -99,28 +97,14 @@ class CheckpointWriter:
             tensors = {name: part for name, (part, _) in parts.items()}
             path = checkpoint.save_checkpoint(self.root, step, tensors, state, self.keep)
         waited = "" if held is None else f", training waited {duration(held)}"
-        self._written = f"saved {path.name} ({mib(size)} in {duration(time.perf_counter() - began)}{waited})"
+        self.log(f"saved {path.name} ({mib(size)} in {duration(time.perf_counter() - began)}{waited})")
 
     def _barrier(self) -> None:
         if self._group is not None:
             dist.barrier(group=self._group)
-
-    def _report(self) -> None:
-        if self._written is not None:
-            self.log(self._written)
-            self._written = None
-
-    def failed(self) -> bool:
-        """Whether a save in the background has failed; says so of one that has succeeded. Waits for nothing."""
-        if self._thread is not None and not self._thread.is_alive():
-            self._thread.join()
-            self._thread = None
-            self._report()
-        return self.failure is not None
 
     def join(self) -> None:
         """Wait for the save in the background."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._report()
