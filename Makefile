@@ -8,7 +8,7 @@ ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain test check slow test-faults mutants aot bench report gallery gpu-check build docs docs-serve dist clean
+.PHONY: help pretrain test check slow test-faults mutants coverage aot bench report gallery gpu-check build docs docs-serve dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,10 @@ test-faults: $(VENV)/.dev  ## kills, damage, full disks, NaNs, restarts on two p
 mutants: $(VENV)/.dev  ## small mistakes in a module, and whether its tests notice: MODULE=schedules (others in pyproject.toml)
 	$(BIN)/pip install --quiet --constraint constraints.txt cosmic-ray
 	$(BIN)/python tests/mutants.py $(MODULE)
+
+coverage: $(VENV)/.dev  ## share of the branches of beit_fast and kernels that the default tests run through, by file
+	$(BIN)/pip install --quiet --constraint constraints.txt pytest-cov
+	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
 aot: $(VENV)/.dev  ## compile every Triton kernel ahead of time for sm_80 to sm_120 and check its costs
 	$(PYTEST) -m aot $(ARGS)
