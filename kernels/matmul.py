@@ -36,6 +36,13 @@ def matmul(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     return left @ right if bias is None else torch.addmm(bias, left, right)
 
 
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (M, K) @ right (K, N), of half precision, in fp32 and never rounded to less; within an op."""
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()  # on a CPU torch has no such product
+
+
 def column_sums(rows: Tensor, weights: Tensor | None = None) -> Tensor:
     """The sum of rows (R, D), each times its weight (R,), as (D,): faster than torch's sum, and as exact.
 

@@ -15,6 +15,8 @@ from beit_fast.kernels import Bias, prepare_bias, relative_position_bias
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.resize import resize_position_embedding, resize_relative_position_bias_table
 from beit_fast.nn import Block, DropPathRates, PatchEmbed, RelativePositionBias
+from beit_fast.nn.attention import HalfWeights
+from beit_fast.nn.block import cast_weights
 from beit_fast.nn.stock import all_stock
 
 torch.fx.wrap("relative_position_bias")
@@ -47,7 +49,7 @@ class BeitBackbone(nn.Module):
         )  # fmt: skip
         self.grad_checkpointing = False
         self.bias_within_blocks = False
-        """Let every block that is called make its own bias: with FSDP2 its weights are whole only while it runs."""
+        """Nothing is made of a block's weights before it is called: with FSDP2 they are whole only while it runs."""
 
     def layers(self) -> list[Block]:
         """The blocks from first to last."""
@@ -187,6 +189,9 @@ class BeitBackbone(nn.Module):
         norms = [block.norm1 if can else None for block, can in zip(layers, fused, strict=True)]
         fused_norm = final_norm is not None and all_stock((final_norm, nn.LayerNorm)) and final_norm.bias is not None
         norms.append(cast(nn.LayerNorm, final_norm) if fused_norm else None)
+        halves: list[HalfWeights | None] = [None] * len(layers)
+        if all(fused) and not self.bias_within_blocks:
+            halves = cast_weights(layers, x)
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         normed: Tensor | None = None
         for index, block in enumerate(layers):
@@ -199,7 +204,7 @@ class BeitBackbone(nn.Module):
             # no name for the bias: one of an earlier block must be gone before the next is made
             if fused[index]:
                 normed = block.norm1(x) if normed is None else normed
-                x, normed = run(x, normed, bias_of(index), factors, norms[index + 1])
+                x, normed = run(x, normed, bias_of(index), factors, norms[index + 1], halves[index])
             elif self.bias_within_blocks:
                 x, normed = run(x, partial(bias_of, index), factors), None
             else:

@@ -20,6 +20,7 @@ from beit_fast.models.checkpoints import load_state_dict
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.hub import HubMethods
 from beit_fast.models.initialisation import init_for_pretraining
+from beit_fast.nn.block import cast_weights
 from beit_fast.nn.stock import all_stock
 
 
@@ -186,10 +187,11 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
         x, normed = self._run_blocks(x, bias_of, drop_path, len(front), last.norm1)
         assert normed is not None
         # The last block: attention over all tokens, the rest at the masked positions, each a sample of one token.
-        heads = last.attn.attend(normed, bias_of(len(front)))
+        half = None if self.bias_within_blocks else cast_weights([last], x)[0]
+        heads = last.attn.attend(normed, bias_of(len(front)), half)
         heads, x = (tensor.flatten(0, 1).index_select(0, tokens).unsqueeze(1) for tensor in (heads, x))
         factors = None if drop_path is None else drop_path[-1].index_select(1, sample)
-        return last.forward_after_attention(x, heads, factors)[0].squeeze(1)
+        return last.forward_after_attention(x, heads, factors, half=half)[0].squeeze(1)
 
 
 def pretrained_backbone(model: BeitForMaskedImageModeling) -> Beit:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from beit_fast.kernels import Bias, linear, packed_attention
 from beit_fast.kernels.attention.op import PreparedBias
+from beit_fast.kernels.half_linear import half_linear
 from beit_fast.nn.relative_position_bias import table_parameter
 from beit_fast.nn.stock import all_stock
+
+
+class HalfWeights(NamedTuple):
+    """What the matrix products of a block read under autocast, cast beforehand; `qkv_bias` (3D,) is 0 for k."""
+
+    qkv: Tensor
+    proj: Tensor
+    fc1: Tensor
+    fc2: Tensor
+    qkv_bias: Tensor | None
 
 
 class Attention(nn.Module):
@@ -65,9 +78,11 @@ class Attention(nn.Module):
         probabilities = self.attn_drop(logits.softmax(dim=-1).to(v.dtype))
         return (probabilities @ v).transpose(1, 2).flatten(2)
 
-    def attend(self, x: Tensor, bias: Bias) -> Tensor:
+    def attend(self, x: Tensor, bias: Bias, half: HalfWeights | None = None) -> Tensor:
         """(B, N, D) -> the heads' outputs side by side (B, N, D), before `proj`; `qkv` must be stock."""
-        return self._heads(linear(x, self.qkv.weight, self.qkv_bias()), bias)
+        if half is None:
+            return self._heads(linear(x, self.qkv.weight, self.qkv_bias()), bias)
+        return self._heads(half_linear(x, self.qkv.weight, half.qkv, half.qkv_bias, self.q_bias, self.v_bias), bias)
 
     def _heads(self, qkv: Tensor, bias: Bias) -> Tensor:
         batch, tokens, _ = qkv.shape

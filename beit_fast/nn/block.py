@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from beit_fast.kernels import Bias, bias_gelu, linear, residual_add, residual_layer_norm
-from beit_fast.nn.attention import Attention
+from beit_fast.kernels import Bias, bias_gelu, residual_add, residual_layer_norm
+from beit_fast.kernels.half_linear import cast_into, half_dtype, half_linear
+from beit_fast.nn.attention import Attention, HalfWeights
 from beit_fast.nn.mlp import Mlp
 from beit_fast.nn.stock import all_stock
 
@@ -76,39 +78,77 @@ class Block(nn.Module):
         ) and norm1.bias is not None and norm2.bias is not None  # fmt: skip
 
     def forward_fused(
-        self, x: Tensor, normed: Tensor, bias: Bias, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, normed: Tensor, bias: Bias, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None,
+        half: HalfWeights | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The block between its neighbours: takes its norm1 ready made and returns the norm that is read next.
 
         Args:
             x, normed: (B, N, D), residual stream and `norm1` of it.
             bias, drop_path: as of `forward`, the bias ready made.
             next_norm: the LayerNorm that reads this block's output next; None if there is none.
+            half: this block's part of `cast_weights`.
 
         Returns:
             (B, N, D), residual stream, and `next_norm` of it or None.
         """
-        return self.forward_after_attention(x, self.attn.attend(normed, bias), drop_path, next_norm)
+        return self.forward_after_attention(x, self.attn.attend(normed, bias, half), drop_path, next_norm, half)
 
     def forward_after_attention(
-        self, x: Tensor, heads: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, heads: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None,
+        half: HalfWeights | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The part of `forward_fused` after attention; it works on any subset of the tokens.
 
         The biases of `proj`, `fc1` and `fc2` are added by the op that follows each product.
 
         Args:
             x, heads: (B, N, D), residual stream and `attn.attend`.
-            drop_path, next_norm: as of `forward_fused`; so is what is returned.
+            drop_path, next_norm, half: as of `forward_fused`; so is what is returned.
         """
+        _, half_proj, half_fc1, half_fc2, _ = half or (None,) * 5
         proj, fc1, fc2, norm = self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.norm2
         first, second = (None, None) if drop_path is None else drop_path
         x, normed = residual_layer_norm(
-            x, linear(heads, proj.weight), self.gamma_1, first, norm.weight, norm.bias, norm.eps, proj.bias
+            x,
+            half_linear(heads, proj.weight, half_proj),
+            self.gamma_1,
+            first,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            proj.bias,
         )
-        branch = linear(bias_gelu(linear(normed, fc1.weight), fc1.bias, may_overwrite=True), fc2.weight)
+        hidden = bias_gelu(half_linear(normed, fc1.weight, half_fc1), fc1.bias, may_overwrite=True)
+        branch = half_linear(hidden, fc2.weight, half_fc2)
         if next_norm is None:
             return residual_add(x, branch, self.gamma_2, second, fc2.bias), None
         return residual_layer_norm(
             x, branch, self.gamma_2, second, next_norm.weight, next_norm.bias, next_norm.eps, fc2.bias
         )
+
+
+def cast_weights(blocks: Sequence[Block], x: Tensor) -> list[HalfWeights | None]:
+    """The weights of these blocks in autocast's dtype, all cast in one call; None for each where that is no gain."""
+    weights: list[Tensor] = []
+    for block in blocks:
+        weights += [layer.weight for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)]
+    pairs = {i: (block.attn.q_bias, block.attn.v_bias) for i, block in enumerate(blocks)}
+    biases = {
+        (i, 2 * j): b
+        for i, pair in pairs.items()
+        if all(b is not None for b in pair)
+        for j, b in enumerate(pair)
+        if b is not None
+    }
+    weights += biases.values()
+    dtype = half_dtype(x, weights)
+    if dtype is None:
+        return [None] * len(blocks)
+    copies = [torch.empty_like(weight, dtype=dtype) for weight in weights[: 4 * len(blocks)]]
+    rows = x.new_zeros(len(blocks), 3, weights[0].shape[1], dtype=dtype)
+    cast_into(copies + [rows[place] for place in biases], weights)
+    return [
+        HalfWeights(*copies[4 * i : 4 * i + 4], rows[i].flatten() if (i, 0) in biases else None)
+        for i in range(len(blocks))
+    ]

@@ -216,11 +216,14 @@ def _attention_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, _, _, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for what the gradient wants saved
     ctx.save_for_backward(*tensors, *output)
 
 
 @_attention.backward(_save)
-def _gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 10
     q, k, v, bias, padded, transposed, out, saved = ctx.saved_tensors
     need_bias = ctx.needs_input_grad[3]
     given = (grad_out, q, k, v, bias, padded, transposed, out, saved, ctx.scale, need_bias, ctx.backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels.backend import select
-from beit_fast.kernels.matmul import column_sums, matmul
+from beit_fast.kernels.matmul import column_sums, matmul, wide_product
 from beit_fast.kernels.mim_loss import cpu, reference
 from beit_fast.kernels.mim_loss.cpu import IGNORED
 from beit_fast.kernels.registration import fused_op
@@ -109,7 +109,7 @@ def _scaled_product(left: Tensor, right: Tensor, factor: Tensor) -> Tensor:
     if left.device.type == "cpu" or left.dtype == torch.float32:
         wide = _wide(left.dtype)
         return matmul(left.to(wide), right.to(wide) * factor.to(wide))
-    return torch.mm(left, right, out_dtype=torch.float32).mul_(factor)
+    return wide_product(left, right).mul_(factor)
 
 
 def _fake(

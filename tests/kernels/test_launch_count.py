@@ -9,11 +9,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
-from beit_fast.kernels import launch_table
+from beit_fast.kernels import half_linear, launch_table
 
 # operators that make or describe a tensor without running anything on a GPU
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "_unsafe_view",
              "promote_types", "lift_fresh", "_record_function_enter_new", "_record_function_exit")  # fmt: skip
+
+# kernels of operators on lists of tensors, as a profile of BEiT-B's step on an H100 had them; BEiT-L has 3.5 times the
+# weights
+LISTS = {"_fused_adamw_": 9, "_foreach_norm": 6, "_foreach_mul_": 4, "_foreach_add_": 3, "_foreach_copy_": 6}
 
 
 class Operators(TorchDispatchMode):
@@ -56,23 +60,35 @@ def launches_of_a_step(depth: int) -> tuple[Counter[str], Counter[str]]:
         with _disable_current_modes():  # the interpreter works with torch as well
             run(kernel, *arguments, **constants)
 
-    step()
+    def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        kernels["wide_product"] += 1  # on a GPU one product, on a CPU two casts and one
+        with _disable_current_modes():
+            return wide(left, right)
+
+    wide = half_linear.wide_product
+    step()  # what only a first step does is not counted
     with pytest.MonkeyPatch.context() as patch:
         for module in list(sys.modules.values()):
             if module.__name__.startswith("beit_fast.kernels.") and vars(module).get("launch") is run:
                 patch.setattr(module, "launch", launch)
+        patch.setattr(half_linear, "wide_product", wide_product)
         with Operators() as operators:
             step()
     return operators.found, kernels
 
 
 def test_launches_of_a_step(triton_device: str) -> None:
-    """Of a block at most 40, of them 12 our own; 100 besides: an estimate of 580 for 12 blocks."""
+    """Of a block at most 27, of them 12 our own: an estimate of at most 550 for 12 blocks and 1,000 for 24."""
     if triton_device != "cpu":
         pytest.skip("an estimate without a GPU")
     (few, few_kernels), (many, many_kernels) = (launches_of_a_step(depth) for depth in (2, 3))
     own = {name: many_kernels[name] - few_kernels[name] for name in many_kernels}
     of_torch = {name: many[name] - few[name] for name in many if many[name] > few[name]}
-    assert sum(own.values()) <= 12, own
-    assert sum(own.values()) + sum(of_torch.values()) <= 40, of_torch
-    assert sum(few.values()) + sum(few_kernels.values()) - 2 * 40 <= 100, few
+    assert sum(own.values()) - own["wide_product"] <= 12, own
+    block = sum(own.values()) + sum(of_torch.values())
+    assert 12 < block <= 27, of_torch
+    others = sum(few.values()) + sum(few_kernels.values()) - 2 * block
+    lists = sum(few[name] * (LISTS[name] - 1) for name in LISTS)
+    assert lists > 0
+    assert 12 * block + others + lists <= 550, few
+    assert 24 * block + others + 3.5 * lists <= 1000, few
