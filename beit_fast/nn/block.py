@@ -148,7 +148,8 @@ def cast_weights(blocks: Sequence[Block], x: Tensor) -> list[HalfWeights | None]
     copies = [torch.empty_like(weight, dtype=dtype) for weight in weights[: 4 * len(blocks)]]
     rows = x.new_zeros(len(blocks), 3, weights[0].shape[1], dtype=dtype)
     cast_into(copies + [rows[place] for place in biases], weights)
-    return [
-        HalfWeights(*copies[4 * i : 4 * i + 4], rows[i].flatten() if (i, 0) in biases else None)
-        for i in range(len(blocks))
-    ]
+    halves: list[HalfWeights | None] = []
+    for i in range(len(blocks)):
+        qkv, proj, fc1, fc2 = copies[4 * i : 4 * i + 4]
+        halves.append(HalfWeights(qkv, proj, fc1, fc2, rows[i].flatten() if (i, 0) in biases else None))
+    return halves
