@@ -7,7 +7,7 @@ resized to the crop: the image bilinearly, antialiased where it shrinks, the lab
 
 from __future__ import annotations
 
-import logging
+import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,6 @@ from beit_fast.data.resizing import resize
 from beit_fast.data.sampling import sample_keys, uniforms
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.segmentation import IGNORE, LabelCounts, SegmentationImages
-
-logger = logging.getLogger("beit_fast.data")
 
 _STREAM = 3
 _ATTEMPTS = 10
@@ -154,8 +152,9 @@ class SegmentationLoader(Loader):
         self.data, self.sampler, self.photometric = data, sampler, photometric
         self.mean, self.std = tuple(mean), tuple(std)
         self._decoder = open_decoder(decoder, self.threads, value_range)
-        self._first_epoch: int | None = None
-        self._counts: LabelCounts | None = LabelCounts(np.zeros(data.rule.num_classes + 1, np.int64), 0)
+        self.first_epoch: int | None = None
+        self.label_counts = LabelCounts(np.zeros(data.rule.num_classes + 1, np.int64), 0)
+        """Of the label maps that were read for the first epoch."""
         self._lock = threading.Lock()
 
     def batches(self, requests: Iterable[Request]) -> Iterator[SegmentationBatch]:
@@ -164,17 +163,15 @@ class SegmentationLoader(Loader):
 
     def _make(self, epoch: int, samples: list[Sample]) -> SegmentationBatch:
         side = self.sampler.crop
-        self._first_epoch = epoch if self._first_epoch is None else self._first_epoch
-        if epoch != self._first_epoch and self._counts is not None:
-            logger.warning("first epoch: %s", self._counts.line(self.data.classes))
-            self._counts = None
+        self.first_epoch = epoch if self.first_epoch is None else self.first_epoch
+        counted = itertools.repeat(epoch == self.first_epoch)
         crops = torch.zeros(len(samples), side, side, 3, dtype=torch.uint8)
         labels = np.full((len(samples), side, side), IGNORE, np.int64)
         keys, sizes = torch.zeros(len(samples), dtype=torch.int64), [(side, side)] * len(samples)
 
         def make(rows: list[int]) -> dict[int, Rejection]:
             keys[rows] = sample_keys(self.seed, epoch, [samples[row].index for row in rows])
-            drawn = list(self.workers.map(self._draw, [samples[row] for row in rows], keys[rows].tolist()))
+            drawn = list(self.workers.map(self._draw, [samples[row] for row in rows], keys[rows].tolist(), counted))
             failed = {row: d for row, d in zip(rows, drawn, strict=True) if isinstance(d, Rejection)}
             placed = [(row, *d) for row, d in zip(rows, drawn, strict=True) if not isinstance(d, Rejection)]
             windows = np.array([placement.window for _, placement, _ in placed], np.int32).reshape(-1, 4)
@@ -205,14 +202,14 @@ class SegmentationLoader(Loader):
             images, self.send(torch.from_numpy(labels)), self.send(keys), torch.from_numpy(indices)
         )
 
-    def _draw(self, sample: Sample, key: int) -> tuple[Placement, NDArray[np.int64]] | Rejection:
-        """Draw the crop of a sample; with it its part of the label map."""
+    def _draw(self, sample: Sample, key: int, counted: bool) -> tuple[Placement, NDArray[np.int64]] | Rejection:
+        """Draw the crop of a sample; with it its part of the label map, which is `counted` as a whole."""
         label = self.data.read_label(sample.index, sample.header)
         if isinstance(label, Rejection):
             return label
-        if self._counts is not None:
+        if counted:
             with self._lock:
-                self._counts = self._counts.plus(label)
+                self.label_counts = self.label_counts.plus(label)
         placement = self.sampler.sample(key, label)
         top, left, height, width = placement.window
         return placement, label[top : top + height, left : left + width]

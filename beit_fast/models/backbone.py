@@ -19,7 +19,15 @@ from beit_fast.nn.attention import HalfWeights
 from beit_fast.nn.block import cast_weights
 from beit_fast.nn.stock import all_stock
 
-torch.fx.wrap("relative_position_bias")
+torch.fx.wrap("resize_position_embedding")
+torch.fx.wrap("bias_at_grid")
+
+
+def bias_at_grid(table: Tensor, own_grid: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The bias (H, N, N) at `grid` = (h, w) patches of a table that was learned at `own_grid`."""
+    if grid != own_grid:
+        table = resize_relative_position_bias_table(table, own_grid, grid)
+    return relative_position_bias(table, grid)
 
 
 class BeitBackbone(nn.Module):
@@ -98,23 +106,20 @@ class BeitBackbone(nn.Module):
             table = self.rel_pos_bias.relative_position_bias_table
         bias = torch.zeros((), device=q.device)
         if table is not None:
-            resized = resize_relative_position_bias_table(table, self.config.grid, grid)
-            bias = relative_position_bias(resized, grid).float()
+            bias = bias_at_grid(table, self.config.grid, grid).float()
         if queries is not None:
             q, bias = q.index_select(2, queries), bias if table is None else bias.index_select(1, queries)
         return (q @ k.transpose(-2, -1) * attn.scale + bias).softmax(-1)
 
-    def __prepare_scriptable__(self) -> None:
-        raise TypeError("BEiT cannot be scripted (torch retires TorchScript): use torch.export or torch.jit.trace")
-
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
-        """(h, w), the patches of these images; in a symbolic trace, which has no sizes, those of the model's own.
+        """(h, w), the patches of these images; in a symbolic trace what computes them.
 
         Raises:
             ValueError: they are no floating-point tensor.
         """
         if isinstance(images, torch.fx.Proxy):
-            return self.config.grid
+            side = self.config.patch_size
+            return images.shape[-2] // side, images.shape[-1] // side
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(
@@ -154,9 +159,7 @@ class BeitBackbone(nn.Module):
             table: Tensor | None = holder.relative_position_bias_table
             if table is None:
                 return None
-            if grid != own_grid:
-                table = resize_relative_position_bias_table(table, own_grid, grid)
-            bias = relative_position_bias(table, grid)
+            bias = bias_at_grid(table, own_grid, grid)
             return bias if symbolic else prepare_bias(bias, dtype)
 
         if shared_table is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from beit_fast.models.backbone import BeitBackbone
+from beit_fast.models.checkpoints import fitted_state_dict
 from beit_fast.models.configs import BeitConfig
 from beit_fast.models.hub import HubMethods
 from beit_fast.models.initialisation import init_for_fine_tuning, init_head
@@ -57,6 +58,10 @@ class Beit(HubMethods, BeitBackbone):
         return self.config.num_classes
 
     @property
+    def in_chans(self) -> int:
+        return self.config.in_chans
+
+    @property
     def global_pool(self) -> str:
         return self.config.global_pool
 
@@ -98,7 +103,7 @@ class Beit(HubMethods, BeitBackbone):
         after = self.config.norm_after_pooling
         self.config = replace(self.config, num_classes=num_classes, global_pool=pool, use_fc_norm=after)
         self._make_head()
-        self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
+        self.head.to(device=self.cls_token.device, dtype=self.cls_token.dtype).train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's patterns of parameter groups, for its layer-wise learning rates."""
@@ -217,6 +222,11 @@ class Beit(HubMethods, BeitBackbone):
             )
             self.fc_norm, self.head = nn.Identity(), nn.Identity()
         return taken
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Beit) -> dict[str, Tensor]:
+    """timm's name for what fits weights to a model before `load_state_dict`: as `load_checkpoint`, from tensors."""
+    return fitted_state_dict(model, state_dict)
 
 
 def take_indices(count: int, indices: int | Sequence[int] | None) -> list[int]:

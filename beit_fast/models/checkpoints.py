@@ -144,6 +144,17 @@ def load_state_dict(
     return fit.report
 
 
+def fitted_state_dict(model: BeitBackbone, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict in the shapes of the model's; what `model.load_state_dict` takes.
+
+    Raises:
+        CheckpointError: one that the model needs is missing or of another architecture.
+    """
+    fit = _Fit(model.config, to_official(state)[0], LoadReport("state dict"), None)
+    values = {name: fit(name, target) for name, target in model.state_dict().items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class _Fit:
     """Finds the value of each parameter among the tensors of a file, and enters it in the report."""
 

@@ -24,6 +24,10 @@ _RESOLUTIONS: dict[str, tuple[int, ...]] = {
 _LAYER_SCALE_INIT = {"tiny": 0.1, "small": 0.1, "base": 0.1, "large": 1e-5}
 
 
+class ArgumentError(ValueError, TypeError, AssertionError):
+    """An argument of timm's that is unknown or unsupported; timm raises one or another of these for it."""
+
+
 @dataclass(frozen=True)
 class BeitConfig:
     """Architecture and initialisation of a BEiT.
@@ -107,7 +111,7 @@ class BeitConfig:
         choices = {"global_pool": ("avg", "token", ""), "relative_position_bias": ("none", "shared", "per_block")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; choose one of {known}")
+                raise ArgumentError(f"{name} {getattr(self, name)!r} is unknown; choose one of {known}")
 
     @cached_property
     def image_hw(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 
 from beit_fast.models.beit import Beit
 from beit_fast.models.checkpoints import load_checkpoint
-from beit_fast.models.configs import BeitConfig, model_names, named_config
+from beit_fast.models.configs import ArgumentError, BeitConfig, model_names, named_config
 from beit_fast.models.features import BeitFeatures
 from beit_fast.models.hub import weights_at
 
@@ -181,7 +181,7 @@ def _config_fields(options: dict[str, Any]) -> dict[str, Any]:
             values[field] = value
         elif key not in ("use_rel_pos_bias", "use_shared_rel_pos_bias"):
             close = difflib.get_close_matches(key, [*known, *_RENAMED, *_FIXED, "features_only", "out_indices"], 1)
-            raise ValueError(f"argument {key!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ArgumentError(f"argument {key!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else ""))
     shared, own = options.get("use_shared_rel_pos_bias", False), options.get("use_rel_pos_bias", True)
     if shared and options.get("use_rel_pos_bias", False):
         raise ValueError("use_rel_pos_bias and use_shared_rel_pos_bias: choose one table for each block or one for all")

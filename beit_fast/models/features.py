@@ -61,6 +61,13 @@ class BeitFeatures(nn.Module):
         self.model = model
         self.norm, self.output_fmt = norm, output_fmt
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """timm's description of the weights, as of the `Beit` it was made of."""
+        return self.model.default_cfg
+
+    pretrained_cfg = default_cfg
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As `Beit.set_grad_checkpointing`."""
         self.model.set_grad_checkpointing(enable)

@@ -9,6 +9,11 @@ from beit_fast.kernels import linear
 from beit_fast.nn.stock import all_stock
 
 
+def refuse_scripting() -> None:
+    """What `torch.jit.script` calls first of every module that has it as `__prepare_scriptable__`."""
+    raise TypeError("BEiT cannot be scripted (torch retires TorchScript): use torch.export or torch.jit.trace")
+
+
 class PatchEmbed(nn.Module):
     """Cuts an image into patches and projects each to the model width (paper section 2.1).
 
@@ -21,6 +26,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, width, patch_size, stride=patch_size)
+        # on the convolution, since a symbolic trace of the model keeps no other module of it
+        vars(self.proj)["__prepare_scriptable__"] = refuse_scripting
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, h*P, w*P) -> (B, h*w, D), patches in row-major order.

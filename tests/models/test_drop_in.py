@@ -1,6 +1,7 @@
 """What users of timm do with a BEiT works with ours: tracers, the meta device, hooks on attention, timm's arguments."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -100,11 +101,12 @@ def test_make_fx_with_gradients(kind, training):
 def test_fx_symbolic_trace(kind, training):
     model = make(kind, drop_path_rate=0.4).train(training)
     graph = torch.fx.symbolic_trace(model)
-    results = []
-    for m in (graph, model):
-        torch.manual_seed(0)
-        results.append(m(images()))
-    assert_equal_outputs(*results)
+    for size in ((64, 64), (48, 80)):  # the graph is that of every size
+        results = []
+        for m in (graph, model):
+            torch.manual_seed(0)
+            results.append(m(images(*size)))
+        assert_equal_outputs(*results)
     assert sum(node.name.startswith("softmax") for node in graph.graph.nodes) == 2
     assert {"blocks.0.attn.proj", "blocks.1.mlp.fc2"} <= {node.target for node in graph.graph.nodes}
 
@@ -122,7 +124,9 @@ def test_legacy_onnx_with_gradients_on(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrap", [nn.Sequential, nn.Identity, lambda model: nn.ModuleDict({"m": model})])
+@pytest.mark.parametrize(
+    "wrap", [nn.Sequential, nn.Identity, lambda model: nn.ModuleDict({"m": model}), torch.fx.symbolic_trace]
+)
 def test_scripting_is_refused_in_one_line(wrap):
     model = make() if wrap is nn.Identity else wrap(make())
     with pytest.raises(TypeError, match=r"^BEiT cannot be scripted .*use torch\.export or torch\.jit\.trace$"):
@@ -244,6 +248,34 @@ def test_arguments_that_change_the_architecture(options):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[1].items():
         assert (gradients[0][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"not_an_argument": 1}, TypeError), ({"global_pool": "max"}, AssertionError)]
+)
+def test_wrong_arguments_raise_what_timm_raises(options, error):
+    for library in (timm, beit_fast):
+        with pytest.raises(error):
+            library.create_model("beit_base_patch16_224", **SMALL, **options)
+    with pytest.raises(ValueError, match="is unknown"):
+        beit_fast.create_model("beit_base_patch16_224", **SMALL, **options)
+
+
+def test_a_new_head_is_in_the_mode_of_its_model():
+    for model in pair():
+        model.reset_classifier(7)
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("size", [64, 96, (64, 96)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_filter_fn_fits_weights_to_another_size(kind, size):
+    """As timm's loaders call it: `checkpoint_filter_fn` of the module in which the model's class is."""
+    source = make(kind)
+    target = beit_fast.create_model("beit_base_patch16_224", **SMALL | {"img_size": size}, **KINDS[kind]).eval()
+    target.load_state_dict(sys.modules[type(target).__module__].checkpoint_filter_fn(source.state_dict(), target))
+    source.set_input_size(size)
+    assert_equal_outputs(target(images(64, 96)), source(images(64, 96)))
 
 
 @pytest.mark.parametrize("name", ["pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_rate"])

@@ -6,6 +6,7 @@ how a batch is split: their statistics are those of a micro-batch over all devic
 """
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,13 @@ from beit_fast.data import builtin
 from beit_fast.data.augmentation.photometric import PhotometricDistortion
 from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import BadImages
-from beit_fast.data.segmentation import IGNORE, SegmentationImages, builtin_segmentation, open_segmentation
+from beit_fast.data.segmentation import (
+    IGNORE,
+    LabelCounts,
+    SegmentationImages,
+    builtin_segmentation,
+    open_segmentation,
+)
 from beit_fast.data.segmentation_loader import (
     SegmentationBatch,
     SegmentationCropSampler,
@@ -40,6 +47,8 @@ from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks.images import ImageDataConfig, ImageTask, WeightsConfig
 from beit_fast.train.tasks.model import ModelConfig, multiply_adds
 from beit_fast.train.tasks.weights import load_weights
+
+logger = logging.getLogger("beit_fast.train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +238,16 @@ class Segment(ImageTask):
             return StepOutput(
                 loss, {"num_correct": (classes.eq(batch.labels) & counted).sum(), "num_counted": counted.sum()}
             )
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Say at the end of the first epoch what the label maps that all processes read hold."""
+        epoch, counts = self.loader.first_epoch, self.loader.label_counts
+        if epoch is None or step + 1 != (epoch + 1) * (self.num_samples() // self.config.batch_size):
+            return
+        numbers = torch.from_numpy(np.append(counts.pixels, counts.maps)).to(self.world.device)
+        *pixels, maps = self.world.sum(numbers).tolist()
+        if self.world.is_main:
+            logger.warning("first epoch: %s", LabelCounts(np.array(pixels), maps).line(self.classes))
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
         return {"train_pixel_accuracy_percent": 100 * sums["num_correct"] / max(sums["num_counted"], 1)}
