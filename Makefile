@@ -90,5 +90,5 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml setup.py CMakeLists.txt $(wildcard
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[train,bench,dev,docs,trackers]'
 	touch $@

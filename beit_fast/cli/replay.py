@@ -20,7 +20,7 @@ from beit_fast.train.checkpoint.run_folder import RunFolder
 from beit_fast.train.distributed.parallel import local
 from beit_fast.train.distributed.world import check_world, end_world, start_world
 from beit_fast.train.engine import TrainingRun
-from beit_fast.train.schedules import accumulation, requests_of
+from beit_fast.train.schedules import accumulation
 from beit_fast.train.task import Task
 
 REPORTED = 10
@@ -47,8 +47,8 @@ def replay(task: Task) -> int:
                     flush=True,
                 )
             job.prepare(found)
-            if not job.step < config.replay <= job.total:
-                raise ValueError(f"--replay {config.replay} is none of the steps 1 to {job.total} of this run")
+            if not job.step < config.replay <= job.schedule.last:
+                raise ValueError(f"--replay {config.replay} is none of the steps 1 to {job.schedule.last} of this run")
             job.log(f"replaying step {config.replay} from {'the start' if found is None else found.path}")
             report = repeat(job, config.replay)
         if world.is_main:
@@ -79,8 +79,7 @@ def before(folder: RunFolder, step: int) -> Checkpoint | None:
 def repeat(job: TrainingRun, step: int) -> dict[str, Any]:
     """Train on to `step`, then take it apart: what each module gave, what each parameter received."""
     config, world, task = job.config, job.world, job.task
-    requests = requests_of(job.step, step, job.steps_per_epoch, config, world.rank, world.size)
-    batches = iter(task.batches(requests))
+    batches = iter(task.batches(job.schedule.requests(job.step, step, world.rank, world.size)))
     micro = accumulation(config, world.size)
     job.model.train()
     while job.step < step - 1:
@@ -88,7 +87,7 @@ def repeat(job: TrainingRun, step: int) -> dict[str, Any]:
         job.step += 1
     group = [next(batches) for _ in range(micro)]
     with observed(job.module) as outputs:
-        loss, _ = job.compute.gradients(group, job.step)
+        loss, _ = job.compute.gradients(group, job.step + job.schedule.schedule_offset)
     gradients = {
         name: local(parameter.grad).detach()
         for name, parameter in job.module.named_parameters()

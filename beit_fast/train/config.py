@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 Config = TypeVar("Config")
 
+TRACKER_NAMES = ("tensorboard", "wandb", "mlflow")
+
 
 def free(default: Any) -> Any:
     """A field that may differ when a run is resumed: it changes speed, reports or length, not the result of a step."""
@@ -87,6 +89,9 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints. The last step and a SIGTERM are always saved."""
     keep: int = free(2)
     """Newest checkpoints to keep, at least 2, so that a damaged one has a predecessor."""
+    best: str | None = free(None)
+    """Keep the best evaluation's checkpoint and model in `best` of the run folder: the one with the largest value of
+    this metric, e.g. top1_percent, or the smallest where its name contains loss, error or mae."""
     background: Literal["auto", "on", "off"] = free("auto")
     """Write files while the training goes on, from a copy of the state in host memory. `auto`: where there is a GPU."""
 
@@ -105,8 +110,18 @@ class LogConfig:
     progress: Literal["auto", "bar", "lines", "none"] = local("auto")
     """`bar`: a live bar. `lines`: one line per interval. `auto`: a bar on a terminal, lines otherwise."""
 
+    trackers: str = local("")
+    """Also tell `tensorboard`, `wandb` or `mlflow`, several with commas between them: scalars, pictures, configuration.
+    They need the extra [trackers]; metrics.jsonl is written in any case, and none of them can end the run."""
+
     def __post_init__(self) -> None:
         at_least_1("--log.every-steps", self.every_steps)
+        if wrong := [name for name in self.tracker_names() if name not in TRACKER_NAMES]:
+            raise ValueError(f"--log.trackers: {wrong[0]!r} is none of {', '.join(TRACKER_NAMES)}")
+
+    def tracker_names(self) -> list[str]:
+        """The trackers asked for."""
+        return [name for part in self.trackers.split(",") if (name := part.strip())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +171,26 @@ class RunConfig:
     replay: int | None = free(None)
     """Repeat this optimizer step of the run found in the folder, from the checkpoint before it, and write down what
     was not finite in it; changes nothing in the run. Its number is the one in anomalies.jsonl."""
+    extend: bool = free(False)
+    """Continue the run found there, finished or not, to another --epochs or --steps, also with other learning rates:
+    from its last step on the schedule is that of a run of the new length, so the rate rises again."""
+    change_batch_size: bool = free(False)
+    """Continue the run found there with another --batch-size, also with other learning rates: from the same place in
+    the epoch and, if --epochs gives the length, in the schedule. Rounds to whole batches."""
     eval_every: int | None = free(None)
     """Optimizer steps between held-out evaluations; None evaluates after the last step only."""
+    stop_after_no_gain: int | None = free(None)
+    """End the run when so many evaluations in a row brought no better value of --checkpoint.best."""
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "batch_per_device", "max_steps", "steps", "eval_every", "resume_from", "replay"):
+        for name in ("batch_size", "batch_per_device", "max_steps", "steps", "eval_every", "resume_from", "replay",
+                     "stop_after_no_gain"):  # fmt: skip
             at_least_1(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.stop_after_no_gain is not None and (self.checkpoint.best is None or self.eval_every is None):
+            raise ValueError("--stop-after-no-gain needs --checkpoint.best METRIC and --eval-every STEPS")
         if self.hang_timeout_s <= 0:
             raise ValueError(f"--hang-timeout-s is {self.hang_timeout_s:g}, it must be positive")
         if self.parallel == "fsdp2" and self.optim.impl == "apex":

@@ -6,6 +6,7 @@ or interruptions. The gradient of a step is that of the sum of the global batch'
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,19 +21,19 @@ from beit_fast.train.checkpoint.async_writer import CheckpointWriter
 from beit_fast.train.checkpoint.format import Checkpoint, require_space
 from beit_fast.train.checkpoint.run_folder import RunFolder
 from beit_fast.train.checkpoint.state import restore_saved, tensors_to_save
+from beit_fast.train.continuation import BestEvaluation, finished, keep_best
 from beit_fast.train.cuda_graph import CudaRecorder, check_cuda_graph
 from beit_fast.train.distributed import parallel
 from beit_fast.train.distributed.agreement import check_built, check_settings
 from beit_fast.train.distributed.watchdog import Watchdog
 from beit_fast.train.distributed.world import (
     Interrupted,
-    LostRank,
     StopSignal,
     Vote,
     World,
     check_world,
     end_world,
-    is_lost_rank,
+    lost_rank,
     start_world,
 )
 from beit_fast.train.metrics import Interval, peak_memory_mib
@@ -40,7 +41,7 @@ from beit_fast.train.optim import LossScaler, build_optimizer, set_learning_rate
 from beit_fast.train.precision import precision_of
 from beit_fast.train.progress import duration, safe_output
 from beit_fast.train.run_log import RunLog
-from beit_fast.train.schedules import accumulation, learning_rate, requests_of, run_length, seed_of
+from beit_fast.train.schedules import RunSchedule, accumulation, seed_of
 from beit_fast.train.step import TrainStep
 from beit_fast.train.task import Task
 
@@ -81,9 +82,8 @@ def run(task: Task) -> RunResult:
         except RuntimeError as error:
             if memory.is_out_of_memory(error):
                 raise memory.out_of_memory(error, config, world, training.micro_batch, training.memory) from error
-            if is_lost_rank(error):
-                first = str(error).splitlines()[0][:200]
-                raise LostRank(f"rank {world.rank} lost another one at step {training.step} ({first})") from error
+            if (lost := lost_rank(error, world.rank, training.step)) is not None:
+                raise lost from error
             raise
     raise AssertionError("unreachable")
 
@@ -101,9 +101,9 @@ class TrainingRun:
         self.last_line: dict[str, Any] = {}
         self.skipped = self.step = self.saved_step = self.target = 0
         self.evaluated_step: int | None = None
-        self.interval_started = 0.0
+        self.best: BestEvaluation | None = None
+        self.interval_started, self.phase = 0.0, "starting"
         self.memory = memory.StateMemory()
-        self.phase = "starting"
         self.watchdog = Watchdog(
             folder.path, world.rank, world.size, self.config.hang_timeout_s,
             lambda: f"rank {world.rank} of {world.size} stands still, {self.phase}, {self.step} steps done",
@@ -121,14 +121,16 @@ class TrainingRun:
             checkpoint, notes = self.folder.newest_for_all(self.world)
             for note in notes:
                 self.log(note)
-            if checkpoint is not None and (metrics := self.completed(checkpoint)) is not None:
+            metrics = finished(checkpoint, self.config, self.folder, self.world, self.log)
+            if checkpoint is not None and metrics is not None:
                 return RunResult(0, checkpoint.step, metrics)
             with self.stop.interruptible():
                 self.prepare(checkpoint)
                 self.open_outputs()
                 evaluated = self.world.agree(int(self.output.has_evaluation(self.step)))
-                if checkpoint is not None and self.evaluation_is_due() and not evaluated:
+                if checkpoint is not None and self.schedule.evaluates(self.step, self.target) and not evaluated:
                     self.evaluate()  # the run ended before it
+                self.stop_early()
             self.train()
             if self.step < self.target:
                 raise Interrupted
@@ -136,6 +138,7 @@ class TrainingRun:
                 if self.evaluated_step != self.step:
                     self.evaluate()
                 self.finish()
+            self.output.finished = True
         except Interrupted:
             if self.step > self.saved_step:
                 self.save()
@@ -148,8 +151,7 @@ class TrainingRun:
     def train(self) -> None:
         """The loop: to the target, or until the ranks agree to stop; the last state is saved."""
         config, world = self.config, self.world
-        requests = requests_of(self.step, self.target, self.steps_per_epoch, config, world.rank, world.size)
-        batches = iter(self.task.batches(requests))
+        batches = iter(self.task.batches(self.schedule.requests(self.step, self.target, world.rank, world.size)))
         self.model.train()
         self.started = self.interval_started = time.perf_counter()
         self.first_step, self.waited, vote = self.step, 0.0, Vote.CONTINUE
@@ -162,7 +164,7 @@ class TrainingRun:
                     self.wait_for_save()
                 self.output.advance(self.step)
                 last = self.step == self.target
-                evaluate = self.evaluation_is_due()
+                evaluate = self.schedule.evaluates(self.step, self.target)
                 if last or self.step % config.log.every_steps == 0:
                     self.log_metrics()
                 if last or evaluate or vote is Vote.STOP or self.step % config.checkpoint.every_steps == 0:
@@ -170,6 +172,7 @@ class TrainingRun:
                 if evaluate and vote is Vote.CONTINUE:
                     with self.stop.interruptible():
                         self.evaluate()
+                        self.stop_early()
         except Exception as error:  # what is done is saved, where this process can do so alone and the state is whole
             harmful = isinstance(error, PersistentNonFiniteGradients) or self.compute.updating or self.writer.failure
             if self.world.size == 1 and self.step > self.saved_step and not harmful:
@@ -179,26 +182,6 @@ class TrainingRun:
             raise
         self.stop.drain()
         self.wait_for_save()
-
-    def completed(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
-        """The final metrics where nothing is left to train or to finish; says what can be done with such a run."""
-        total = checkpoint.state["total_steps"]
-        if checkpoint.step < min(total, self.config.max_steps or total):
-            return None
-        metrics = artefacts.completed(self.folder.path, checkpoint.step) if self.world.is_main else {}
-        if self.world.agree(int(metrics is not None)) == 0:
-            return None
-        more = f"trains on to step N (of {total})" if checkpoint.step < total else "stops a run early"
-        self.log(
-            f"{self.folder.path}: this run is complete at step {checkpoint.step}; --fresh starts anew (and moves this "
-            f"run aside), --max-steps N {more}"
-        )
-        return metrics or dict(checkpoint.state.get("metrics", {}))
-
-    def evaluation_is_due(self) -> bool:
-        """Whether this step, before the last one, is one of those to evaluate."""
-        every = self.config.eval_every
-        return every is not None and self.step < self.target and self.step % every == 0
 
     def prepare(self, checkpoint: Checkpoint | None) -> None:
         """Build everything that trains, and restore the checkpoint into it."""
@@ -212,8 +195,9 @@ class TrainingRun:
         check_built(world, self.identity, self.module, precision_of(config, world.device))
         if checkpoint is not None:
             self.folder.check_identity(checkpoint.state["identity"], self.identity)
-        self.steps_per_epoch, self.total, self.warmup = run_length(config, samples)
-        self.target = min(self.total, config.max_steps or self.total)
+        position = (0, {}) if checkpoint is None else (checkpoint.step, checkpoint.state)
+        self.schedule = RunSchedule.after(config, samples, *position)
+        self.target = self.schedule.target
         blocks = self.task.blocks(self.module)
         if config.parallel == "fsdp2" and not self.task.can_shard:
             raise ValueError(f"--parallel fsdp2: {self.task.name} cannot be split; use --parallel ddp")
@@ -237,9 +221,8 @@ class TrainingRun:
         self.memory = memory.state_memory(self.module, groups, self.ema)
         mode = config.checkpoint.background
         background = mode == "on" or (mode == "auto" and world.device.type == "cuda")
-        self.writer = CheckpointWriter(
-            self.folder.checkpoints, config.checkpoint.keep, world, background, split, self.log
-        )
+        kept = config.checkpoint.keep
+        self.writer = CheckpointWriter(self.folder.checkpoints, kept, world, background, split, self.log)
         if checkpoint is not None:
             self.restore(checkpoint)
 
@@ -251,11 +234,11 @@ class TrainingRun:
             if self.step < self.target:
                 artefacts.unmark(self.folder.path)
         self.output.open(self.step, self.target)
+        self.best = self.output.best_so_far()
         kind = world.device.type if world.size == 1 else f"{world.device.type} {config.parallel}"
         self.log(
-            f"{self.task.name}: step {self.step} to {self.target} of {self.total}, batch {config.batch_size} = "
-            f"{world.size} {kind} x {self.accumulation} x {self.micro_batch}, "
-            f"{self.precision}, run folder {self.folder.path}"
+            f"{self.task.name}: step {self.step} to {self.target} of {self.schedule.last}, batch {config.batch_size} = "
+            f"{world.size} {kind} x {self.accumulation} x {self.micro_batch}, {self.precision}, in {self.folder.path}"
         )
 
     def next_batches(self, batches: Iterator[Any]) -> list[Any]:
@@ -270,13 +253,14 @@ class TrainingRun:
 
     def train_step(self, batches: list[Any]) -> None:
         """One optimizer step from this rank's micro-batches. Nothing here waits for the device."""
-        set_learning_rate(self.optimizer, learning_rate(self.step, self.config.optim, self.total, self.warmup))
-        result = self.compute(batches, self.step)
+        step = self.step + self.schedule.schedule_offset
+        set_learning_rate(self.optimizer, self.schedule.rate(self.step))
+        result = self.compute(batches, step)
         self.interval.add(result.loss, result.sums, result.norm, result.found_inf)
         self.divergence.add(result.global_loss, result.found_inf)
         self.anomalies.add(result.global_loss, result.loss, result.norm, result.found_inf, result.searching)
-        torch.manual_seed(seed_of(self.config.seed, self.step))
-        self.task.after_step(self.module, self.step)
+        torch.manual_seed(seed_of(self.config.seed, step))
+        self.task.after_step(self.module, step)
         self.watchdog.beat()
 
     def log_metrics(self) -> None:
@@ -298,11 +282,11 @@ class TrainingRun:
         line: dict[str, Any] = {
             "kind": "train",
             "step": self.step,
-            "epoch": self.step / self.steps_per_epoch,
-            "samples_seen": self.step * self.config.batch_size,
+            "epoch": self.schedule.epoch(self.step),
+            "samples_seen": self.schedule.samples_seen(self.step),
             "loss": values["loss"],
             **(self.task.summarise(values["sums"]) if values["steps"] > values["skipped"] else {}),
-            "lr": learning_rate(self.step - 1, self.config.optim, self.total, self.warmup),
+            "lr": self.schedule.rate(self.step - 1),
             "grad_norm": values["grad_norm"],
             "skipped_steps": values["skipped"],
             f"{self.task.sample_noun}_per_s": rate,
@@ -310,12 +294,11 @@ class TrainingRun:
             "data_wait_share": waited / seconds,
             "peak_memory_mib": peak_memory_mib(self.world.device),
             **self.task.counters(),
+            **({"loss_scale": float(self.scaler.scale)} if self.precision == "fp16" else {}),
         }
-        if self.precision == "fp16":
-            line["loss_scale"] = float(self.scaler.scale)
         self.last_line = line
         self.output.metrics(line, eta)
-        self.output.anomalies(self.anomalies.read(self.step), self.steps_per_epoch)
+        self.output.anomalies(self.anomalies.read(self.step), self.schedule)
         check_skipped(values, self.config.optim.max_skipped_steps, self.step, self.skipped, self.folder.checkpoints)
 
     def evaluate(self) -> None:
@@ -326,12 +309,9 @@ class TrainingRun:
         with_weights = parallel.evaluation_model(self.module, self.ema, self.unsplit)
         try:
             with with_weights as model, torch.no_grad(), self.compute.autocast:
-                model.eval()
-                result = self.task.evaluate(model, self.step)
-        except Exception as error:
-            if (
-                self.world.size > 1 or self.step == self.target
-            ):  # the other ranks wait; or there is nothing to go on with
+                result = self.task.evaluate(model.eval(), self.step)
+        except Exception as error:  # others wait, or there is nothing to go on with: then it is raised
+            if self.world.size > 1 or self.step == self.target:
                 raise
             self.output.failed(f"the evaluation of step {self.step}", error)
             result = {}
@@ -340,20 +320,38 @@ class TrainingRun:
         self.evaluated_step = self.step
         if result:
             self.last_line = self.last_line | result
-            if not self.output.has_evaluation(self.step):
-                self.output.metrics({"kind": "evaluation", "step": self.step, **result})
+            self.output.evaluation(self.step, result)
             self.log(f"step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        if self.config.checkpoint.best is not None:
+            self.keep_best(result)
         self.interval_started += time.perf_counter() - began  # throughput is that of training
         self.watchdog.beat()
+
+    def keep_best(self, result: dict[str, Any]) -> None:
+        """Keep checkpoint and model of this step where its evaluation is the best so far."""
+        if not self.world.agree(int(self.best is not None and bool(result) and self.best.add(result))):
+            return
+        self.wait_for_save()
+        with parallel.evaluation_model(self.module, self.ema, self.unsplit) as model:
+            finish = functools.partial(self.task.finish, model.eval())
+            if self.world.is_main:
+                self.output.attempt("keeping the best", keep_best, self.folder.path, self.step, result, finish)
+        self.module.train()
+
+    def stop_early(self) -> None:
+        """End the run here where the evaluations brought no better value for too long."""
+        if self.world.agree(int(self.best is not None and self.best.is_exhausted(self.config.stop_after_no_gain))):
+            self.log(f"step {self.step}: no better {self.config.checkpoint.best} for too long; the run ends here")
+            self.target = self.step
 
     def save(self) -> None:
         """Checkpoint of this step; the sums of the open interval are part of it."""
         began, self.phase = time.perf_counter(), "saving"
         state = {
-            "total_steps": self.total, "identity": self.identity, "epoch": self.step // self.steps_per_epoch,
-            "world_size": self.world.size, "precision": self.precision, "interval": self.interval.state(),
-            "anomalies": self.anomalies.state(self.step), "skipped": self.skipped, "scaler": self.scaler.state(),
-            "metrics": self.last_line, **self.divergence.state(self.step, self.log),
+            **self.schedule.state(self.step), "identity": self.identity, "world_size": self.world.size,
+            "precision": self.precision, "interval": self.interval.state(), "skipped": self.skipped,
+            "anomalies": self.anomalies.state(self.step), "scaler": self.scaler.state(), "metrics": self.last_line,
+            **self.divergence.state(self.step, self.log),
         }  # fmt: skip
         self.writer.save(self.step, tensors_to_save(self.module, self.optimizer, self.ema), state)
         self.saved_step = self.step
@@ -392,9 +390,11 @@ class TrainingRun:
         if self.world.is_main:
             self.log(f"complete: step {self.step} in {duration(time.perf_counter() - self.started)}")
             published = artefacts.publish(self.folder.path, work)
+            self.output.pictures(self.step, published)
             for path in published:
                 print(f"wrote {path}", flush=True)
             if (report := self.output.report()) is not None:
                 self.log(f"report {report}")
-                artefacts.mark_complete(self.folder.path, self.step, [*published, report], self.last_line)
+                early, files = self.step < self.schedule.target, [*published, report]
+                artefacts.mark_complete(self.folder.path, self.step, files, self.last_line, early)
         self.world.barrier()

@@ -90,8 +90,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.evaluated: set[int] = set()
-        """Steps of the evaluations it holds."""
+        self.evaluations: dict[int, Mapping[str, Any]] = {}
+        """The evaluations it holds, by their steps."""
         kept: list[bytes] = []
         superseded: list[bytes] = []
         data = path.read_bytes() if path.exists() else b""
@@ -101,7 +101,7 @@ class MetricsFile:
             beyond = value is not None and _step_in(value) > step
             (superseded if beyond or torn else kept).append(line if line.endswith(b"\n") else line + b"\n")
             if value is not None and not beyond and value.get("kind") == "evaluation":
-                self.evaluated.add(int(_step_in(value)))
+                self.evaluations[int(_step_in(value))] = value
         if superseded:
             with path.with_name(f"{path.stem}.superseded{path.suffix}").open("ab") as file:
                 file.writelines(superseded)
@@ -118,7 +118,7 @@ class MetricsFile:
         except OSError as error:
             raise write_error(error, self.path) from error
         if line.get("kind") == "evaluation":
-            self.evaluated.add(int(line["step"]))
+            self.evaluations[int(line["step"])] = line
 
     def close(self) -> None:
         self._file.close()

@@ -1,7 +1,9 @@
 """What a step is a function of: its learning rate, its samples, its seed. Nothing to save, nothing to restore."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -70,6 +72,93 @@ def requests_of(
         start = within * config.batch_size + rank * local
         for part in np.array_split(np.arange(start, start + local, dtype=np.int64), accumulation(config, size)):
             yield Request(epoch, part)
+
+
+@dataclass(frozen=True)
+class RunSchedule:
+    """Where each step of a run stands: its learning rate, its epoch, its samples.
+
+    Args:
+        config: of the run.
+        num_samples: of its data.
+        schedule_offset, data_offset: added to the number of a step to give its place in the schedule, and in the order
+            of the data. 0 until the batch size is changed: the run then goes on from the same epoch and, where its
+            length is given in epochs, from the same share of the schedule, in steps of the new batch, rounded.
+    """
+
+    config: RunConfig
+    num_samples: int
+    schedule_offset: int = 0
+    data_offset: int = 0
+
+    def __post_init__(self) -> None:
+        values = zip(("steps_per_epoch", "total", "warmup"), run_length(self.config, self.num_samples), strict=True)
+        for name, value in values:
+            object.__setattr__(self, name, value)
+
+    steps_per_epoch: int = field(init=False)
+    total: int = field(init=False)
+    """Steps of the whole schedule."""
+    warmup: int = field(init=False)
+
+    @staticmethod
+    def after(config: RunConfig, num_samples: int, step: int, state: Mapping[str, Any]) -> "RunSchedule":
+        """The schedule of a run that continues after `step`, from the `state` of its checkpoint.
+
+        Raises:
+            ValueError: the batch size changes, but the checkpoint does not say what it was.
+        """
+        schedule, data = state.get("offsets", (0, 0))
+        before = state.get("batch_size")
+        if before is None and config.change_batch_size:
+            raise ValueError(
+                "--change-batch-size: this checkpoint was saved by an earlier version, which did not write down its "
+                "batch size; continue the run to its next checkpoint with its own --batch-size first"
+            )
+        if before not in (None, config.batch_size):
+            scale = (num_samples // config.batch_size) / (num_samples // before)
+            data = round((step + data) * scale) - step
+            schedule = round((step + schedule) * scale) - step if config.steps is None else schedule
+        return RunSchedule(config, num_samples, schedule, data)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of its place."""
+        return {
+            "total_steps": self.last, "epoch": int(self.epoch(step)), "batch_size": self.config.batch_size,
+            "offsets": [self.schedule_offset, self.data_offset],
+        }  # fmt: skip
+
+    @property
+    def last(self) -> int:
+        """Number of the last step."""
+        return self.total - self.schedule_offset
+
+    @property
+    def target(self) -> int:
+        """Number of the step at which the run ends: the last one, or --max-steps."""
+        return min(self.last, self.config.max_steps or self.last)
+
+    def evaluates(self, step: int, target: int) -> bool:
+        """Whether a step, before the last one, is one of those to evaluate."""
+        every = self.config.eval_every
+        return every is not None and step < target and step % every == 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, before any layer decay."""
+        return learning_rate(step + self.schedule_offset, self.config.optim, self.total, self.warmup)
+
+    def samples_seen(self, step: int) -> int:
+        """Samples before a step; of a run whose batch size was changed, as if it had always been this one."""
+        return (step + self.data_offset) * self.config.batch_size
+
+    def epoch(self, step: int) -> float:
+        """Epochs before a step."""
+        return (step + self.data_offset) / self.steps_per_epoch
+
+    def requests(self, first: int, last: int, rank: int, size: int) -> Iterator[Request]:
+        """The micro-batches of steps [first, last) that a rank computes."""
+        offset = self.data_offset
+        return requests_of(first + offset, last + offset, self.steps_per_epoch, self.config, rank, size)
 
 
 def accumulation(config: RunConfig, size: int) -> int:

@@ -36,12 +36,17 @@ def publish(run_dir: Path, work: Path) -> list[Path]:
     return published
 
 
-def mark_complete(run_dir: Path, step: int, artefacts: list[Path], metrics: Mapping[str, Any]) -> None:
-    """Say that the run is complete at `step` with these files; nothing of the run is written after this."""
+def mark_complete(
+    run_dir: Path, step: int, artefacts: list[Path], metrics: Mapping[str, Any], early: bool = False
+) -> None:
+    """Say that the run is complete at `step` with these files; nothing of the run is written after this.
+
+    `early`: before the end of its schedule, because nothing was gained any more.
+    """
     files = {
         str(path.relative_to(run_dir)): {"bytes": path.stat().st_size, "crc32": file_crc32(path)} for path in artefacts
     }
-    write_json(run_dir / MARKER, {"step": step, "artefacts": files, "metrics": dict(metrics)})
+    write_json(run_dir / MARKER, {"step": step, "artefacts": files, "metrics": dict(metrics), "early": early})
 
 
 def unmark(run_dir: Path) -> None:
@@ -49,11 +54,14 @@ def unmark(run_dir: Path) -> None:
     (run_dir / MARKER).unlink(missing_ok=True)
 
 
-def completed(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The final metrics of a run that is complete at `step` with every artefact whole; None where something is left."""
+def completed(run_dir: Path, step: int, early: bool = False) -> dict[str, Any] | None:
+    """The final metrics of a run that is complete at `step` with every artefact whole; None where something is left.
+
+    With `early` only where it ended early.
+    """
     try:
         marker = json.loads((run_dir / MARKER).read_text())
-        if marker["step"] != step:
+        if marker["step"] != step or (early and not marker.get("early")):
             return None
         for name, entry in marker["artefacts"].items():
             path = run_dir / name

@@ -27,7 +27,7 @@ from beit_fast.version import __version__
 
 FORMAT = "beit_fast run 1"
 RATES = {"optim.lr", "optim.min_lr", "optim.warmup_lr"}
-"""Settings that --resume-from may change."""
+"""Settings that --resume-from, --extend and --change-batch-size may change, beside their own."""
 EARLIER_VALUES: dict[str, Any] = {"data.value_range": None}
 """What runs did before a setting existed, by its dotted name: runs of then are continued so."""
 REPLAY_KEPT = 2
@@ -131,19 +131,24 @@ class RunFolder:
         self._compare(saved, config, task)
 
     def _compare(self, saved: dict[str, Any], config: RunConfig, task: str) -> None:
-        free = fields_marked(config, "free") | (RATES if config.resume_from is not None else set())
+        own = ({"epochs", "steps"} if config.extend else set()) | (
+            {"batch_size"} if config.change_batch_size else set()
+        )
+        free = fields_marked(config, "free") | own | (RATES if own or config.resume_from is not None else set())
         before, now = EARLIER_VALUES | flat(saved["config"]), flat(to_plain(config))
-        changed = [
-            f"{name}: {json.dumps(before[name])} in that run, {json.dumps(now[name])} now"
-            for name in sorted(before.keys() & now.keys())
-            if before[name] != now[name] and name not in free
-        ]
+        names = [n for n in sorted(before.keys() & now.keys()) if before[n] != now[n] and n not in free]
+        changed = [f"{n}: {json.dumps(before[n])} in that run, {json.dumps(now[n])} now" for n in names]
+        ways = {"epochs": "--extend", "steps": "--extend", "batch_size": "--change-batch-size", **dict.fromkeys(RATES)}
+        extra = ""
+        if names and set(names) <= ways.keys():
+            options = " ".join(sorted({way for n in names if (way := ways[n])})) or "--resume-from STEP"
+            extra = f"{options} continues it so; or "
         if saved.get("task") != task:
             changed.insert(0, f"task: {saved.get('task')} in that run, {task} now")
         if changed:
             raise ValueError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed)}); repeat its settings to continue "
-                "it, or start another with --fresh or another --output-dir"
+                f"{self.path} holds a run with other settings ({'; '.join(changed)}); {extra}repeat its settings "
+                "to continue it, or start another with --fresh or another --output-dir"
             )
         version = str(saved.get("version"))
         unknown = sorted((now.keys() - before.keys() - free) | (before.keys() - now.keys() - EARLIER_VALUES.keys()))

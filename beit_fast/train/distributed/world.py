@@ -140,14 +140,13 @@ class LostRank(RuntimeError):
     """Another process of the run is gone, or did not answer."""
 
 
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process ended or does not answer; gloo raises bare RuntimeErrors."""
-    if isinstance(error, dist.DistError):
-        return True
+def lost_rank(error: RuntimeError, rank: int, step: int) -> LostRank | None:
+    """What an error means that says that another process ended or does not answer; gloo raises bare RuntimeErrors."""
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("closed by peer", "connection reset", "gloo/transport", "timed out waiting")
-    )
+    signs = ("closed by peer", "connection reset", "gloo/transport", "timed out waiting")
+    if not isinstance(error, dist.DistError) and not any(sign in text for sign in signs):
+        return None
+    return LostRank(f"rank {rank} lost another one at step {step} ({str(error).splitlines()[0][:200]})")
 
 
 class Vote(enum.IntEnum):
