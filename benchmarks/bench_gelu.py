@@ -14,7 +14,7 @@ from torch import Tensor
 
 from beit_fast import kernels
 from benchmarks.harness import OURS, Comparison
-from benchmarks.pointwise import PointwiseCase, compiled, draws, passes, pointwise_cases
+from benchmarks.pointwise import PointwiseCase, compiled, draws, exact_and_eager, passes, pointwise_cases
 
 NAMES = [OURS, "plain torch", "torch.compile"]
 
@@ -38,7 +38,7 @@ def compare(case: PointwiseCase) -> Comparison:
             "plain torch": lambda: passes(case, plain, inputs, grads),
             "torch.compile": lambda: passes(case, compiled(plain), inputs, grads),
         },
-        shapes={"B": B, "N": N, "D": D}, dtype=case.dtype, tolerance=case.tolerance,
+        shapes={"B": B, "N": N, "D": D}, dtype=case.dtype, exact=exact_and_eager(case, plain, inputs, grads),
         bytes=(5 if case.backward else 2) * B * N * D * (2 if case.narrow != torch.float32 else 4),
     )  # fmt: skip
 

@@ -17,7 +17,16 @@ from torch import Tensor
 from beit_fast import kernels
 from benchmarks.harness import OURS, Comparison, Implementation
 from benchmarks.models import autocast
-from benchmarks.pointwise import EPS, PointwiseCase, compiled, draws, needs_gpu, passes, pointwise_cases
+from benchmarks.pointwise import (
+    EPS,
+    PointwiseCase,
+    compiled,
+    draws,
+    exact_and_eager,
+    needs_gpu,
+    passes,
+    pointwise_cases,
+)
 
 NAMES = [OURS, "plain torch", "transformers style", "torch.compile", "Liger"]
 
@@ -53,7 +62,9 @@ def compare(case: PointwiseCase) -> Comparison:
         return kernels.masked_cross_entropy(**given, rows=rows, targets=targets, eps=EPS)
 
     def scored(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return F.cross_entropy(logits.float(), targets), (logits.argmax(-1) == targets).sum()
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets), (
+            logits.argmax(-1) == targets
+        ).sum()
 
     def plain(hidden: Tensor, norm_weight: Tensor, norm_bias: Tensor, head_weight: Tensor, head_bias: Tensor) -> Any:
         normed = F.layer_norm(hidden.index_select(0, rows), (D,), norm_weight, norm_bias, EPS)
@@ -84,7 +95,8 @@ def compare(case: PointwiseCase) -> Comparison:
             "torch.compile": lambda: mixed(compiled(plain)),
             "Liger": liger,
         },
-        shapes={"B": B, "N": N, "D": D, "V": V, "M": M}, dtype=case.dtype, tolerance=case.tolerance,
+        shapes={"B": B, "N": N, "D": D, "V": V, "M": M}, dtype=case.dtype,
+        exact=exact_and_eager(case, plain, inputs, grads, lambda: autocast(case.device, case.narrow)),
         flops=(3 if case.backward else 1) * 2.0 * M * V * D,
     )  # fmt: skip
 

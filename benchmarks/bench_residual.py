@@ -15,7 +15,16 @@ from torch import Tensor
 
 from beit_fast import kernels
 from benchmarks.harness import OURS, Comparison, Implementation
-from benchmarks.pointwise import EPS, PointwiseCase, compiled, draws, needs_gpu, passes, pointwise_cases
+from benchmarks.pointwise import (
+    EPS,
+    PointwiseCase,
+    compiled,
+    draws,
+    exact_and_eager,
+    needs_gpu,
+    passes,
+    pointwise_cases,
+)
 
 NAMES = [OURS, "plain torch", "official style", "torch.compile", "Liger"]
 
@@ -79,7 +88,7 @@ def compare(case: PointwiseCase) -> Comparison:
             "torch.compile": lambda: passes(case, compiled(official), inputs, grads),
             "Liger": liger,
         },
-        shapes={"B": B, "N": N, "D": D}, dtype=case.dtype, tolerance=case.tolerance,
+        shapes={"B": B, "N": N, "D": D}, dtype=case.dtype, exact=exact_and_eager(case, official, inputs, grads),
         bytes=(8 + 2 * half) * values + ((12 + 3 * half) * values if case.backward else 0),
     )  # fmt: skip
 

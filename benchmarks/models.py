@@ -102,8 +102,13 @@ class MimBatch:
 
     def first(self, count: int) -> MimBatch:
         """The first images of it."""
-        masked = int(self.mask[:count].sum())
-        return MimBatch(self.images[:count], self.mask[:count], self.labels[:masked])
+        return self.few(0, count)
+
+    def few(self, start: int, count: int) -> MimBatch:
+        """Some images of it."""
+        end, before = start + count, int(self.mask[:start].sum())
+        masked = int(self.mask[start:end].sum())
+        return MimBatch(self.images[start:end], self.mask[start:end], self.labels[before : before + masked])
 
 
 def make_batch(config: BeitConfig, batch_size: int, device: torch.device, masked_share: float = 75 / 196) -> MimBatch:

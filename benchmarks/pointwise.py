@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,6 @@ class PointwiseCase:
     @property
     def narrow(self) -> torch.dtype:
         return getattr(torch, self.dtype)
-
-    @property
-    def tolerance(self) -> float:
-        return 1e-4 if self.dtype == "float32" else 3e-2
 
     def title(self, what: str) -> str:
         direction = "forward and backward" if self.backward else "forward"
@@ -68,13 +65,17 @@ def draws(case: PointwiseCase) -> Callable[..., Tensor]:
 def passes(
     case: PointwiseCase, forward: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor], grads: list[Tensor]
 ) -> Implementation:
-    """Forward, and with `case.backward` the gradients of all inputs that have one, as a network would ask for them."""
+    """Forward, and with `case.backward` the gradients of all inputs that have one, as a network would ask for them.
+
+    In half precision outputs that count are left out of the result: a logit that is rounded may change them by one.
+    """
     learned = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
 
     def run() -> dict[str, Tensor]:
         with torch.set_grad_enabled(case.backward):
             outputs = list(forward(**inputs))
-        found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        counted = [case.dtype == "float32" or output.is_floating_point() for output in outputs]
+        found = {f"output {i}": output.detach() for i, output in enumerate(outputs) if counted[i]}
         if case.backward:
             pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=False) if o.requires_grad]
             gradients = torch.autograd.grad([o for o, _ in pairs], list(learned.values()), [g for _, g in pairs])
@@ -82,6 +83,23 @@ def passes(
         return found
 
     return Implementation(run, run)
+
+
+def exact_and_eager(
+    case: PointwiseCase, plain: Callable[..., Sequence[Tensor]], inputs: dict[str, Tensor], grads: list[Tensor],
+    within: Callable[[], Any] = nullcontext,
+) -> Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]] | None:  # fmt: skip
+    """`Comparison.exact` of plain operations, in fp64 and `within` a context in the case's dtype; None in fp32."""
+    if case.dtype == "float32":
+        return None
+
+    def results() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        wide = {name: t.detach().double().requires_grad_(t.requires_grad) for name, t in inputs.items()}
+        with within():
+            narrow = passes(case, plain, inputs, grads).run()
+        return passes(case, plain, wide, grads).run(), narrow
+
+    return results
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
