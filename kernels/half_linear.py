@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels.backend import select
-from beit_fast.kernels.matmul import linear, wide_product
+from beit_fast.kernels.matmul import wide_product
 from beit_fast.kernels.registration import fused_op, is_traced
 
 
@@ -42,7 +42,7 @@ def cast_into(copies: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
 def half_linear(
     x: Tensor,
     weight: Tensor,
-    half: Tensor | None,
+    half: Tensor,
     half_bias: Tensor | None = None,
     first_bias: Tensor | None = None,
     last_bias: Tensor | None = None,
@@ -52,7 +52,7 @@ def half_linear(
     Args:
         x: (..., K), made as narrow as `half`.
         weight: (N, K) fp32.
-        half: (N, K), `weight` in half precision; None: nothing was cast, this is `linear(x, weight)`.
+        half: (N, K), `weight` in half precision.
         half_bias: (N,) in half precision, or None.
         first_bias: (n,) fp32, the parameter behind the first n of `half_bias`, or None.
         last_bias: as `first_bias`, behind the last n.
@@ -60,8 +60,6 @@ def half_linear(
     Returns:
         (..., N) in the dtype of `half`.
     """
-    if half is None:
-        return linear(x, weight)
     return _half_linear(x.to(half.dtype), weight, half, half_bias, first_bias, last_bias)
 
 

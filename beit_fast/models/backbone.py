@@ -193,7 +193,8 @@ class BeitBackbone(nn.Module):
         fused_norm = final_norm is not None and all_stock((final_norm, nn.LayerNorm)) and final_norm.bias is not None
         norms.append(cast(nn.LayerNorm, final_norm) if fused_norm else None)
         halves: list[HalfWeights | None] = [None] * len(layers)
-        if all(fused) and not self.bias_within_blocks:
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        if autocast and all(fused) and not self.bias_within_blocks:
             halves = cast_weights(layers, x)
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         normed: Tensor | None = None

@@ -187,7 +187,8 @@ class BeitForMaskedImageModeling(HubMethods, BeitBackbone):
         x, normed = self._run_blocks(x, bias_of, drop_path, len(front), last.norm1)
         assert normed is not None
         # The last block: attention over all tokens, the rest at the masked positions, each a sample of one token.
-        half = None if self.bias_within_blocks else cast_weights([last], x)[0]
+        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+        half = cast_weights([last], x)[0] if autocast and not self.bias_within_blocks else None
         heads = last.attn.attend(normed, bias_of(len(front)), half)
         heads, x = (tensor.flatten(0, 1).index_select(0, tokens).unsqueeze(1) for tensor in (heads, x))
         factors = None if drop_path is None else drop_path[-1].index_select(1, sample)

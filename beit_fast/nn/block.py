@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from beit_fast.kernels import Bias, bias_gelu, residual_add, residual_layer_norm
+from beit_fast.kernels import Bias, bias_gelu, linear, residual_add, residual_layer_norm
 from beit_fast.kernels.half_linear import cast_into, half_dtype, half_linear
 from beit_fast.nn.attention import Attention, HalfWeights
 from beit_fast.nn.mlp import Mlp
@@ -106,21 +106,15 @@ class Block(nn.Module):
             x, heads: (B, N, D), residual stream and `attn.attend`.
             drop_path, next_norm, half: as of `forward_fused`; so is what is returned.
         """
-        _, half_proj, half_fc1, half_fc2, _ = half or (None,) * 5
         proj, fc1, fc2, norm = self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.norm2
         first, second = (None, None) if drop_path is None else drop_path
+        branch = linear(heads, proj.weight) if half is None else half_linear(heads, proj.weight, half.proj)
         x, normed = residual_layer_norm(
-            x,
-            half_linear(heads, proj.weight, half_proj),
-            self.gamma_1,
-            first,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            proj.bias,
-        )
-        hidden = bias_gelu(half_linear(normed, fc1.weight, half_fc1), fc1.bias, may_overwrite=True)
-        branch = half_linear(hidden, fc2.weight, half_fc2)
+            x, branch, self.gamma_1, first, norm.weight, norm.bias, norm.eps, proj.bias
+        )  # fmt: skip
+        hidden = linear(normed, fc1.weight) if half is None else half_linear(normed, fc1.weight, half.fc1)
+        hidden = bias_gelu(hidden, fc1.bias, may_overwrite=True)
+        branch = linear(hidden, fc2.weight) if half is None else half_linear(hidden, fc2.weight, half.fc2)
         if next_norm is None:
             return residual_add(x, branch, self.gamma_2, second, fc2.bias), None
         return residual_layer_norm(
