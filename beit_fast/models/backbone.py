@@ -137,7 +137,7 @@ class BeitBackbone(nn.Module):
         x = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         if self.pos_embed is not None:
             grid, positions = self._grid_of(images), cast(Tensor, self.pos_embed)
-            if grid != self.config.grid:
+            if isinstance(images, torch.fx.Proxy) or grid != self.config.grid:
                 positions = resize_position_embedding(positions, self.config.grid, grid)
             x = x + positions
         return self.pos_drop(x)
@@ -193,8 +193,8 @@ class BeitBackbone(nn.Module):
         fused_norm = final_norm is not None and all_stock((final_norm, nn.LayerNorm)) and final_norm.bias is not None
         norms.append(cast(nn.LayerNorm, final_norm) if fused_norm else None)
         halves: list[HalfWeights | None] = [None] * len(layers)
-        autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-        if autocast and all(fused) and not self.bias_within_blocks:
+        can_cast = all(fused) and not self.bias_within_blocks and x.device.type != "meta"
+        if can_cast and torch.is_autocast_enabled(x.device.type):
             halves = cast_weights(layers, x)
         checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
         normed: Tensor | None = None
