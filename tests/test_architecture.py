@@ -20,10 +20,11 @@ FOLDERS = {
 ALLOWED = {
     "kernels": set(),
     "nn": {"kernels"},
-    "models": {"kernels", "nn"},
+    "network": set(),
+    "models": {"kernels", "nn", "network"},
     "integrations": {"kernels", "nn", "models"},
     "data": {"kernels", "_C"},
-    "tokenizers": {"kernels"},
+    "tokenizers": {"kernels", "network"},
     "visualize": {"kernels", "nn", "models", "tokenizers"},
     "train.values": {"data", "train.distributed"},
     "train.distributed": {"nn", "models", "train.values"},

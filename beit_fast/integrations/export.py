@@ -15,6 +15,7 @@ from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, conve
 from beit_fast.models.mim import pretrained_backbone
 
 Target = Literal["timm", "transformers", "onnx", "safetensors", "torch-export"]
+_RATES = ("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate")
 Function = Callable[[Tensor], Tensor]
 
 
@@ -36,7 +37,8 @@ def timm_config(config: BeitConfig, preprocessing: Mapping[str, Any]) -> dict[st
             "embed_dim": config.width, "depth": config.depth, "num_heads": config.num_heads,
             "mlp_ratio": config.mlp_ratio, "init_values": config.layer_scale_init,
             "use_abs_pos_emb": config.use_abs_pos_emb, "use_rel_pos_bias": own, "use_shared_rel_pos_bias": shared,
-            "use_fc_norm": config.norm_after_pooling,
+            "use_fc_norm": config.norm_after_pooling, "global_pool": config.global_pool, "qkv_bias": config.qkv_bias,
+            **{name: rate for name in _RATES if (rate := getattr(config, name))},
         },
         "pretrained_cfg": {
             "num_classes": config.num_classes, "input_size": (config.in_chans, *config.image_hw),
@@ -51,6 +53,16 @@ def timm_config(config: BeitConfig, preprocessing: Mapping[str, Any]) -> dict[st
 def transformers_config(config: BeitConfig, classes: tuple[str, ...], pretraining: bool) -> dict[str, Any]:
     """Arguments of `transformers.BeitConfig` for this architecture."""
     own, shared = (config.relative_position_bias == kind for kind in ("per_block", "shared"))
+    wrong = {
+        "qkv_bias": config.qkv_bias is not True,
+        "global_pool": config.global_pool == "" and not pretraining,
+        "use_fc_norm": config.norm_after_pooling != (config.global_pool == "avg"),
+        "drop_rate": bool(config.drop_rate),
+        "pos_drop_rate": config.pos_drop_rate != config.proj_drop_rate,
+    }
+    if names := [name for name, differs in wrong.items() if differs]:
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+        raise ValueError(f"transformers' BEiT has no {values}: --to timm, onnx, torch-export or safetensors")
     labels = dict(enumerate(classes))
     return {
         "image_size": config.image_size, "patch_size": config.patch_size, "num_channels": config.in_chans,
@@ -60,7 +72,8 @@ def transformers_config(config: BeitConfig, classes: tuple[str, ...], pretrainin
         "layer_scale_init_value": config.layer_scale_init or 0.0, "use_mask_token": pretraining,
         "use_absolute_position_embeddings": config.use_abs_pos_emb, "use_relative_position_bias": own,
         "use_shared_relative_position_bias": shared, "drop_path_rate": config.drop_path_rate,
-        "vocab_size": config.vocab_size,
+        "vocab_size": config.vocab_size, "hidden_dropout_prob": config.proj_drop_rate,
+        "attention_probs_dropout_prob": config.attn_drop_rate,
         **({"id2label": labels, "label2id": {name: number for number, name in labels.items()}} if labels else {}),
     }  # fmt: skip
 

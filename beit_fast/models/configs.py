@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -21,6 +23,9 @@ _RESOLUTIONS: dict[str, tuple[int, ...]] = {
     "base": (224, 384),
     "large": (224, 384, 512),
 }
+_RENAMED = {"embed_dim": "width", "init_values": "layer_scale_init", "img_size": "image_size"}
+# Arguments of timm's class that change what BEiT is.
+_FIXED = {"swiglu_mlp": False, "scale_mlp": False, "feature_cls": "getter"}
 _LAYER_SCALE_INIT = {"tiny": 0.1, "small": 0.1, "base": 0.1, "large": 1e-5}
 
 
@@ -183,3 +188,39 @@ def named_config(name: str) -> BeitConfig:
     family, size, _, side = name.split("_")
     overrides = {"layer_scale_init": 1e-5} if family == "beitv2" else {}
     return BeitConfig.from_preset(cast(Size, size), "plus", image_size=int(side), **overrides)
+
+
+def timm_fields(options: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's arguments of a BEiT as fields of `BeitConfig`, whose own names are taken, too.
+
+    Raises:
+        ValueError: an argument is unknown, or asks for what BEiT is not.
+    """
+    known = {field.name for field in fields(BeitConfig)}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        field = _RENAMED.get(key, key)
+        if key in _FIXED:
+            if value != _FIXED[key]:
+                raise ValueError(f"{key}={value!r} is not supported: BEiT has {key}={_FIXED[key]!r}")
+        elif key == "patch_size" and not isinstance(value, int):
+            values[field] = _square(value)
+        elif field in known:
+            values[field] = value
+        elif key not in ("use_rel_pos_bias", "use_shared_rel_pos_bias"):
+            close = difflib.get_close_matches(key, [*known, *_RENAMED, *_FIXED, "features_only", "out_indices"], 1)
+            raise ArgumentError(f"argument {key!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else ""))
+    shared, own = options.get("use_shared_rel_pos_bias", False), options.get("use_rel_pos_bias", True)
+    if shared and options.get("use_rel_pos_bias", False):
+        raise ValueError("use_rel_pos_bias and use_shared_rel_pos_bias: choose one table for each block or one for all")
+    if "use_rel_pos_bias" in options or shared:
+        values["relative_position_bias"] = "shared" if shared else "per_block" if own else "none"
+    return values
+
+
+def _square(patch_size: Any) -> int:
+    """timm also takes (side, side)."""
+    sides = set(patch_size)
+    if len(sides) != 1:
+        raise ValueError(f"patch_size {tuple(patch_size)} is not supported: patches are square")
+    return int(sides.pop())

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +13,9 @@ import torch
 
 from beit_fast.models.beit import Beit
 from beit_fast.models.checkpoints import load_checkpoint
-from beit_fast.models.configs import ArgumentError, BeitConfig, model_names, named_config
+from beit_fast.models.configs import BeitConfig, model_names, named_config, timm_fields
 from beit_fast.models.features import BeitFeatures
-from beit_fast.models.hub import weights_at
+from beit_fast.models.hub import config_at, weights_at
 
 _MEAN_V2, _STD_V2 = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _V1_1K, _V1_22K = "in22k_ft_in22k_in1k", "in22k_ft_in22k"
@@ -32,9 +31,7 @@ _TAGS = {
     "beitv2_base_patch16_224": (_V2_1K, _V2_1K_ALONE, _V2_22K),
     "beitv2_large_patch16_224": (_V2_1K, _V2_1K_ALONE, _V2_22K),
 }
-_RENAMED = {"embed_dim": "width", "init_values": "layer_scale_init"}
-# Arguments of timm's class that change what BEiT is, and arguments of its factory that mean nothing here.
-_FIXED = {"swiglu_mlp": False, "scale_mlp": False, "feature_cls": "getter"}
+# Arguments of timm's factory that mean nothing here.
 _MEANINGLESS = ("scriptable", "exportable", "no_jit")
 
 
@@ -68,7 +65,7 @@ def list_models(
 
 
 def create_model(
-    name: str,
+    name: str = "",
     pretrained: bool | str | Path = False,
     checkpoint_path: str | Path = "",
     num_classes: int | None = None,
@@ -79,11 +76,14 @@ def create_model(
     """Make a BEiT (or BEiT v2, the same backbone) by its timm name, with timm's arguments.
 
     Args:
-        name: one of `list_models()`, with or without a tag (`beit_base_patch16_224.in22k_ft_in22k`).
+        name: one of `list_models()`, with or without a tag (`beit_base_patch16_224.in22k_ft_in22k`); or, as in timm,
+            "local-dir:FOLDER" or "hf-hub:owner/name" for the architecture found there. Without one it is that of
+            `pretrained`, a finished run or a folder with a `config.json`.
         pretrained: True fetches the weights timm publishes under that name and tag; a path or "hf-hub:owner/name" takes
             others. They are resized to `img_size`, and their head is kept if it has `num_classes` outputs.
         checkpoint_path: a file to load, as `models.load_checkpoint` reads it.
-        num_classes: outputs; 0 leaves the head out; None: 1000, or 21841 where the tag's weights have as many.
+        num_classes: outputs; 0 leaves the head out; None: 1000, or 21841 where the tag's weights have as many, or as
+            many as a folder has.
         in_chans: colour channels.
         img_size: pixels, a side or (height, width); the name's own where None. Any other size works at run time, too.
         overrides: `features_only` and `out_indices` (then the result is a `BeitFeatures`); `global_pool`,
@@ -106,6 +106,11 @@ def create_model(
         >>> [tuple(m.shape) for m in maps(torch.zeros(1, 3, 64, 96))]
         [(1, 192, 4, 6), (1, 192, 4, 6)]
     """
+    found = None
+    if name.startswith(("local-dir:", "hf-hub:")) or not name:
+        source = name.removeprefix("local-dir:") or pretrained
+        found, pretrained = _architecture_at(source), source if pretrained else False
+        name = "beit_base_patch16_224"
     base, _, tag = name.partition(".")
     tag = _tag_of(overrides.pop("pretrained_cfg", None), tag)
     if overrides.pop("pretrained_cfg_overlay", None):
@@ -123,9 +128,12 @@ def create_model(
     norm_layer, ema = options.pop("norm_layer", None), options.pop("ema", True)
     classes = (21841 if tag in (_V1_22K, _V2_22K) else 1000) if num_classes is None else num_classes
     config = named_config(base)
+    if found is not None:
+        config, in_chans = found, found.in_chans if in_chans == 3 else in_chans
+        classes = found.num_classes if num_classes is None else num_classes
     config = replace(config, image_size=img_size or config.image_size, in_chans=in_chans)
     with torch.device(device) if device is not None else nullcontext():
-        model = Beit(config.for_classification(classes, **_config_fields(options)))
+        model = Beit(config.for_classification(classes, **timm_fields(options)))
         if norm_layer is not None:
             model.replace_norms(norm_layer)
     if dtype is not None:
@@ -141,6 +149,17 @@ def create_model(
     if features_only:
         return cast(Beit, BeitFeatures(model, out_indices, norm=norm, output_fmt=output_fmt))
     return model
+
+
+def _architecture_at(source: Any) -> BeitConfig:
+    """The architecture that a run, a folder or a repository of the hub describes."""
+    if isinstance(source, bool):
+        raise ValueError("create_model needs a name, or pretrained= a run, a folder or 'hf-hub:owner/name'")
+    config, _ = config_at(source)
+    if config is None:
+        known = "it does not exist" if not Path(source).exists() else "it has no config.json"
+        raise ValueError(f"{source}: {known}, so its architecture is unknown; give the name of the model, too")
+    return config
 
 
 def published_as(name: str) -> str:
@@ -164,38 +183,6 @@ def _tag_of(pretrained_cfg: Any, tag: str) -> str:
     if not isinstance(pretrained_cfg, str):
         raise ValueError("pretrained_cfg is not supported: give the weights as pretrained= or checkpoint_path=")
     return pretrained_cfg
-
-
-def _config_fields(options: dict[str, Any]) -> dict[str, Any]:
-    """timm's argument names as fields of `BeitConfig`."""
-    known = {field.name for field in fields(BeitConfig)}
-    values: dict[str, Any] = {}
-    for key, value in options.items():
-        field = _RENAMED.get(key, key)
-        if key in _FIXED:
-            if value != _FIXED[key]:
-                raise ValueError(f"{key}={value!r} is not supported: BEiT has {key}={_FIXED[key]!r}")
-        elif key == "patch_size" and not isinstance(value, int):
-            values[field] = _square(value)
-        elif field in known:
-            values[field] = value
-        elif key not in ("use_rel_pos_bias", "use_shared_rel_pos_bias"):
-            close = difflib.get_close_matches(key, [*known, *_RENAMED, *_FIXED, "features_only", "out_indices"], 1)
-            raise ArgumentError(f"argument {key!r} is unknown" + (f"; did you mean {close[0]!r}?" if close else ""))
-    shared, own = options.get("use_shared_rel_pos_bias", False), options.get("use_rel_pos_bias", True)
-    if shared and options.get("use_rel_pos_bias", False):
-        raise ValueError("use_rel_pos_bias and use_shared_rel_pos_bias: choose one table for each block or one for all")
-    if "use_rel_pos_bias" in options or shared:
-        values["relative_position_bias"] = "shared" if shared else "per_block" if own else "none"
-    return values
-
-
-def _square(patch_size: Any) -> int:
-    """timm also takes (side, side)."""
-    sides = set(patch_size)
-    if len(sides) != 1:
-        raise ValueError(f"patch_size {tuple(patch_size)} is not supported: patches are square")
-    return int(sides.pop())
 
 
 def _default_cfg(base: str, tag: str, num_classes: int, config: BeitConfig) -> dict[str, Any]:

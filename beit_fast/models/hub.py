@@ -11,8 +11,9 @@ from typing import Any, Self, cast
 from torch import nn
 
 from beit_fast.models.checkpoints import load_checkpoint
-from beit_fast.models.configs import BeitConfig, named_config
+from beit_fast.models.configs import BeitConfig, named_config, timm_fields
 from beit_fast.models.reading import CheckpointError
+from beit_fast.network import is_reachable
 from beit_fast.version import __version__
 
 _PREFIX = "hf-hub:"
@@ -96,18 +97,22 @@ def config_at(source: str | Path) -> tuple[BeitConfig | None, Path | None]:
 
 def _fetched(repository: str, file: str, download: Mapping[str, Any]) -> Path:
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
     except ModuleNotFoundError:
         raise CheckpointError(
             f"{repository}: fetching needs huggingface_hub: pip install beit-fast[hub], or give the path of a file"
         ) from None
     given = {key: value for key, value in download.items() if value is not None}
+    offline = not is_reachable(constants.ENDPOINT)  # the hub's own library tries for half a minute
     try:
+        if offline:
+            given["local_files_only"] = True
         return Path(hf_hub_download(repository, file, **given))
     except Exception as error:
         url = f"https://huggingface.co/{repository}/resolve/{download.get('revision') or 'main'}/{file}"
+        why = f"{constants.ENDPOINT} cannot be reached" if offline else type(error).__name__
         raise CheckpointError(
-            f"{repository}: {file} could not be fetched ({type(error).__name__}); fetch {url} where there "
+            f"{repository}: {file} could not be fetched ({why}); fetch {url} where there "
             "is a network, then give the path of the file"
         ) from error
 
@@ -243,6 +248,9 @@ def _from_transformers(values: Mapping[str, Any]) -> BeitConfig:
         relative_position_bias="per_block" if own else "shared" if shared else "none",
         layer_scale_init=values.get("layer_scale_init_value", 0.1) or None,
         drop_path_rate=values.get("drop_path_rate", 0.1),
+        proj_drop_rate=values.get("hidden_dropout_prob", 0.0),
+        pos_drop_rate=values.get("hidden_dropout_prob", 0.0),
+        attn_drop_rate=values.get("attention_probs_dropout_prob", 0.0),
         vocab_size=values.get("vocab_size", 8192),
         num_classes=len(values["id2label"]) if "id2label" in values else values.get("num_labels", 2),
         global_pool="avg" if values.get("use_mean_pooling", True) else "token",
@@ -250,8 +258,9 @@ def _from_transformers(values: Mapping[str, Any]) -> BeitConfig:
 
 
 def _from_timm(values: Mapping[str, Any]) -> BeitConfig:
-    given = {**values, **values.get("model_args", {})}
-    known = {field.name for field in fields(BeitConfig)}
     config = named_config(values["architecture"].partition(".")[0])
-    classes = values.get("num_classes", 1000)
-    return config.for_classification(classes, **{k: v for k, v in given.items() if k in known and k != "num_classes"})
+    known = {field.name for field in fields(BeitConfig)}
+    own = {name: value for name, value in values.items() if name in known}
+    given = {**own, **timm_fields(tuples(values.get("model_args", {})))}
+    classes = given.pop("num_classes", 1000)
+    return config.for_classification(classes, **given)

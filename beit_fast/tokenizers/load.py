@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from beit_fast.network import is_reachable
 from beit_fast.tokenizers.base import Tokenizer, TokenizerError
 from beit_fast.tokenizers.dalle import DalleDecoder, DalleEncoder, DalleTokenizer
 from beit_fast.tokenizers.discrete_vae import DiscreteVAE
@@ -199,6 +200,9 @@ def _provide(folder: Path, part: str, mirrors: tuple[str, ...], parameters: int,
         return _convert(by_hand, part, parameters, sha256)
     reasons = []
     for url in mirrors:
+        if not is_reachable(url):
+            reasons.append(f"{url}: its server cannot be reached")
+            continue
         fetched = folder / f"fetched_{part}{Path(url).suffix}"
         try:
             fetch(url, fetched)

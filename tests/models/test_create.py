@@ -189,7 +189,7 @@ def names_of(model, group):
         ({"pretrained_cfg": {"file": "weights.pth"}}, "give the weights as pretrained="),
         ({"pretrained_cfg_overlay": {"file": "weights.pth"}}, "give the weights as pretrained="),
         ({"pretrained_cfg": "in21k"}, "'beit_base_patch16_224.in21k' is unknown; choose one of .*in22k_ft_in22k"),
-        ({"name": "hf-hub:timm/beit_base_patch16_224"}, "give pretrained= a path or 'hf-hub:owner/name'"),
+        ({"name": "hub:timm/beit_base_patch16_224"}, "give pretrained= a path or 'hf-hub:owner/name'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

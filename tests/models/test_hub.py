@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+import threading
 from dataclasses import replace
 
 import pytest
@@ -138,3 +140,39 @@ def test_what_would_be_uploaded(tmp_path, monkeypatch):
     again = Beit.from_pretrained(tmp_path / "uploaded")
     assert torch.equal(again.head.weight, model.head.weight)
     assert model.save_pretrained(tmp_path / "local") is None
+
+
+def test_a_hub_that_does_not_answer_is_noticed_in_two_seconds(monkeypatch, tmp_path):
+    """A server that accepts no connection, and a name lookup that hangs; what is in the cache is used all the same."""
+    from huggingface_hub import constants
+
+    from beit_fast import network
+
+    monkeypatch.setattr(network, "PATIENCE_S", 0.2)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    hanging = threading.Event()
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))  # it does not listen
+        address = f"http://127.0.0.1:{full.getsockname()[1]}"
+        assert not network.is_reachable(address)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        with pytest.raises(CheckpointError, match=f"config.json could not be fetched \\({address} cannot be reached"):
+            Beit.from_pretrained("owner/name", cache_dir=tmp_path)
+        full.listen()
+        assert network.is_reachable(address)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: hanging.wait(30) and ())
+    assert not network.is_reachable("https://huggingface.co")
+    hanging.set()
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "1234"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("1234")
+    noisy(Beit(SQUARE.for_classification(3))).save_pretrained(snapshot)
+    assert Beit.from_pretrained("owner/name", cache_dir=tmp_path).num_classes == 3
+
+
+def test_a_proxy_is_not_bypassed(monkeypatch):
+    from beit_fast import network
+
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert network.is_reachable("https://huggingface.co")
