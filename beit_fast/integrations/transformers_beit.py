@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class BeitForMaskedImageModeling(theirs.BeitForMaskedImageModeling):
     """
 
     @can_return_tuple
+    @functools.wraps(theirs.BeitForMaskedImageModeling.forward)  # transformers reads signatures, annotations included
     def forward(
         self,
         pixel_values: Tensor | None = None,

@@ -1,6 +1,7 @@
 """accelerate, restore and attn_implementation="beit_fast" on transformers' BEiTs: same numbers, names and objects."""
 
 import copy
+import inspect
 import io
 import pickle
 from dataclasses import replace
@@ -15,7 +16,7 @@ from benchmarks.baselines.libraries import transformers_beit
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 
 make_torchvision_importable()
-pytest.importorskip("transformers")
+find_labels = pytest.importorskip("transformers.utils.generic").find_labels
 
 SMALL = BeitConfig(width=48, depth=4, num_heads=3, patch_size=8, image_size=32, vocab_size=60, num_classes=7)
 ARCHITECTURES = {
@@ -395,6 +396,74 @@ def test_logits_after_the_weights_changed_are_refused():
 
 
 # attn_implementation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_signatures_stay_what_transformers_reads(kind):
+    """`Trainer` drops the columns that `forward` does not name, and takes labels from it; others read it, too."""
+    model = make(kind)
+    before = {name: inspect.signature(module.forward) for name, module in model.named_modules()}
+    labels = find_labels(type(model))
+    after = {name: inspect.signature(module.forward) for name, module in beit_fast.accelerate(model).named_modules()}
+    assert after[""] == before[""]
+    assert {name: list(s.parameters) for name, s in after.items()} == {
+        name: list(s.parameters) for name, s in before.items()
+    }
+    assert find_labels(type(model)) == labels == (["labels"] if "labels" in inputs(kind) else [])
+    if kind == "BeitForMaskedImageModeling":
+        assert list(before[""].parameters)[:3] == ["pixel_values", "bool_masked_pos", "labels"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["BeitForImageClassification", "BeitForMaskedImageModeling"])
+def test_transformers_trainer_trains_an_accelerated_model_as_its_own(kind, tmp_path):
+    """With a column that no model knows: the default `remove_unused_columns` has to find out by the signature."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    examples = [{**{name: value[row] for name, value in inputs("BeitForImageClassification").items()}, "path": str(row)}
+                for row in range(4)]  # fmt: skip
+    losses = []
+    for model in (make(kind), beit_fast.accelerate(make(kind))):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to="none", use_cpu=True, logging_steps=1
+        )
+        trainer = Trainer(model, arguments, train_dataset=examples)
+        if kind == "BeitForMaskedImageModeling":
+            trainer.data_collator = Masked(trainer.data_collator)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+
+
+class Masked:
+    """Collates images with the masks and tokens of a pre-training step."""
+
+    def __init__(self, collate):
+        self.collate = collate
+
+    def __call__(self, rows):
+        return self.collate([{"pixel_values": row["pixel_values"]} for row in rows]) | {
+            "bool_masked_pos": MASK,
+            "labels": TOKENS,
+        }
+
+
+@pytest.mark.slow
+def test_lora_of_peft_on_an_accelerated_model():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    outputs = []
+    for model in (make("BeitForImageClassification"), beit_fast.accelerate(make("BeitForImageClassification"))):
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(model, settings)
+        loss = adapted(**inputs("BeitForImageClassification")).loss
+        loss.backward()
+        outputs.append([loss, *(p.grad for p in adapted.parameters() if p.requires_grad)])
+    assert len(outputs[0]) == 1 + 4 * 2 * 2
+    for found, expected in zip(outputs[1], outputs[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
