@@ -186,7 +186,8 @@ def test_a_class_map_says_which_is_which(tmp_path):
 
 
 def test_names_that_are_no_utf8_come_back(tmp_path):
-    for name in ("狗".encode("gbk"), b"\xff\xfe", "Grüße".encode("latin1")):
+    names = ("狗", "gbk"), ("犬", "shift_jis"), ("개", "euc-kr"), ("Grüße", "latin1"), ("鳥", "big5")
+    for name in (b"\xff\xfe", *(text.encode(encoding) for text, encoding in names)):
         folder = os.path.join(os.fsencode(tmp_path), name)
         os.makedirs(folder)
         with open(os.path.join(folder, b"1.jpg"), "wb") as file:

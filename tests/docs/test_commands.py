@@ -155,3 +155,13 @@ def start(words, environ):
     command = [sys.executable, *toy_words(words)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(words)}\n{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_every_test_that_a_page_names_exists():
+    """The tables of docs/data.md and docs/unnoticed-mistakes.md say which test holds each line."""
+    tests = {
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = {word for name in NAMES if name != "drop-in" for word in inline(name) if re.fullmatch(r"test_\w+", word)}
+    assert len(named) > 45
+    assert named - tests == set()

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit_fast.data.labelled import open_training
+from beit_fast.train.checkpoint.run_folder import RunFolder
 from beit_fast.visualize import charts
 from beit_fast.visualize.charts import Series, line_chart
 from beit_fast.visualize.run_report import CHARTS, read_run, write_comparison, write_report
@@ -192,3 +194,17 @@ def test_the_data_of_a_run_is_shown(tmp_path):
     section = page[page.index("<h2>Data</h2>") : page.index("<h2>Configuration</h2>")]
     rows = {"images.read": "1200", "images.bad": "3", "path": "/some/&lt;where&gt;"}
     assert all(f"<td>{name}</td><td>{value}</td>" in section for name, value in rows.items())
+
+
+def test_what_a_run_found_is_shown_with_what_it_left_out(tmp_path):
+    """From the folder on disk through data.json to the page."""
+    data = tmp_path / "ds"
+    for name in ("cat/1.jpg", "cat/2.heic", "dog/1.heic"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(b"")
+    run = make_run(tmp_path / "run")
+    RunFolder(run).record_data({"training": open_training(data).source.contents})
+    page = write_report(run).read_text()
+    section = page[page.index("<h2>Data</h2>") : page.index("<h2>Configuration</h2>")]
+    for words in (str(data), "suffix .heic", "cat/2.heic", "classes_without_an_image", "dog"):
+        assert words in section, words

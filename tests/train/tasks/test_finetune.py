@@ -22,6 +22,7 @@ from beit_fast.train.checkpoint.format import save_checkpoint
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation.classification import Evaluation, evaluate_classifier
+from beit_fast.train.evaluation.segmentation import SegmentationScores
 from beit_fast.train.tasks.finetune import (
     AugmentConfig,
     ClassifierModelConfig,
@@ -116,6 +117,17 @@ def test_a_run_folder_holds_what_it_is_read_for(config):
     assert Image.open(folder / "confusion.png").size[0] > 500
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"train_top1_percent", "images_per_s", "data_wait_share", "bad_images"} <= set(lines[0])
+
+
+def test_tables_hold_class_names_that_are_no_utf8(tmp_path):
+    """The bytes of the folders' names, from both kinds of scores; pictures draw what they can."""
+    texts = ("狗", "gbk"), ("犬", "shift_jis"), ("개", "euc-kr"), ("Grüße", "latin1")
+    names = [text.encode(encoding) for text, encoding in texts]
+    classes, ones = tuple(os.fsdecode(name) for name in names), np.ones(4, np.int64)
+    for scores in (Evaluation(classes, ones, ones, ones, 0.0, np.eye(4, dtype=np.int64)[::-1].copy()),
+                   SegmentationScores(classes, np.eye(4, dtype=np.int64), 1)):  # fmt: skip
+        table = scores.write(tmp_path)[0].read_bytes()
+        assert {line.split(b"\t")[0] for line in table.splitlines()[1:]} == set(names)
 
 
 def test_partners_are_those_of_the_global_batch(config):
