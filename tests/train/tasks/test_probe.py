@@ -16,7 +16,7 @@ from beit_fast.train import engine
 from beit_fast.train.checkpoint.format import newest_checkpoint
 from beit_fast.train.config import LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
-from beit_fast.train.schedules import learning_rate
+from beit_fast.train.schedules import learning_rate, requests_of
 from beit_fast.train.tasks.finetune import ClassifierModelConfig, LabelledDataConfig
 from beit_fast.train.tasks.probe import LayerProbes, LinearProbe, ProbeConfig, block_features
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
@@ -150,7 +150,7 @@ def test_with_augmentation_every_epoch_has_other_features(config):
     config = dataclasses.replace(config, augment=True, standardise=True, steps=3)
     task = LinearProbe(config)
     probes = task.build(CPU)
-    requests = [engine.requests_of(s, s + 1, 3, config, 0, 1) for s in (0, 3)]
+    requests = [requests_of(s, s + 1, 3, config, 0, 1) for s in (0, 3)]
     batches = [next(iter(task.batches(part))) for part in requests]
     order = [epoch_order(np.arange(16), 48, config.seed, epoch).tolist() for epoch in (0, 1)]
     assert [batch.indices.tolist() for batch in batches] == order
