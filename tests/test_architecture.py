@@ -28,7 +28,7 @@ ALLOWED = {
     "visualize": {"kernels", "nn", "models", "tokenizers"},
     "train.values": {"data", "train.distributed"},
     "train.distributed": {"nn", "models", "train.values"},
-    "train.checkpoint": {"train.values", "train.distributed"},
+    "train.checkpoint": {"data", "train.values", "train.distributed"},
     "train": {"data", "models", "visualize", "train.values", "train.distributed", "train.checkpoint"},
     "train.evaluation": {"kernels", "models", "tokenizers", "data", "visualize", "train", "train.values",
                          "train.distributed", "train.checkpoint"},

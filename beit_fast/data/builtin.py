@@ -35,6 +35,7 @@ from beit_fast.data.scenes import (
 )
 from beit_fast.data.sources import FolderSource
 from beit_fast.data.sources.source import default_cache_dir
+from beit_fast.data.sources.writing import naming, write_text
 
 __all__ = ["NOTICE", "NUM_CLASSES", "builtin_source", "render", "render_labelled"]
 
@@ -153,7 +154,7 @@ def _check_manifest(folder: Path, expected: dict[str, Any]) -> None:
     if path.exists():
         try:
             manifest = json.loads(path.read_text())
-        except ValueError:
+        except (ValueError, RecursionError):
             manifest = None
         if manifest != expected:
             raise ValueError(f"{path} does not describe these images; delete the folder {folder} to draw them again")
@@ -161,7 +162,7 @@ def _check_manifest(folder: Path, expected: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds images but no manifest; delete the folder to draw them again")
     else:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(expected, indent=1) + "\n")
+        write_text(temporary, json.dumps(expected, indent=1) + "\n")
         temporary.replace(path)
 
 
@@ -242,8 +243,9 @@ def _save(image: Any, path: Path, **options: Any) -> None:
     """Whole or not at all."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        image.save(temporary, **options)
-        temporary.replace(path)
+        with naming(path):
+            image.save(temporary, **options)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -319,8 +319,9 @@ class BadImages:
                 self._written = {line.split("\t", 1)[0] for line in file}
 
     def __len__(self) -> int:
-        """Distinct bad images so far."""
-        return len(self._reasons)
+        """Distinct bad images so far, those that the run listed before it was resumed included."""
+        with self._lock:
+            return len(self._written.union(map(_one_line, self._reasons)))
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -340,7 +341,7 @@ class BadImages:
             if name in self._reasons:
                 return
             self._reasons[name] = reason
-            if self._path is not None and name not in self._written:
+            if self._path is not None and _one_line(name) not in self._written:
                 line = f"{_one_line(name)}\t{_one_line(reason)}\n"
                 file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 try:

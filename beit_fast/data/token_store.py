@@ -12,7 +12,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import mmap
 import os
 import shutil
 import zlib
@@ -27,6 +26,101 @@ from numpy.typing import NDArray
 MAGIC = b"beit_fast tokens 1\n"
 HEADER_BYTES = 4096
 _CRC_BYTES = 4
+
+
+class RowFile:
+    """Rows of equal size behind a header, read and written by their number.
+
+    Not a memory map: where its file is cut off, or the disk is full, a map ends the process by SIGBUS.
+
+    Args:
+        path: an existing file.
+        header_bytes: where row 0 begins.
+        row_bytes: size of a row.
+    """
+
+    def __init__(self, path: Path, header_bytes: int, row_bytes: int) -> None:
+        self.path, self.header_bytes, self.row_bytes = path, header_bytes, row_bytes
+        self._file = -1
+        self._file = os.open(path, (os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY) | os.O_CLOEXEC)
+
+    def read(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Rows (b, row_bytes), and which of them the file holds whole (b,); zeros in place of the others.
+
+        Raises:
+            OSError: the file cannot be read; the message names it.
+        """
+        rows = np.zeros((len(numbers), self.row_bytes), np.uint8)
+        whole = np.zeros(len(numbers), np.bool_)
+        try:
+            for row, number in enumerate(numbers.tolist()):
+                read = os.preadv(self._file, [rows[row]], self.header_bytes + number * self.row_bytes)
+                whole[row] = read == self.row_bytes
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot read {self.path}: {error.strerror}; mend the disk, or delete it"
+            ) from error
+        rows[~whole] = 0
+        return rows, whole
+
+    def write(self, number: int, data: bytes) -> None:
+        """Write row `number`.
+
+        Raises:
+            OSError: it cannot be written whole; the message names the file and what is free.
+        """
+        try:
+            if os.pwrite(self._file, data, self.header_bytes + number * self.row_bytes) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _named(error, self.path, len(data)) from error
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file; safe to call twice."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    __del__ = close
+
+
+def create_row_file(path: Path, header: bytes, size: int) -> None:
+    """Make a file of `size` bytes with its disk space, under another name first: what bears `path` has a header.
+
+    Raises:
+        OSError: it does not fit on the disk; the message names the file and the MiB.
+    """
+    work = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with work.open("wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
+                    raise
+                file.truncate(size)  # a file system that cannot reserve space
+            file.seek(0)
+            file.write(header)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, path)
+    except OSError as error:
+        raise _named(error, path, size) from error
+    finally:
+        with contextlib.suppress(OSError):
+            work.unlink(missing_ok=True)
+
+
+def _named(error: OSError, path: Path, size: int) -> OSError:
+    free = shutil.disk_usage(existing_parent(path)).free / 2**20
+    return OSError(
+        f"cannot write {path}: {error.strerror or error}; {size / 2**20:,.2f} MiB are needed, {free:,.2f} are free: "
+        "free some space or put it on another disk"
+    )
 
 
 class TokenStore:
@@ -58,21 +152,14 @@ class TokenStore:
                 os.replace(path, aside)
                 self.note = f"token cache {path} is damaged: begun anew, the old file is {aside}"
             if not path.exists():
-                self._create(header)
-            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(self._file, self.bytes, access=mmap.ACCESS_READ)
-        except BaseException:
-            os.close(self._file)
-            raise
-        records = np.frombuffer(self._map, np.uint8, offset=HEADER_BYTES)
-        self._records: NDArray[np.uint8] | None = records.reshape(cycle * num_samples, self.record_bytes)
+                require_space(path, self.bytes)
+                create_row_file(path, header, self.bytes)
+            self._file = RowFile(path, HEADER_BYTES, self.record_bytes)
 
     def read(self, epoch: int, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint16], NDArray[np.bool_]]:
         """Tokens (b, P) of samples `indices` (b,) in `epoch`, and whether they are there (b,); zeros where not."""
-        assert self._records is not None, "the store is closed"
         numbers = self._numbers(epoch, indices)
-        rows = self._records[numbers]  # a copy: what is checked is what is used
+        rows, _ = self._file.read(numbers)  # what the file lacks reads as zeros, and has no valid crc32
         crcs = rows[:, -_CRC_BYTES:].copy().view("<u4")[:, 0]
         tokens = rows[:, :-_CRC_BYTES].copy().view("<u2").astype(np.uint16, copy=False)
         present = np.zeros(len(numbers), np.bool_)
@@ -83,7 +170,11 @@ class TokenStore:
         return tokens, present
 
     def write(self, epoch: int, indices: NDArray[np.int64], tokens: NDArray[Any]) -> None:
-        """Keep tokens (b, P), integers below 65536, of samples `indices` (b,) in `epoch`."""
+        """Keep tokens (b, P), integers below 65536, of samples `indices` (b,) in `epoch`.
+
+        Raises:
+            OSError: they cannot be written; what is there stays right, and they are absent.
+        """
         if tokens.shape != (len(indices), self.num_tokens):
             raise ValueError(f"tokens must be {(len(indices), self.num_tokens)}, got {tokens.shape}")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < 1 << 16:
@@ -93,15 +184,11 @@ class TokenStore:
             data = row.tobytes()
             record = data + self._crc(number, data).to_bytes(_CRC_BYTES, "little")
             # what a full disk cuts short has no valid crc32 and is written again another time
-            os.pwrite(self._file, record, HEADER_BYTES + number * self.record_bytes)
+            self._file.write(number, record)
 
     def close(self) -> None:
-        """Unmap and close the file; safe to call twice."""
-        if self._records is not None:
-            self._records = None
-            with contextlib.suppress(BufferError):  # somebody still holds a view
-                self._map.close()
-            os.close(self._file)
+        """Close the file; safe to call twice."""
+        self._file.close()
 
     def __enter__(self) -> TokenStore:
         return self
@@ -119,26 +206,6 @@ class TokenStore:
 
     def _crc(self, number: int, data: bytes) -> int:
         return zlib.crc32(data, zlib.crc32(number.to_bytes(8, "little"), self._salt)) or 1
-
-    def _create(self, header: bytes) -> None:
-        """The whole file, with its blocks, under another name first: what bears the name has a header."""
-        require_space(self.path, self.bytes)
-        work = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with work.open("wb") as file:
-                try:
-                    os.posix_fallocate(file.fileno(), 0, self.bytes)
-                except OSError as error:
-                    if error.errno == errno.ENOSPC:
-                        raise
-                    file.truncate(self.bytes)  # a file system that cannot reserve space
-                file.seek(0)
-                file.write(header)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(work, self.path)
-        finally:
-            work.unlink(missing_ok=True)
 
 
 def store_bytes(num_samples: int, num_tokens: int, cycle: int) -> int:
@@ -212,7 +279,10 @@ def _read_header(data: bytes) -> dict[str, Any] | None:
     text = data[at + 8 : at + 8 + length]
     if len(data) != HEADER_BYTES or not data.startswith(MAGIC) or len(text) != length or zlib.crc32(text) != crc:
         return None
-    stored = json.loads(text)
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
     return stored if isinstance(stored, dict) and _header(stored) == data else None
 
 

@@ -91,8 +91,11 @@ def test_bad_images_are_counted_once_and_written_down(tmp_path, caplog):
         "bad image replaced: b\tc.jpg (empty file)",
     ]
     resumed = BadImages(10_000, tmp_path / "bad_files.tsv")
-    resumed.add("a.jpg", "empty file")
-    resumed.add("d.jpg", "cut off")
+    counts = [len(resumed)]
+    for name in ("a.jpg", "b\tc.jpg", "d.jpg"):
+        resumed.add(name, "cut off")
+        counts.append(len(resumed))
+    assert counts == [2, 2, 2, 3], "it counts backwards after a resume"
     assert (tmp_path / "bad_files.tsv").read_text().count("\n") == 3
 
 

@@ -146,12 +146,13 @@ def _listed_remotely(files: Files, number: int) -> _Index:
     """The images of a remote shard, from the list in the cache folder where the shard is still the same."""
     key = hashlib.sha256(f"{files.names[number]}\0{files.version(number)}".encode()).hexdigest()[:32]
     path = default_cache_dir() / "shards-2" / f"{key}.json"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         images, skipped = json.loads(path.read_text())
         return _Index([tuple(image) for image in images], [tuple(entry) for entry in skipped])
     index = _index_shard(_Blocks(files, number), 0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(index))
-    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # without it the shard is only listed again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(index))
+        os.replace(partial, path)
     return index

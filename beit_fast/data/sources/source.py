@@ -66,10 +66,17 @@ class Names:
 
 
 def default_cache_dir() -> Path:
-    """Give `$BEIT_FAST_CACHE`, or `beit_fast` in the user's cache folder."""
+    """Give `$BEIT_FAST_CACHE`, or `beit_fast` in the user's cache folder.
+
+    Raises:
+        ValueError: neither is set, and there is no home folder.
+    """
     if "BEIT_FAST_CACHE" in os.environ:
         return Path(os.environ["BEIT_FAST_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit_fast"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "beit_fast"
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep the cache in; set BEIT_FAST_CACHE to a folder") from None
 
 
 def first_level_classes(names: Sequence[str], separator: str) -> NDArray[np.int32] | None:

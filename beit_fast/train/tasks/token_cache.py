@@ -1,5 +1,6 @@
 """Visual tokens of a batch: from the store of repeated views (--data.view-cycle), or from the tokenizer."""
 
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,14 @@ def open_store(
 
 
 class TokenSource:
-    """Gives the tokens that a batch is to predict; what the tokenizer computes for a store is kept there."""
+    """Gives the tokens that a batch is to predict; what the tokenizer computes for a store is kept there.
+
+    A store that cannot be written costs time and no step: what it lacks is computed.
+    """
 
     def __init__(self, tokenizer: Tokenizer, store: TokenStore | None) -> None:
         self.tokenizer, self.store = tokenizer, store
+        self._full = False
         self._copies: deque[tuple[torch.cuda.Event, int, NDArray[np.int64], Tensor]] = deque()
 
     def of(self, batch: PretrainBatch, predict_all: bool = False) -> Tensor:
@@ -83,4 +88,10 @@ class TokenSource:
 
     def _write(self, epoch: int, indices: NDArray[np.int64], new: Tensor) -> None:
         assert self.store is not None
-        self.store.write(epoch, indices, new.flatten(1).numpy())
+        if self._full:
+            return
+        try:
+            self.store.write(epoch, indices, new.flatten(1).numpy())
+        except OSError as error:
+            self._full = True
+            print(f"warning: no more tokens are kept, training goes on ({error})", file=sys.stderr, flush=True)

@@ -136,14 +136,14 @@ def test_the_features_are_computed_once(config, capsys):
     task.build(CPU)
     task.close()
     assert "features: " not in capsys.readouterr().out
-    np.testing.assert_array_equal(task.cache.features, before)
+    np.testing.assert_array_equal(np.load(folder / "features.npy"), before)
     assert json.loads((folder / "complete.json").read_text())["features"] == "cls+mean"
     other = dataclasses.replace(config, seed=1)  # other weights
     task = LinearProbe(other)
     task.build(CPU)
     task.close()
     assert "features: " in capsys.readouterr().out
-    assert not np.array_equal(task.cache.features, before)
+    assert not np.array_equal(np.load(folder / "features.npy"), before)
 
 
 def test_with_augmentation_every_epoch_has_other_features(config):
