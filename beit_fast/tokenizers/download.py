@@ -19,9 +19,16 @@ _CHUNK = 1 << 20
 
 
 def default_cache_dir() -> Path:
-    """Give `$BEIT_FAST_CACHE`, else `$XDG_CACHE_HOME/beit_fast`, else `~/.cache/beit_fast`."""
+    """Give `$BEIT_FAST_CACHE`, else `$XDG_CACHE_HOME/beit_fast`, else `~/.cache/beit_fast`.
+
+    Raises:
+        TokenizerError: none of them is set, and there is no home folder.
+    """
     shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "beit_fast"
-    return Path(os.environ.get("BEIT_FAST_CACHE") or shared).expanduser()
+    try:
+        return Path(os.environ.get("BEIT_FAST_CACHE") or shared).expanduser()
+    except RuntimeError:
+        raise TokenizerError("there is no home folder to keep the cache in; set BEIT_FAST_CACHE to a folder") from None
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from beit_fast.network import is_reachable
@@ -34,6 +35,7 @@ MIRRORS: dict[str, tuple[str, ...]] = {
     ),
 }
 _DALLE_PARAMETERS = {"encoder": 53_786_240, "decoder": 43_829_766}
+_LARGEST = 4 << 30  # bytes
 _SUFFIXES = (".safetensors", ".pkl", ".pth")
 
 
@@ -52,8 +54,9 @@ def load_tokenizer(
         name_or_path: "demo", the small tokenizer that comes with beit_fast; "dalle", fetched into the cache at first
             use; "random", an untrained one, always the same; or a path: `.safetensors`, `encoder.pkl` / `decoder.pkl`
             of DALL-E (each finds the other in its folder), `.pth` / `.bin` state dicts, a folder with such files.
-        sha256: the hash that the file must have (for "dalle": the published encoder file). None: the hash is printed
-            and stored next to the file at first use, and compared from then on.
+        sha256: the hash that the file must have; of encoder and decoder, separated by a comma, where both are read (a
+            decoder that is not demanded is left out). For "dalle": of the published files. None: the hash is printed
+            and kept in the cache at first use, and compared from then on.
         cache_dir: where "dalle" is kept; None: `$BEIT_FAST_CACHE` or `~/.cache/beit_fast`.
         device: where the tokenizer runs.
         dtype: of the convolutions; the output convolution stays float32. None: float16 for DALL-E on a GPU, as in the
@@ -100,55 +103,89 @@ def load_tokenizer(
     return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False).prepare()
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(path: Path, sha256: str | None) -> tuple[dict[str, Tensor], str]:
-    """Tensors and the hash that identifies them: the file's own, or that of the pickle it was converted from."""
+def _bytes_of(path: Path) -> bytes:
+    """The whole file: what is hashed is what is read."""
     if not path.is_file():
-        raise TokenizerError(f"{path} is not a file")
+        raise TokenizerError(f"{path} is not a file; give the path of a tokenizer's file")
     try:
-        digest = _hash(path)
-        if path.suffix != ".safetensors":
-            _verify(path, digest, digest, sha256)
-            return read_tensors(path), digest
-        with safe_open(path, framework="pt") as file:
-            source = (file.metadata() or {}).get("source_sha256", digest)
-            _verify(path, digest, source, sha256)
-            return {name: file.get_tensor(name) for name in file.keys()}, source  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise TokenizerError(f"{path} is not a readable safetensors file ({error}). Fetch it again.") from error
+        if (size := path.stat().st_size) > _LARGEST:
+            raise TokenizerError(f"{path} has {size >> 20:,} MiB, more than any tokenizer; give a tokenizer's file")
+        return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _verify(path: Path, digest: str, source: str, demanded: str | None) -> None:
-    """Compare with the demanded hash, or with the one stored in `<file>.sha256`; store it at first use."""
-    sidecar = path.with_name(f"{path.name}.sha256")
-    known = next(iter(sidecar.read_text().split()), None) if sidecar.exists() else None
-    if demanded is not None:
-        if demanded.strip().lower() not in (digest, source):
-            raise TokenizerError(f"{path} has sha256 {source}, not the demanded {demanded}: fetch it again")
-    elif known not in (None, digest):
+def _demanded(sha256: str | None) -> set[str]:
+    """The hashes in a demand: one, or several separated by commas."""
+    return {word.strip().lower() for word in (sha256 or "").split(",")} - {""}
+
+
+def _read(path: Path, demanded: set[str]) -> tuple[dict[str, Tensor], str]:
+    """Tensors and the hash that identifies them: the file's own, or that of the file it was converted from here."""
+    data = _bytes_of(path)
+    digest = hashlib.sha256(data).hexdigest()
+    source = _record(digest + ".source") or digest
+    if not demanded:
+        _compare_with_first_use(path, digest)
+    elif not demanded & {digest, source}:
         raise TokenizerError(
-            f"{path} has changed since its first use: sha256 {digest}, before {known}. "
-            f"If you replaced it on purpose, delete {sidecar}"
+            f"{path} has sha256 {digest}, not the demanded {', '.join(sorted(demanded))}: fetch it again"
         )
-    if known != digest:
-        where = f"stored in {sidecar.name}"
-        try:
-            temporary = sidecar.with_name(f"{sidecar.name}.{os.getpid()}.tmp")
-            temporary.write_text(f"{digest}  {path.name}\n")
-            os.replace(temporary, sidecar)
-        except OSError:
-            where = "not stored: the folder is read-only"
-        print(f"tokenizer {path}: sha256 {digest} (first use, {where})", file=sys.stderr)
+    if path.suffix != ".safetensors":
+        return read_tensors(path, data), source
+    try:
+        return load_safetensors(data), source
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"{path} is not a readable safetensors file ({reason}). Fetch it again.") from error
+
+
+def _record_path(name: str) -> Path:
+    """Where hashes are kept: in the user's cache, never in the folder of the file that they are of."""
+    return default_cache_dir() / "hashes" / name
+
+
+def _record(name: str) -> str | None:
+    """The hash in a record; None where there is none."""
+    try:
+        return next(iter(_record_path(name).read_text().split()), None)
+    except (OSError, ValueError):
+        return None
+
+
+def _keep_record(name: str, digest: str, about: str) -> bool:
+    """Write a record of one line; False where the cache cannot be written."""
+    try:
+        path = _record_path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(f"{digest}  {about}\n", errors="surrogateescape")
+        os.replace(temporary, path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _compare_with_first_use(path: Path, digest: str) -> None:
+    """Compare with the hash kept at first use, or shipped as `<file>.sha256`; both can only refuse. Keep the first."""
+    place = os.path.abspath(path)
+    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+    beside = path.with_name(f"{path.name}.sha256")
+    shipped = next(iter(beside.read_text(errors="replace").split()), None) if beside.is_file() else None
+    for kept_in, known in ((beside, shipped), (None, kept_before := _record(name))):
+        if known not in (None, digest):
+            raise TokenizerError(
+                f"{path} has changed since its first use: sha256 {digest}, before {known}. "
+                f"If you replaced it on purpose, delete {kept_in or _record_path(name)}"
+            )
+    if shipped is None and kept_before is None:
+        kept = _keep_record(name, digest, place)
+        print(f"tokenizer {path}: sha256 {digest} (first use, {'kept' if kept else 'not kept'})", file=sys.stderr)
 
 
 def _load_file(path: Path, sha256: str | None) -> DalleTokenizer | DiscreteVAE:
-    tensors, digest = _read(path, sha256)
+    demanded = _demanded(sha256)
+    tensors, digest = _read(path, demanded)
     model = _build(tensors, path)
     if isinstance(model, DiscreteVAE):
         tokenizer: DalleTokenizer | DiscreteVAE = model
@@ -156,7 +193,12 @@ def _load_file(path: Path, sha256: str | None) -> DalleTokenizer | DiscreteVAE:
         parts: list[nn.Module] = [model]
         other = "decoder" if isinstance(model, DalleEncoder) else "encoder"
         if (other_file := _part_file(path.parent, other)) is not None:
-            parts.append(_build(_read(other_file, None)[0], other_file))
+            try:
+                parts.append(_build(_read(other_file, demanded)[0], other_file))
+            except TokenizerError as error:
+                if not demanded:
+                    raise
+                print(f"the {other} is left out: {error}; demand its hash too, after a comma", file=sys.stderr)
         encoders = [part for part in parts if isinstance(part, DalleEncoder)]
         decoders = [part for part in parts if isinstance(part, DalleDecoder)]
         if len(encoders) > 1 or len(decoders) > 1:
@@ -190,7 +232,7 @@ def _load_dalle(
     with exclusive(folder):
         for part in ("encoder", "decoder") if decoder else ("encoder",):
             if not (folder / f"{part}.safetensors").is_file():
-                _provide(folder, part, mirrors[part], parameters[part], sha256 if part == "encoder" else None)
+                _provide(folder, part, mirrors[part], parameters[part], sha256)
     return _load_file(folder / "encoder.safetensors", sha256)
 
 
@@ -218,23 +260,28 @@ def _provide(folder: Path, part: str, mirrors: tuple[str, ...], parameters: int,
 
 
 def _convert(source: Path, part: str, parameters: int, sha256: str | None) -> None:
-    """Write the tensors of a DALL-E part, checked, as `{part}.safetensors`; the source's hash goes into the metadata.
+    """Write the tensors of a DALL-E part, checked, as `{part}.safetensors`; the cache records what it was made of.
 
     Raises:
-        TokenizerError: it is another part, of another size, or its hash is not the demanded one.
+        TokenizerError: it is another part, of another size, or its hash is not a demanded one.
     """
-    digest = _hash(source)
-    if sha256 is not None and sha256.strip().lower() != digest:
-        raise TokenizerError(f"{source.name} has sha256 {digest}, not the demanded {sha256}")
-    model = _build(tensors := read_tensors(source), source)
+    data = _bytes_of(source)
+    digest = hashlib.sha256(data).hexdigest()
+    if (demanded := _demanded(sha256)) and digest not in demanded:
+        raise TokenizerError(f"{source.name} has sha256 {digest}, not the demanded {sha256}: fetch it again")
+    model = _build(tensors := read_tensors(source, data), source)
     if not isinstance(model, DalleEncoder if part == "encoder" else DalleDecoder):
-        raise TokenizerError(f"{source.name} is not the {part} of DALL-E but a {type(model).__name__}")
+        raise TokenizerError(f"{source.name} is not the {part} of DALL-E but a {type(model).__name__}: fetch it again")
     count = sum(p.numel() for p in model.parameters())
     if count != parameters:
-        raise TokenizerError(f"{source.name} has {count:,} parameters; the published {part} has {parameters:,}")
+        raise TokenizerError(
+            f"{source.name} has {count:,} parameters; the published {part} has {parameters:,}: fetch it again"
+        )
     print(f"DALL-E {part}: sha256 {digest}", file=sys.stderr)
+    converted = save_safetensors(tensors, metadata={"source": source.name})
     temporary = source.with_name(f"{part}.{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"source": source.name, "source_sha256": digest})
+    temporary.write_bytes(converted)
+    _keep_record(f"{hashlib.sha256(converted).hexdigest()}.source", digest, source.name)
     os.replace(temporary, source.with_name(f"{part}.safetensors"))
 
 

@@ -127,8 +127,8 @@ def _fill(storage: Tensor, data: bytes) -> None:
         storage.copy_(torch.frombuffer(bytearray(data), dtype=storage.dtype))
 
 
-def _read_zip(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive:
+def _read_zip(data: bytes) -> Any:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = archive.namelist()
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):  # torch.save never compresses
             raise pickle.UnpicklingError("a compressed zip file")
@@ -138,15 +138,15 @@ def _read_zip(path: Path) -> Any:
         root = pickles[0].removesuffix("data.pkl")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("a file written on a big-endian machine")
-        unpickler = _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), path.stat().st_size)
+        unpickler = _TensorUnpickler(io.BytesIO(archive.read(pickles[0])), len(data))
         loaded = unpickler.load()
         for key, storage in unpickler.storages.items():
             _fill(storage, archive.read(f"{root}data/{key}"))
         return loaded
 
 
-def _read_stream(path: Path) -> Any:
-    with path.open("rb") as file:
+def _read_stream(data: bytes) -> Any:
+    with io.BytesIO(data) as file:
         if _TensorUnpickler(file).load() != _STREAM_MAGIC:
             raise pickle.UnpicklingError("not a file written by torch.save")
         if _TensorUnpickler(file).load() != _STREAM_PROTOCOL:
@@ -154,7 +154,7 @@ def _read_stream(path: Path) -> Any:
         info = _TensorUnpickler(file).load()
         if isinstance(info, dict) and info.get("little_endian") is False:
             raise pickle.UnpicklingError("a file written on a big-endian machine")
-        unpickler = _TensorUnpickler(file, path.stat().st_size)
+        unpickler = _TensorUnpickler(file, len(data))
         loaded = unpickler.load()
         keys = _TensorUnpickler(file).load()
         if set(keys) != set(unpickler.storages):
@@ -181,11 +181,12 @@ def _collect(value: Any, prefix: str, tensors: dict[str, Tensor]) -> None:
         _collect(child, f"{prefix}{name}.", tensors)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """Read the tensors of a `torch.save` file that holds a module or a state dict; nothing in it is executed.
 
     Args:
         path: the file. A state dict may lie under `weights`, `state_dict`, `model` or `module`.
+        data: its bytes, where they have been read.
 
     Returns:
         name -> tensor, on the CPU, contiguous.
@@ -193,11 +194,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         TokenizerError: the file is anything else: text, truncated, a pickle that names other code.
     """
-    with path.open("rb") as file:
-        start = file.read(4096)
-    _refuse_text(path, start)
+    data = path.read_bytes() if data is None else data
+    _refuse_text(path, data[:4096])
     try:
-        loaded = _read_zip(path) if start.startswith(b"PK") else _read_stream(path)
+        loaded = _read_zip(data) if data.startswith(b"PK") else _read_stream(data)
     except Exception as error:  # a broken or hostile pickle can fail in any way; to the reader all mean the same
         reason = str(error).replace("\n", " ") or "it is truncated"
         raise TokenizerError(f"{path} is refused: {reason}. Fetch the published file again.") from error
@@ -208,6 +208,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     _collect(loaded, "", tensors)
     if not tensors:
         raise TokenizerError(f"{path} holds no tensors")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > 2 * len(data):  # thousands of views of one storage; a shared weight may come twice
+        raise TokenizerError(
+            f"{path} is refused: its tensors take {size >> 20:,} MiB, the file {len(data) >> 20:,}. Fetch the "
+            "published file again."
+        )
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 

@@ -71,6 +71,14 @@ def make_parts(folder: Path, zipped: bool = True) -> tuple[DalleEncoder, DalleDe
     return encoder, decoder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Hashes are kept here, not in the cache of whoever runs the tests."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("BEIT_FAST_CACHE", str(cache))
+    return cache
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -255,22 +263,73 @@ def test_official_discrete_vae_file(tmp_path: Path) -> None:
         assert torch.equal(load_tokenizer(path).encode(images), model.encode(images))
 
 
-def test_hash_at_first_use_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hash_at_first_use_and_after(tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "own.safetensors"
     save_file(DiscreteVAE(20, 4, 8).state_dict(), file)
     first = load_tokenizer(file)
     assert first.sha256 == sha256(file)
     assert first.sha256 in capsys.readouterr().err
-    assert (tmp_path / "own.safetensors.sha256").read_text() == f"{first.sha256}  own.safetensors\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"], "a file in somebody's folder"
+    (record,) = (own_cache / "hashes").iterdir()
+    assert record.read_text() == f"{first.sha256}  {file}\n"
     load_tokenizer(file)
     assert capsys.readouterr().err == ""
     save_file(DiscreteVAE(20, 4, 8).state_dict(), file)
-    with pytest.raises(TokenizerError, match=rf"changed.*{first.sha256}.*delete"):
+    with pytest.raises(TokenizerError, match=rf"changed.*{first.sha256}.*delete {record}"):
         load_tokenizer(file)
     with pytest.raises(TokenizerError, match="demanded"):
         load_tokenizer(file, sha256=first.sha256)
-    load_tokenizer(file, sha256=sha256(file).upper())  # demanded explicitly: becomes the known one
+    load_tokenizer(file, sha256=sha256(file).upper())  # a demand stands above what was kept
+    record.unlink()
     load_tokenizer(file)
+    Path(f"{file}.sha256").write_text(first.sha256)  # shipped with a file: it can refuse
+    with pytest.raises(TokenizerError, match=rf"changed.*delete {file}.sha256"):
+        load_tokenizer(file)
+
+
+def test_a_hash_in_the_files_own_metadata_proves_nothing(tmp_path: Path) -> None:
+    """Random weights that claim to be converted from the demanded file, the claim repeated in files beside them."""
+    make_parts(tmp_path)
+    published = sha256(tmp_path / "encoder.pkl")
+    for part in ("encoder", "decoder"):
+        (tmp_path / f"{part}.pkl").unlink()
+    forged = tmp_path / "forged" / "encoder.safetensors"
+    forged.parent.mkdir()
+    save_file(DalleEncoder(8, 50).state_dict(), forged, metadata={"source_sha256": published})
+    (forged.parent / "hashes").mkdir()
+    (forged.parent / "hashes" / f"{sha256(forged)}.source").write_text(published)
+    with pytest.raises(TokenizerError, match="not the demanded"):
+        load_tokenizer(forged, sha256=published)
+    assert load_tokenizer(forged).sha256 == sha256(forged)
+
+
+def test_a_decoder_is_read_only_where_it_is_demanded_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_parts(tmp_path)
+    encoder, decoder = (sha256(tmp_path / f"{part}.pkl") for part in ("encoder", "decoder"))
+    assert load_tokenizer(tmp_path, sha256=encoder).decoder is None
+    assert f"the decoder is left out: {tmp_path / 'decoder.pkl'} has sha256 {decoder}" in capsys.readouterr().err
+    assert load_tokenizer(tmp_path, sha256=f"{encoder}, {decoder}").decoder is not None
+    with pytest.raises(TokenizerError, match="not the demanded"):
+        load_tokenizer(tmp_path, sha256=decoder)
+
+
+def test_a_converted_copy_counts_only_with_the_record_of_its_conversion(tmp_path: Path, own_cache: Path) -> None:
+    make_parts(tmp_path)
+    published = sha256(tmp_path / "encoder.pkl")
+    load._convert(tmp_path / "encoder.pkl", "encoder", SMALL["encoder"], published)
+    copy = tmp_path / "encoder.safetensors"
+    assert load_tokenizer(copy, sha256=published).sha256 == published
+    (own_cache / "hashes" / f"{sha256(copy)}.source").unlink()
+    with pytest.raises(TokenizerError, match="not the demanded"):
+        load_tokenizer(copy, sha256=published)
+
+
+def test_thousands_of_views_of_one_storage_are_refused(tmp_path: Path) -> None:
+    """8 MB in the file, 16 GB as tensors."""
+    one = torch.zeros(1 << 21)
+    torch.save({f"t{i}": one for i in range(2000)}, tmp_path / "encoder.pkl")
+    with pytest.raises(TokenizerError, match="its tensors take 16,000 MiB, the file 8"):
+        load_tokenizer(tmp_path / "encoder.pkl")
 
 
 def test_unknown_names_and_the_random_tokenizer(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_train_continue_and_load(tmp_path: Path) -> None:
     assert int(ids.max()) < 32
 
 
+def test_a_run_that_ends_before_there_are_codes_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(small(tmp_path, "run"), steps=3)
+    with pytest.raises(
+        ValueError, match=r"--steps 3 ends before there is a tokenizer: .*--quantizer.autoencoder-steps 3"
+    ):
+        run(config)
+    assert not list((config.output_dir / "checkpoints").iterdir())
+
+
 def test_plan(tmp_path: Path) -> None:
     """FLOPs of the first convolution and of the rest, by hand."""
     config = small(tmp_path, "run")

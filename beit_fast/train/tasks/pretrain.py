@@ -16,6 +16,7 @@ from beit_fast.data.pretraining import PretrainBatch, PretrainLoader, resolve_de
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import ImageSource, fingerprint, open_source, open_training_source
+from beit_fast.data.sources.writing import write_text
 from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.mim import pretrained_backbone
@@ -101,7 +102,7 @@ class TokenizerConfig:
     """`dalle`: OpenAI's dVAE, as in the paper (fetched at first use, or put there by hand). `demo`: the small one that
     comes along. Or a file: encoder.pkl, .safetensors, .pth, .bin."""
     sha256: str | None = None
-    """Demand this hash of the file."""
+    """Demand this hash of the file that is read; of encoder and decoder, separated by a comma, to read both."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of its convolutions, all but the output one, which is fp32 always. `auto`: fp32 on the CPU, fp16 on a GPU, as the
     official code runs DALL-E's. Rounding moves a token where two are nearly equally probable; bf16 moves more of them
@@ -321,7 +322,7 @@ class MaskedImageModeling(ImageTask):
             "image_size": self.config.model.image_size, "mean": mean, "std": std,
             "tokenizer": self.config.tokenizer.name, "data": builtin.NOTICE if data.path is None else data.path,
         }  # fmt: skip
-        (folder / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
+        write_text(folder / "model" / "preprocessing.json", json.dumps(preprocessing, indent=1) + "\n")
 
     def plan(self) -> dict[str, float]:
         architecture = self.architecture()
