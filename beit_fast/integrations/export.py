@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
+from beit_fast.models.hub import write_weights
 from beit_fast.models.mim import pretrained_backbone
 
 Target = Literal["timm", "transformers", "onnx", "safetensors", "torch-export"]
@@ -147,7 +148,7 @@ def _timm(model: nn.Module, folder: Path, preprocessing: Mapping[str, Any]) -> F
     import timm
 
     state = {name: tensor.contiguous() for name, tensor in convert_state_dict(model.state_dict(), to="timm").items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(timm_config(model.config, preprocessing), indent=2) + "\n")
     opened = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     function: Function = opened if model.num_classes else opened.forward_features
@@ -170,6 +171,7 @@ def _transformers(model: nn.Module, folder: Path, preprocessing: Mapping[str, An
     theirs = kind(transformers.BeitConfig(**transformers_config(model.config, classes, pretraining)))
     theirs.load_state_dict(convert_state_dict(model.state_dict(), to="transformers"))
     theirs.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))  # not its owner's alone
     side = model.config.image_hw[0]
     share = preprocessing.get("crop_share") or 1.0
     processor = {

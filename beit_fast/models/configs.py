@@ -111,8 +111,18 @@ class BeitConfig:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if not isinstance(self.mlp_ratio, int | float) or self.mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio must be a positive number, got {self.mlp_ratio!r}")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must be 0 or more, got {self.num_classes}")
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f"num_classes must be 0 or more, got {self.num_classes!r}")
+        for name in (
+            "layer_norm_eps",
+            "drop_path_rate",
+            "drop_rate",
+            "pos_drop_rate",
+            "attn_drop_rate",
+            "proj_drop_rate",
+        ):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
         choices = {"global_pool": ("avg", "token", ""), "relative_position_bias": ("none", "shared", "per_block")}
         for name, known in choices.items():
             if getattr(self, name) not in known:

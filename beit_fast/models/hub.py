@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from beit_fast.models.checkpoints import load_checkpoint
 from beit_fast.models.configs import BeitConfig, named_config, timm_fields
-from beit_fast.models.reading import CheckpointError
+from beit_fast.models.reading import WEIGHT_FILES, CheckpointError
 from beit_fast.network import is_reachable
 from beit_fast.version import __version__
 
@@ -30,15 +32,36 @@ A `beit_fast.{kind}`, loaded with `beit_fast.{kind}.from_pretrained("{name}")`. 
 """
 
 
-def save_folder(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
-    """Writes `config.json` and `model.safetensors`."""
+def write_weights(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the permissions of any other new file (safetensors' own are its owner's alone).
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"cannot write {path} ({' '.join(str(error).split())}): {size / 2**20:,.2f} MiB are needed, "
+            f"{free / 2**20:,.2f} MiB are free; free some space or choose another folder"
+        ) from error
+    path.chmod(mode)
+
+
+def save_folder(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Writes `config.json` and `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"library_name": "beit_fast", "library_version": __version__, "model_class": type(model).__name__}
     (folder / "config.json").write_text(json.dumps({**values, **config}, indent=2) + "\n")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def weights_at(source: str | Path, **download: Any) -> Path:
@@ -92,7 +115,12 @@ def config_at(source: str | Path) -> tuple[BeitConfig | None, Path | None]:
         file = _fetched(repository, "config.json", {"revision": revision or None})
     else:
         file = model_folder(source) / "config.json"
-    return (_read_config(file, classifier=True), file.parent) if file.is_file() else (None, None)
+    if not file.is_file():
+        return None, None
+    config = _read_config(file, classifier=True)
+    if not text.startswith(_PREFIX):
+        _check_size(file, config, classifier=True)
+    return config, file.parent
 
 
 def _fetched(repository: str, file: str, download: Mapping[str, Any]) -> Path:
@@ -194,7 +222,10 @@ class HubMethods:
             }  # fmt: skip
             file = _fetched(repository, "config.json", download)
             weights = weights_at(_PREFIX + repository, **download)
-        config = replace(_read_config(file, classifier=hasattr(cls, "forward_head")), **overrides)
+        classifier = hasattr(cls, "forward_head")
+        config = _read_config(file, classifier)
+        _check_size(file, config, classifier, weights)
+        config = replace(config, **overrides)
         model = cls(config)  # type: ignore[call-arg]
         assert isinstance(model, nn.Module)
         load_checkpoint(model, weights, verbose=verbose)
@@ -213,13 +244,40 @@ def _read_config(file: Path, classifier: bool) -> BeitConfig:
             config = _from_timm(values)
         else:
             raise ValueError("it is none of beit_fast, timm or transformers")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{file}: describes no BEiT ({error})") from error
     if classifier and config.relative_position_bias == "shared":
         return config.for_classification(config.num_classes)
     if not classifier and config.relative_position_bias == "per_block":
         raise CheckpointError(f"{file}: a classifier, with a table for each block; open it with Beit.from_pretrained")
     return config
+
+
+def _check_size(file: Path, config: BeitConfig, classifier: bool, weights: Path | None = None) -> None:
+    """Refuse a model that the weights beside its description cannot fill, before memory is taken for it.
+
+    Raises:
+        CheckpointError: the description names more parameters than the weights have bytes.
+    """
+    weights = file.parent if weights is None else weights
+    if weights.is_dir():
+        weights = next((path for name in WEIGHT_FILES if (path := weights / name).is_file()), weights)
+    if not weights.is_file():
+        return
+    tables = {"none": 0, "shared": 1, "per_block": config.depth}[config.relative_position_bias]
+    height, width = config.grid
+    outputs = config.num_classes if classifier else config.vocab_size
+    count = (
+        config.depth * (4 + 2 * config.mlp_ratio) * config.width**2
+        + config.width * (outputs + config.in_chans * config.patch_size**2)
+        + (config.width * config.num_patches if config.use_abs_pos_emb else 0)
+        + tables * config.num_heads * (2 * height - 1) * (2 * width - 1)
+    )
+    if count > (size := weights.stat().st_size):
+        raise CheckpointError(
+            f"{file}: describes a model of {count / 1e6:,.0f} million parameters, but {weights.name} has only "
+            f"{size / 2**20:,.1f} MiB: they do not fit; take the config.json of these weights"
+        )
 
 
 def tuples(values: Mapping[str, Any]) -> dict[str, Any]:

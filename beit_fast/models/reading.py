@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _AVERAGED = ("state_dict_ema", "model_ema")  # timm and the official code
 _MOST_NAMES = 1000  # in one file
 _CONTAINERS = ("model", "module", "state_dict")  # the official code, DeepSpeed, mmsegmentation and timm
@@ -84,11 +84,11 @@ def _file_at(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such file or folder")
-    for name in _WEIGHT_FILES:
+    for name in WEIGHT_FILES:
         if (path / name).is_file():
             _check_manifest(path, name)
             return path / name
-    raise CheckpointError(f"{path}: the folder holds neither {' nor '.join(_WEIGHT_FILES)}; name the file itself")
+    raise CheckpointError(f"{path}: the folder holds neither {' nor '.join(WEIGHT_FILES)}; name the file itself")
 
 
 def _check_manifest(folder: Path, name: str) -> None:
@@ -99,7 +99,7 @@ def _check_manifest(folder: Path, name: str) -> None:
     try:
         expected = json.loads(manifest.read_text())["files"][name]
         expected = expected["bytes"], expected["crc32"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{manifest}: says nothing that can be read of {name}") from error
     crc = 0
     with (folder / name).open("rb") as stream:

@@ -102,6 +102,18 @@ def test_configurations_that_describe_no_beit(text, tmp_path):
         Beit.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"width": 65_536}, {"depth": 1_000_000}, {"num_classes": 1 << 40}])
+def test_a_description_of_more_than_the_weights_is_refused(tmp_path, change):
+    """Before memory is taken for it: a folder of 100 KB that describes a model of terabytes."""
+    Beit(SMALL.for_classification(5)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(
+        CheckpointError, match=rf"{file}: describes a model of .* but model.safetensors has only 0\.1 MiB"
+    ):
+        Beit.from_pretrained(tmp_path)
+
+
 def test_places_that_cannot_be_reached_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="no such folder, and no repository owner/name"):
