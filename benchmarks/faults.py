@@ -2,6 +2,7 @@
 
     python -m benchmarks.faults            # `make test-faults`; all of it, prints the table
     python -m benchmarks.faults --record   # ... and writes benchmarks/records/<date>_<device>_faults.json
+    python -m benchmarks.faults --counts c.jsonl tests/faults/test_kills.py   # a part; then --counts c.jsonl --no-run
 
 The record is written only where every test passed.
 """
@@ -24,6 +25,7 @@ from benchmarks.machine import ROOT, environment
 from benchmarks.record import record_path
 from benchmarks.records import FOLDER
 
+COSTS = ("steps_lost", "seconds_to_the_end", "artefacts_missing")
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
 
 
@@ -33,14 +35,30 @@ def newest_faults(folder: Path = FOLDER) -> tuple[Path, dict[str, Any]] | None:
     return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
 
 
+def merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each thing that was done: trials added up, of each cost the worst."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        row = rows.setdefault((line["test"], line["what"]), {**line, "trials": 0, "passed": 0, "seconds": 0.0})
+        for name in ("trials", "passed", "seconds"):
+            row[name] += line[name]
+        for name in COSTS:
+            if name in line:
+                row[name] = max(row[name], line[name])
+    return list(rows.values())
+
+
 def table(faults: list[dict[str, Any]]) -> list[str]:
-    """What was tried and how often it went as it should, as Markdown."""
+    """What was tried, how often it went as it should, and what it cost, as Markdown."""
     lines = ["| test | what is done | passed | target | seen |", "|---|---|---|---|---|"]
     for fault in sorted(faults, key=lambda f: int(f["test"][1:])):
-        lines.append(
-            f"| {fault['test']} | {fault['what']} | {fault['passed']} of {fault['trials']} | {fault['target']} | "
-            f"{fault['note']} |"
-        )
+        cost = ""
+        if "steps_lost" in fault:
+            lost, seconds, missing = (fault[name] for name in COSTS)
+            cost = f"at most {lost} steps lost, {seconds:g} s to the end, {missing} artefacts missing"
+        seen = "; ".join(filter(None, [fault["note"], cost]))
+        cells = (fault["test"], fault["what"], f"{fault['passed']} of {fault['trials']}", fault["target"], seen)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return lines
 
 
@@ -62,22 +80,39 @@ def section(folder: Path, page: Path) -> str:
     )
 
 
+def run_tests(options: list[str], counts: Path) -> int:
+    """Run (a part of) the faults; what they count, and the exit code of this part, go to the end of `counts`."""
+    everything = [] if any(option.startswith("tests/") for option in options) else ["tests/faults"]
+    command = [sys.executable, "-m", "pytest", *everything, *options, "-m", "slow or not slow"]
+    environ = os.environ | {"BEIT_FAST_FAULTS_RECORD": str(counts), "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT, env=environ).returncode
+    with counts.open("a") as file:
+        part = {"part": options, "code": code, "seconds": round(time.monotonic() - began)}
+        file.write(json.dumps(part) + "\n")
+    return code
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description="Run the faults, count, record.")
     parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
+    parser.add_argument("--counts", type=Path, help="keep the counts of parts here, each run with its tests behind it")
+    parser.add_argument("--no-run", action="store_true", help="run nothing: table and record from --counts")
     given, options = parser.parse_known_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = record_path("faults", device) if given.record else None
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        counts = Path(folder) / "counts.jsonl"
-        command = [sys.executable, "-m", "pytest", "tests/faults", "-m", "slow or not slow", *options]
-        environ = os.environ | {"BEIT_FAST_FAULTS_RECORD": str(counts), "OMP_NUM_THREADS": "1"}
-        code = subprocess.run(command, cwd=ROOT, env=environ).returncode
-        faults = [json.loads(line) for line in counts.read_text().splitlines()] if counts.exists() else []
+        counts = given.counts or Path(folder) / "counts.jsonl"
+        if not given.no_run:
+            run_tests(options, counts)
+        lines = [json.loads(line) for line in counts.read_text().splitlines()]
+    parts = [line for line in lines if "part" in line]
+    faults = merged([line for line in lines if "test" in line])
     print("\n".join(table(faults)))
-    if path is not None and code == 0:
-        record = {"environment": environment(device), "seconds": round(time.monotonic() - began), "faults": faults}
+    code = max(part["code"] for part in parts)
+    if given.record and code == 0:
+        path = record_path("faults", device)
+        seconds = sum(part["seconds"] for part in parts)
+        record = {"environment": environment(device), "seconds": seconds, "parts": parts, "faults": faults}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {path.relative_to(ROOT)}")
     return code

@@ -117,7 +117,7 @@ RULES = [
         r"positions must|entry each",
         "A mistake in code that calls the library: pass what the message says.",
     ),
-    (r"another process", "Look at the message above it; free memory or disk space and start again."),
+    (r"another process|another rank", "Look at the message above it; free memory or disk space and start again."),
     (r"only labelled scenes|no label maps", "Leave the two options apart: they exclude each other."),
     (r"has no (en|de)coder|encoder or decoder", "Put the missing file beside the other, or ask for it when loading."),
     (

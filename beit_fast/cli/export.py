@@ -103,7 +103,7 @@ def open_any(source: str) -> tuple[nn.Module, dict[str, Any]]:
 def _values(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -141,9 +141,11 @@ def fail(message: str, code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_in_one_line(on_error: Callable[[], None] | None = None, more: tuple[type[Exception], ...] = ()) -> Any:
-    """End the program with one line and code 1 on an error written for the user, after `on_error()`."""
+    """End the program with one line and code 1 on an error written for the user, after `on_error()`; 130 on Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:
+        fail("interrupted; there was nothing to save", code=130)
     except (*USER_ERRORS, *more) as error:
         if on_error is not None:
             on_error()

@@ -295,7 +295,7 @@ def _saved_pretraining(run: Path) -> PretrainConfig | None:
     """The configuration of a pre-training run; None where the folder is none."""
     try:
         saved = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(saved, dict) or saved.get("task") != MaskedImageModeling.name:
         return None

@@ -1,6 +1,7 @@
 """From a recipe's values to a run, and `beit-fast train NAME`, which finds a recipe by its name.
 
-Exit codes: 0 complete, 75 saved on a signal (run the same command again), 2 wrong option, 1 any other error.
+Exit codes: 0 complete, 75 saved on a signal (run the same command again), 2 wrong option, 1 any other error, 130
+Ctrl-C where there is nothing to save.
 """
 
 import ast
@@ -20,7 +21,7 @@ from beit_fast.cli.options import did_you_mean, errors_in_one_line, fail, parse,
 from beit_fast.train import engine
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed import launch
-from beit_fast.train.distributed.world import LostRank
+from beit_fast.train.distributed.world import LostRank, OtherRankFailed
 from beit_fast.train.memory import OutOfMemory
 from beit_fast.train.task import Task
 from beit_fast.train.tasks.weights import with_weights
@@ -29,7 +30,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BY_NAME = "beit-fast train "
-RUN_ERRORS = (engine.PersistentNonFiniteGradients, LostRank, OutOfMemory)
+RUN_ERRORS = (engine.PersistentNonFiniteGradients, LostRank, OtherRankFailed, OutOfMemory)
 """Errors of a run whose message is written for the user, beside those of every command."""
 
 
@@ -52,15 +53,16 @@ def main(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     program = _program()
-    chosen = parse(config, arguments, program, description or "")
-    short = demo_of(config) if demo and getattr(getattr(chosen, "data", None), "path", None) is None else None
-    if short is not None:
-        chosen = parse(short, arguments, program)  # type: ignore[assignment]
-        if os.environ.get("RANK", "0") == "0":
-            print(banner(config, chosen, f"torchrun --nproc-per-node 8 {_for_torchrun(program)}"), flush=True)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # shards, checkpoints and workers need many files at once
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    chosen: Config | None = None
     with errors_in_one_line(lambda: _keep_traceback(chosen), RUN_ERRORS):
+        chosen = parse(config, arguments, program, description or "")
+        short = demo_of(config) if demo and getattr(getattr(chosen, "data", None), "path", None) is None else None
+        if short is not None:
+            chosen = parse(short, arguments, program)  # type: ignore[assignment]
+            if os.environ.get("RANK", "0") == "0":
+                print(banner(config, chosen, f"torchrun --nproc-per-node 8 {_for_torchrun(program)}"), flush=True)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # shards, checkpoints and workers need many files at once
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if getattr(chosen, "weights", None) is not None and not getattr(chosen, "scratch", False):
             chosen = with_weights(chosen, typed_options(chosen, arguments))
         if chosen.dry_run:
@@ -91,10 +93,10 @@ def _for_torchrun(program: str) -> str:
     return program.replace("beit-fast", "-m beit_fast", 1) if program.startswith(BY_NAME) else program
 
 
-def _keep_traceback(config: RunConfig) -> None:
+def _keep_traceback(config: RunConfig | None) -> None:
     """The one line is for the user; where it came from is kept in the run folder."""
     with contextlib.suppress(OSError):
-        if (config.output_dir / "config.json").exists():
+        if config is not None and (config.output_dir / "config.json").exists():
             (config.output_dir / "traceback.txt").write_text(traceback.format_exc())
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from beit_fast.data.sources.writing import naming
 from beit_fast.train import memory
 from beit_fast.train.anomalies import Anomalies, Divergence, PersistentNonFiniteGradients, check_skipped
 from beit_fast.train.checkpoint import artefacts
 from beit_fast.train.checkpoint.async_writer import CheckpointWriter
-from beit_fast.train.checkpoint.format import Checkpoint, require_space
+from beit_fast.train.checkpoint.format import Checkpoint, require_space, understood
 from beit_fast.train.checkpoint.run_folder import RunFolder
 from beit_fast.train.checkpoint.state import restore_saved, tensors_to_save
 from beit_fast.train.continuation import BestEvaluation, finished, keep_best
@@ -65,8 +66,7 @@ def run(task: Task) -> RunResult:
         ValueError, OSError, RuntimeError: one clear line; what was saved before stays intact.
     """
     config = task.config
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(safe_output())
+    with safe_output(), naming(config.output_dir), contextlib.ExitStack() as stack:
         world = start_world(config.device)
         folder = RunFolder(config.output_dir)
         for end in (lambda: end_world(world), folder.release, task.close):  # called in reverse
@@ -302,16 +302,16 @@ class TrainingRun:
         check_skipped(values, self.config.optim.max_skipped_steps, self.step, self.skipped, self.folder.checkpoints)
 
     def evaluate(self) -> None:
-        """Evaluate this step, whose state is saved: what goes wrong before the last step does not end the run."""
+        """Evaluate this step, whose state is saved: what goes wrong, on any rank, ends no run before its last step."""
         began, self.phase = time.perf_counter(), "evaluating"
         self.watchdog.slow()
         torch.manual_seed(seed_of(self.config.seed, self.step))
         with_weights = parallel.evaluation_model(self.module, self.ema, self.unsplit)
         try:
-            with with_weights as model, torch.no_grad(), self.compute.autocast:
+            with with_weights as model, torch.no_grad(), self.compute.autocast, self.world.together():
                 result = self.task.evaluate(model.eval(), self.step)
-        except Exception as error:  # others wait, or there is nothing to go on with: then it is raised
-            if self.world.size > 1 or self.step == self.target:
+        except Exception as error:
+            if self.step == self.target or lost_rank(error, self.world.rank, self.step):  # nothing to go on with
                 raise
             self.output.failed(f"the evaluation of step {self.step}", error)
             result = {}
@@ -369,13 +369,13 @@ class TrainingRun:
         """Put a checkpoint into model, optimizer, EMA, scaler, interval and counters."""
         restore_saved(checkpoint, self.module, self.optimizer, self.ema)
         state = checkpoint.state
-        self.scaler.load(state["scaler"])
-        self.interval.load(state["interval"])
-        if "anomalies" in state:
-            self.anomalies.load(state["anomalies"])
-        self.divergence.load(state)
-        self.skipped = int(state["skipped"])
-        self.last_line = dict(state["metrics"])
+        with understood(checkpoint.path):
+            self.scaler.load(state["scaler"])
+            self.interval.load(state["interval"])
+            if "anomalies" in state:
+                self.anomalies.load(state["anomalies"])
+            self.divergence.load(state)
+        self.skipped, self.last_line = int(state["skipped"]), dict(state["metrics"])
         self.step = self.saved_step = checkpoint.step
         self.log(f"continuing {checkpoint.path}")
 

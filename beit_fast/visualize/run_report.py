@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
     def series(self, metric: str, name: str | None = None) -> Series:
         """The metric over steps; empty where the run has none."""
-        points = [(line["step"], line[metric]) for line in self.metrics if line.get(metric) is not None]
+        points = [(line["step"], line[metric]) for line in self.metrics if _is_number(line.get(metric))]
         steps, values = [x for x, _ in points], [y for _, y in points]
         return Series(name or metric.replace("_", " "), steps, values, metric in REFERENCES)
 
@@ -81,10 +81,13 @@ def read_run(path: Path) -> Run:
     if not (path / "metrics.jsonl").is_file():
         raise ValueError(f"{path} is not a run folder: it holds no metrics.jsonl")
     metrics = []
-    for text in (path / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a last line that a kill cut short
-            metrics.append(json.loads(text))
+    for text in (path / "metrics.jsonl").read_bytes().splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # torn by a kill, or written by another program
+            line = json.loads(text)
+            if isinstance(line, dict) and _is_number(line.get("step")):
+                metrics.append(line)
     saved, starts = _json(path / "config.json"), _json(path / "environment.json").get("starts", [])
+    starts = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
     config, data = _flat(saved.get("config", {})), _flat(_json(path / "data.json"))
     return Run(path, str(saved.get("task", "run")), config, starts, metrics, data)
 
@@ -248,16 +251,22 @@ def _value(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) or value is None else str(value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
+    if not isinstance(value, dict):
+        return result
     for key, item in value.items():
         result |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
     return result

@@ -55,6 +55,12 @@ class Ranks:
         found = [int(p) for p in pids.read_text().split()] if pids.exists() else []
         return Outcome(**answer, log=text, pids=found)
 
+    def read(self, reader, folder, limit_mib=1024, **environment):
+        """What became of a file of a stranger, read in a process of its own with little memory."""
+        job = {"read": reader, "folder": str(folder), "limit_mib": limit_mib, "environment": environment}
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        return json.loads(self.server.stdout.readline())
+
     def close(self):
         self.server.stdin.close()
         self.server.wait(timeout=600)
@@ -112,14 +118,20 @@ def survivors():
 
 @pytest.fixture
 def outcome(request):
-    """`outcome("R2", "kill -9", trials, passed, target, note)`: a line of the record, if one is being made."""
+    """`outcome("R2", "kill -9", trials, passed, target, note)`: a line of the record, if one is being made.
+
+    `cost`: steps lost, seconds until the run was at its end, artefacts missing then; the worst of the trials.
+    """
     began = time.monotonic()
 
-    def write(test, what, trials, passed, target, note=""):
+    def write(test, what, trials, passed, target, note="", cost=None):
         place = os.environ.get("BEIT_FAST_FAULTS_RECORD")
         if place:
             line = {"test": test, "what": what, "trials": trials, "passed": passed, "target": target, "note": note,
                     "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+            if cost is not None:
+                lost, seconds, missing = cost
+                line |= {"steps_lost": lost, "seconds_to_the_end": round(seconds, 1), "artefacts_missing": missing}
             with open(place, "a") as file:
                 file.write(json.dumps(line) + "\n")
         assert passed == trials, f"{test} {what}: {passed} of {trials}"

@@ -11,12 +11,15 @@ Faults: {"rank": 1, "kill_s": 0.4}            SIGKILL to a rank so many seconds 
         {"rank": 0, "ending": 0.4}            SIGKILL in between the last save and the exit, at this share of its calls
         {"rank": 1, "differs": ["--seed", 1]} another option, or `version` or `torch`, on one rank
         {"rank": 0, "signal": 15, "step": 5}  a signal to one rank while it prepares this step
+
+Another kind of job reads a file that may be hostile: {"read": "weights", "folder": path, "limit_mib": 1024, ...}.
 """
 
 import contextlib
 import importlib.util
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -29,10 +32,19 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor
 
+from beit_fast import Beit
 from beit_fast.cli import train as cli
+from beit_fast.cli.options import USER_ERRORS
+from beit_fast.data.reading import read_screened
+from beit_fast.data.sources import open_source
+from beit_fast.models import BeitConfig, load_checkpoint
+from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train.distributed import launch
 
 HERE = Path(__file__).parent
+SMALL = BeitConfig.from_preset("tiny", image_size=32, patch_size=8, width=32, depth=2, num_heads=2)
+MODEL = SMALL.for_classification(5)
+"""Of the weights that hostile files pretend to be."""
 
 
 class Forked:
@@ -220,9 +232,58 @@ def launcher(job):
     os._exit(launch.launch(job["count"], "cpu", start))
 
 
+def read_as_told(reader, folder):
+    """Read what a stranger handed over, as a user would; returns what became of it."""
+    files = sorted(folder.iterdir())
+    try:
+        if reader == "weights":
+            load_checkpoint(Beit(MODEL), files[0], verbose=False)
+        elif reader == "tokenizer":
+            load_tokenizer(files[0])
+        elif reader == "folder":
+            Beit.from_pretrained(folder)
+        else:
+            source = open_source(files[0])
+            for index in range(min(len(source), 2000)):
+                read_screened(source, index)
+    except USER_ERRORS as error:
+        return {"kind": "refused", "text": str(error)}
+    except BaseException as error:
+        return {"kind": "bug", "text": f"{type(error).__name__}: {error}"[:500]}
+    return {"kind": "read", "text": ""}
+
+
+def read_hostile(job):
+    """In a child with `limit_mib` of memory beyond what it has: what became of the file, and in how many seconds."""
+    began = time.monotonic()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.environ.update(job["environment"])
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = used + (job["limit_mib"] << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(writing, json.dumps(read_as_told(job["read"], Path(job["folder"]))).encode()[:60_000])
+        os._exit(0)
+    os.close(writing)
+    forked = Forked(child)
+    while forked.poll() is None and time.monotonic() - began < 20:
+        time.sleep(0.002)
+    forked.kill()
+    code = forked.wait()
+    with os.fdopen(reading, "rb") as pipe:
+        text = pipe.read()
+    answer = json.loads(text) if text else {"kind": "dead", "text": f"exit code {code}"}
+    return answer | {"seconds": time.monotonic() - began}
+
+
 def serve():
     for line in sys.stdin:
         job = json.loads(line)
+        if "read" in job:
+            print(json.dumps(read_hostile(job)), flush=True)
+            continue
         began = time.monotonic()
         pid = os.fork()
         if pid == 0:

@@ -4,6 +4,7 @@ import errno
 import json
 import pathlib
 import shutil
+import time
 
 import pytest
 
@@ -39,28 +40,30 @@ def finished(ranks, tmp_path_factory):
 def killed_at_the_end(ranks, folder, finished, moments):
     """How many of the runs killed at these shares of their ending are whole after the same command."""
     expected, counts = finished
-    passed = 0
+    passed, seconds = 0, 0.0
     for number, share in enumerate(moments):
         run = folder / str(number)
         fault = {"rank": 0, "ending": share, "counts": str(counts)}
         assert ranks.run(run, 1, faults={"0": fault}).code == -9
         assert [path.name for path in list_checkpoints(run / "checkpoints")][-1] == "step_00000012"
         done = ranks.run(run, 1)
+        seconds = max(seconds, done.seconds)
         passed += done.code == 0 and is_whole(run, expected)
         assert len([line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "evaluation"]) == 1
-    return passed
+    return passed, seconds
 
 
 def test_a_run_killed_after_its_last_save_is_finished_by_the_same_command(ranks, tmp_path, finished):
     moments = (0.02, 0.5, 0.9)
-    assert killed_at_the_end(ranks, tmp_path, finished, moments) == len(moments)
+    assert killed_at_the_end(ranks, tmp_path, finished, moments)[0] == len(moments)
 
 
 @pytest.mark.slow
 def test_r15_forty_kills_between_the_last_save_and_the_exit(ranks, tmp_path, finished, outcome):
     moments = [(number + 0.5) / 40 for number in range(40)]
-    passed = killed_at_the_end(ranks, tmp_path, finished, moments)
-    outcome("R15", "kill -9 from the last save to the exit", 40, passed, "artefacts whole after the same command")
+    passed, seconds = killed_at_the_end(ranks, tmp_path, finished, moments)
+    outcome("R15", "kill -9 at moments from the last save to the exit", 40, passed,
+            "artefacts whole after the same command", cost=(0, seconds, 40 - passed))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*ARTEFACTS, "report.html", artefacts.MARKER])
@@ -136,6 +139,7 @@ def test_r16_what_cannot_be_read_now_is_left_as_it_is(tiny, stopped, monkeypatch
     shutil.copytree(folder, folder.with_name("before"))
     before, looks = tree(folder), 0
     for at in range(1, 100):
+        began = time.monotonic()
         error = unreadable(tiny, stopped, monkeypatch, number, at)
         if error is None:
             break
@@ -147,7 +151,9 @@ def test_r16_what_cannot_be_read_now_is_left_as_it_is(tiny, stopped, monkeypatch
         assert {n for n in after if after[n] != before[n]} <= {"config.json"}
     assert looks >= 8
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")][-1] == 12
-    outcome("R16", f"{errno.errorcode[number]} at each read of a resume", looks, looks, "nothing renamed, nothing lost")
+    assert artefacts.completed(folder, 12) is not None
+    outcome("R16", f"{errno.errorcode[number]} at each read of a resume", looks, looks,
+            "nothing renamed, nothing lost", cost=(0, time.monotonic() - began, 0))  # fmt: skip
 
 
 def test_a_run_never_starts_anew_by_itself(tiny, stopped):

@@ -36,6 +36,8 @@ class TinyConfig(RunConfig):
     """Seconds that opening the data takes, and every evaluation."""
     bad_evaluation: int | None = free(None)
     """Step whose evaluation fails."""
+    bad_rank: int | None = free(None)
+    """Rank on which it does; None: on all."""
     signal_at: int | None = local(None)
     """Step at which the process sends itself SIGTERM."""
 
@@ -116,10 +118,11 @@ class TinyTask(Task):
     def evaluate(self, model, step):
         assert not model.training
         self.be_slow()
-        if step == self.config.bad_evaluation:
+        if step == self.config.bad_evaluation and self.config.bad_rank in (None, self.world.rank):
             raise FileNotFoundError("the validation images vanished")
         features, targets = self.sample(10**6, 0)
-        return {"held_out_loss": float(cross_entropy(model(features).float(), targets))}
+        share = cross_entropy(model(features).float(), targets) / self.world.size
+        return {"held_out_loss": float(self.world.sum(share))}
 
     def finish(self, model, folder):
         (folder / "model").mkdir()

@@ -4,6 +4,8 @@ The copy is ordered after the step on the device's own queue, so the host goes o
 `failure`, for the ranks to agree on. One save at a time: the next one waits for it.
 """
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,8 @@ from beit_fast.train.checkpoint.format import mib, tensor_bytes
 from beit_fast.train.distributed.world import TIMEOUT, World
 from beit_fast.train.progress import duration
 
+RESERVED = 16
+"""Descriptors kept for a save: it is written also by a process that has none left."""
 Part = tuple[Mapping[str, Tensor], Mapping[str, Sequence[int]]]
 
 
@@ -42,6 +46,19 @@ class CheckpointWriter:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self.failure: BaseException | None = None
+        self._reserved: list[int] = []
+        self._reserve()
+
+    def _reserve(self) -> None:
+        with contextlib.suppress(OSError):
+            while len(self._reserved) < RESERVED:
+                self._reserved.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
+    def _release(self) -> None:
+        while self._reserved:
+            os.close(self._reserved.pop())
+
+    __del__ = _release
 
     def save(self, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Save `files` and `state` as the checkpoint of `step`; without `background` it is written on return."""
@@ -89,15 +106,21 @@ class CheckpointWriter:
         self, step: int, parts: Mapping[str, Part], state: Mapping[str, Any], size: int, began: float,
         held: float | None,
     ) -> None:  # fmt: skip
-        if self.sharded:
-            path = resharding.save_sharded(
-                self.root, step, parts, state, self.keep, self.world.rank, self.world.size, self._barrier
-            )
-        else:
-            tensors = {name: part for name, (part, _) in parts.items()}
-            path = checkpoint.save_checkpoint(self.root, step, tensors, state, self.keep)
+        self._release()
+        try:
+            path = self._write_files(step, parts, state)
+        finally:
+            self._reserve()
         waited = "" if held is None else f", training waited {duration(held)}"
         self.log(f"saved {path.name} ({mib(size)} in {duration(time.perf_counter() - began)}{waited})")
+
+    def _write_files(self, step: int, parts: Mapping[str, Part], state: Mapping[str, Any]) -> Path:
+        if self.sharded:
+            return resharding.save_sharded(
+                self.root, step, parts, state, self.keep, self.world.rank, self.world.size, self._barrier
+            )
+        tensors = {name: part for name, (part, _) in parts.items()}
+        return checkpoint.save_checkpoint(self.root, step, tensors, state, self.keep)
 
     def _barrier(self) -> None:
         if self._group is not None:

@@ -21,6 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from beit_fast.data.sources.writing import FULL, WriteError, mib, write_error
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PREFIX = "step_"
@@ -113,24 +115,11 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         work.replace(path)
     except OSError as error:
+        named = write_error(error, path, len(data))  # what is left of the disk before the removal
         with contextlib.suppress(OSError):
             work.unlink()
-        raise write_error(error, path, len(data)) from error
+        raise named from error
     sync_folder(path.parent)
-
-
-def write_error(error: OSError, path: Path, need: int = 0) -> OSError:
-    """The error of a file that could not be written: its path, what is left of the disk, and the way out."""
-    reason = f"cannot write {path}: {error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        with contextlib.suppress(OSError):
-            disk = os.statvfs(path.parent)
-            if disk.f_files and not disk.f_favail:
-                return OSError(error.errno, f"{reason}; the file system has no inodes left: remove some files")
-            needed = f", {mib(need)} are needed" if need else ""
-            reason += f"; {mib(disk.f_bavail * disk.f_frsize)} are free{needed}"
-        reason += ": free some space or choose another --output-dir"
-    return OSError(error.errno, reason)
 
 
 def sync_folder(path: Path) -> None:
@@ -181,8 +170,9 @@ def save_checkpoint(
             entries |= write_entry(work, f"{name}.safetensors", tensors)
         commit(work, final, entries, dict(state) | {"step": step})
     except OSError as error:
+        named = disk_error(error, root, step, sum(map(tensor_bytes, files.values())))  # before the removal
         shutil.rmtree(work, ignore_errors=True)
-        raise disk_error(error, root, step, sum(map(tensor_bytes, files.values()))) from error
+        raise named from error
     drop_old(root, keep)
     return final
 
@@ -233,15 +223,15 @@ def disk_error(error: OSError, root: Path, step: int, need: int) -> OSError:
     """The error of a checkpoint of `need` bytes that could not be written, in one line that says what is left."""
     last = list_checkpoints(root)
     kept = f"the checkpoint {last[-1].name} is intact" if last else "there is no earlier checkpoint"
-    if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        free = shutil.disk_usage(root).free
-        text = (
-            f"no room for the checkpoint of step {step} in {root}: it takes {mib(need)}, the disk has {mib(free)} free "
-            f"({os.strerror(error.errno)}); {kept}"
-        )
+    if error.errno in FULL:
+        disk = os.statvfs(root)
+        left = f"the disk has {mib(disk.f_bavail * disk.f_frsize)} free ({os.strerror(error.errno)}): free some space"
+        if disk.f_files and not disk.f_favail:
+            left = "the file system has no inodes left: remove some files"
+        text = f"no room for the checkpoint of step {step} in {root}: it takes {mib(need)}, {left}; {kept}"
     else:
         text = f"cannot write the checkpoint of step {step} in {root}: {error.strerror or error}; {kept}"
-    return OSError(error.errno, text)
+    return WriteError(error.errno, text)
 
 
 def verify(path: Path) -> Checkpoint:
@@ -291,7 +281,30 @@ def _readable(path: Path) -> Iterator[None]:
 
 def read_verified(path: Path) -> Checkpoint:
     """A checkpoint that was verified already, by this process or by rank 0."""
-    return Checkpoint(path, int(path.name.removeprefix(PREFIX)), json.loads((path / STATE).read_text()))
+    with understood(path):
+        state = dict(json.loads((path / STATE).read_text()))
+    return Checkpoint(path, int(path.name.removeprefix(PREFIX)), state)
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Name the state of a checkpoint that holds something else than this program writes."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ValueError(
+            f"{path / STATE} is no state of a run ({reason}); continue from another checkpoint with --resume-from, or "
+            "start anew with --fresh"
+        ) from error
+
+
+def check_state(found: Checkpoint) -> None:
+    """ValueError where the state lacks what a run is continued with."""
+    kinds = {"total_steps": int, "skipped": int, "identity": dict, "interval": dict, "scaler": dict, "metrics": dict}
+    with understood(found.path):
+        if wrong := [name for name, kind in kinds.items() if not isinstance(found.state[name], kind)]:
+            raise TypeError(f"{wrong[0]} is {found.state[wrong[0]]!r}")
 
 
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
@@ -366,8 +379,3 @@ def copy_into(targets: Mapping[str, Tensor], source: Iterator[tuple[str, Tensor]
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def mib(count: int) -> str:
-    """Bytes in readable form: `3,571 MiB`."""
-    return f"{count / 2**20:,.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:,.2f} MiB"

@@ -54,7 +54,11 @@ def saved_names(saved: Checkpoint, name: str) -> set[str]:
 def names_in(path: Path) -> set[str]:
     """Names of the tensors in a safetensors file."""
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+        try:
+            header = dict(json.loads(file.read(length)))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f"{path} is damaged: its header is no JSON; --resume-from takes another step") from None
     return {key for key in header if key != "__metadata__"}
 
 
@@ -121,10 +125,11 @@ def save_sharded(
             _commit_parts(work, final, size, dict(state) | {"step": step})
             checkpoint.drop_old(root, keep)
     except OSError as error:
+        need = sum(tensor_bytes(tensors) for tensors, _ in parts.values())
+        named = checkpoint.disk_error(error, root, step, need)  # what is left of the disk before the removal
         if rank == 0:
             shutil.rmtree(work, ignore_errors=True)
-        need = sum(tensor_bytes(tensors) for tensors, _ in parts.values())
-        raise checkpoint.disk_error(error, root, step, need) from error
+        raise named from error
     finally:
         barrier()
     return final

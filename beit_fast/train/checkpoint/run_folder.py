@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import torch
 
+from beit_fast.data.sources.writing import WriteError
 from beit_fast.train.checkpoint import format as checkpoint
 from beit_fast.train.checkpoint.format import Checkpoint
 from beit_fast.train.config import RunConfig, fields_marked, flat, to_plain
@@ -65,6 +66,7 @@ class RunFolder:
         if config.resume_from is not None and not restarted:
             self._rewind(config.resume_from)
         checkpoint.remove_leftovers(self.checkpoints)
+        (self.path / "traceback.txt").unlink(missing_ok=True)  # of an earlier try
         value = {"format": FORMAT, "version": __version__, "task": task, "config": to_plain(config)}
         checkpoint.write_json(self.path / "config.json", value)
 
@@ -75,7 +77,7 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise OSError(
+            raise WriteError(
                 error.errno, f"cannot write to {self.path} ({error.strerror}); choose another --output-dir"
             ) from None
 
@@ -114,11 +116,23 @@ class RunFolder:
         raise ValueError(f"{path} was not written by this program's runs; choose another --output-dir")
 
     def _move_aside(self) -> None:
+        real = self.path.resolve()  # of a link what it leads to moves, and it leads to the new folder
+        if Path.cwd().is_relative_to(real):
+            raise ValueError(
+                f"--fresh: {real} is the folder you are in, which cannot be moved aside; start from another one, or "
+                "choose another --output-dir"
+            )
         number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+        while (target := real.with_name(f"{real.name}.{number}")).exists():
             number += 1
         self.release()
-        self.path.rename(target)
+        try:
+            real.rename(target)
+        except OSError as error:  # a mount point, a folder of somebody else
+            raise WriteError(
+                error.errno, f"--fresh: cannot move {real} aside ({error.strerror}); choose another --output-dir"
+            ) from error
+        real.mkdir()
         print(f"--fresh: the run found in {self.path} was moved to {target}", flush=True)
         self._create()
         self._acquire()
@@ -207,6 +221,8 @@ class RunFolder:
         step = world.agree(-1 if newest is None else newest.step)
         if not world.is_main and step >= 0:
             newest = checkpoint.read_verified(self.checkpoints / f"{checkpoint.PREFIX}{step:08d}")
+        if newest is not None:
+            checkpoint.check_state(newest)
         return newest, notes
 
     def keep_for_replay(self, step: int) -> str | None:
@@ -243,7 +259,7 @@ class RunFolder:
         path = self.path / "environment.json"
         try:
             starts = list(json.loads(path.read_text())["starts"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             starts = []
         versions: dict[str, str] = {"beit_fast": __version__, "python": platform.python_version()}
         for package in PACKAGES:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
 
@@ -23,13 +23,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 ECHO_S = 1.0
 
 
-@dataclass(frozen=True)
+class OtherRankFailed(RuntimeError):
+    """Work that all ranks share failed on another one."""
+
+
+@dataclass
 class World:
     """The rank of this process among `size` processes, and its device."""
 
     rank: int
     size: int
     device: torch.device
+    shares_failures: bool = field(default=False, init=False)
 
     @property
     def is_main(self) -> bool:
@@ -38,8 +43,36 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks, in place; without waiting for the device where there is one process or NCCL."""
         if self.size > 1:
+            if self.shares_failures:
+                self._exchange(failed=False)
             dist.all_reduce(value)
         return value
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, what fails on one rank fails on all: before each sum, and at the end, they say who has failed.
+
+        Raises:
+            OtherRankFailed: on the ranks that have not failed themselves.
+        """
+        self.shares_failures = self.size > 1
+        try:
+            yield
+            if self.shares_failures:
+                self._exchange(failed=False)
+        except OtherRankFailed:
+            raise
+        except Exception:
+            if self.shares_failures:
+                with contextlib.suppress(OtherRankFailed):
+                    self._exchange(failed=True)
+            raise
+        finally:
+            self.shares_failures = False
+
+    def _exchange(self, failed: bool) -> None:
+        if self.any(failed):
+            raise OtherRankFailed("it failed on another rank, which says why")
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -120,7 +153,15 @@ def start_world(device: str) -> World:
         if backend == "nccl":  # where a collective hangs, what every rank was doing is dumped
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=own if own.type == "cuda" else None)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=own if own.type == "cuda" else None)
+        except (RuntimeError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+            reason = str(error).strip().splitlines()[0][:200]
+            raise OSError(
+                f"rank {rank} cannot meet the others at {place} ({reason}); is the port in use? Choose another "
+                "MASTER_PORT (torchrun --master-port), and start all ranks with the same"
+            ) from error
     return World(rank, size, own)
 
 
@@ -140,7 +181,7 @@ class LostRank(RuntimeError):
     """Another process of the run is gone, or did not answer."""
 
 
-def lost_rank(error: RuntimeError, rank: int, step: int) -> LostRank | None:
+def lost_rank(error: Exception, rank: int, step: int) -> LostRank | None:
     """What an error means that says that another process ended or does not answer; gloo raises bare RuntimeErrors."""
     text = str(error).lower()
     signs = ("closed by peer", "connection reset", "gloo/transport", "timed out waiting")

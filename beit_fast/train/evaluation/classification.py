@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from beit_fast.data.classification import EvaluationLoader
+from beit_fast.data.sources.writing import naming, write_text
 from beit_fast.train.distributed.world import World
 from beit_fast.visualize.pictures import printable
 
@@ -56,7 +57,7 @@ class Evaluation:
             percents = (f"{100 * int(hits[number]) / count:.2f}" for hits in (self.top1, self.top5))
             rows.append("\t".join([self.classes[number], str(count), *percents, self._taken_for(int(number))]))
         table = folder / "per_class.tsv"
-        table.write_text("\n".join(rows) + "\n", errors="surrogateescape")
+        write_text(table, "\n".join(rows) + "\n")
         return [table] if self.confusion is None else [table, self._picture(folder / "confusion.png")]
 
     def _taken_for(self, number: int) -> str:
@@ -83,7 +84,8 @@ class Evaluation:
             names = [printable(name) for name in self.classes]
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
             axes.set_yticks(range(len(names)), names, fontsize=7)
-        figure.savefig(path, dpi=120)
+        with naming(path):
+            figure.savefig(path, dpi=120)
         return path
 
 

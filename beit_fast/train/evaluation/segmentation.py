@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beit_fast.data.segmentation_loader import WholeImages, normalised, scaled_size
+from beit_fast.data.sources.writing import naming, write_text
 from beit_fast.models import BeitForSemanticSegmentation
 from beit_fast.models.heads import resize
 from beit_fast.models.segmentation_windows import sliding_logits
@@ -127,11 +128,12 @@ class SegmentationScores:
             cells = [self.names[number], str(pixels[number]), f"{100 * iou[number]:.2f}", found, taken]
             rows.append("\t".join(cells))
         table = folder / "per_class.tsv"
-        table.write_text("\n".join(rows) + "\n", errors="surrogateescape")
+        write_text(table, "\n".join(rows) + "\n")
         if not self.examples:
             return [table]
         picture = folder / "segmentations.png"
-        side_by_side(self.examples, self.names).save(picture)
+        with naming(picture):
+            side_by_side(self.examples, self.names).save(picture)
         return [table, picture]
 
 

@@ -29,6 +29,7 @@ from beit_fast.data.classification import (
 from beit_fast.data.labelled import BuiltinSet, LabelledImages, builtin_labelled, open_training, open_validation
 from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
+from beit_fast.data.sources.writing import write_text
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.train.config import RunConfig, free, local
 from beit_fast.train.distributed.world import World
@@ -265,7 +266,7 @@ class Finetune(ImageTask):
             "data": data.path or builtin.NOTICE,
             "measured": {} if self.evaluation is None else self.evaluation.metrics(),
         }
-        (folder / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
+        write_text(folder / "model" / "preprocessing.json", json.dumps(preprocessing, indent=1) + "\n")
         if self.evaluation is not None:
             self.evaluation.write(folder)
 

@@ -20,6 +20,7 @@ from beit_fast.data.loader import Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.sampling import epoch_order
 from beit_fast.data.sources import fingerprint
+from beit_fast.data.sources.writing import write_text
 from beit_fast.models import Beit
 from beit_fast.train.config import free, local
 from beit_fast.train.distributed.world import World
@@ -279,7 +280,7 @@ class LinearProbe(ImageTask):
     def finish(self, model: nn.Module, folder: Path) -> None:
         rows = [f"{name[5:7]}\t{value:.2f}" for name, value in self.measured.items() if name.startswith("layer")]
         if rows:
-            (folder / "layers.tsv").write_text("\n".join(["layer\ttop1_percent", *rows]) + "\n")
+            write_text(folder / "layers.tsv", "\n".join(["layer\ttop1_percent", *rows]) + "\n")
 
     def plan(self) -> dict[str, float]:
         forward = 2.0 * multiply_adds(self.backbone.config)

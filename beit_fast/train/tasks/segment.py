@@ -34,6 +34,7 @@ from beit_fast.data.segmentation_loader import (
     WholeImages,
 )
 from beit_fast.data.sources import FolderSource
+from beit_fast.data.sources.writing import write_text
 from beit_fast.models import BeitForSemanticSegmentation, SegmentationConfig
 from beit_fast.models.heads import resize
 from beit_fast.models.segmentation import SegmentationHead, segmentation_config, segmentation_loss
@@ -277,7 +278,7 @@ class Segment(ImageTask):
             "data": self.config.data.path or builtin.NOTICE,
             "measured": {} if self.scores is None else self.scores.metrics(),
         }
-        (folder / "model" / "preprocessing.json").write_text(json.dumps(preprocessing, indent=1) + "\n")
+        write_text(folder / "model" / "preprocessing.json", json.dumps(preprocessing, indent=1) + "\n")
         if self.scores is not None:
             self.scores.write(folder)
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +24,8 @@ from beit_fast.data import builtin
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.sources import ImageSource, open_training_source
+from beit_fast.data.sources.writing import naming
+from beit_fast.models.hub import write_weights
 from beit_fast.tokenizers import Tokenizer
 from beit_fast.train.config import RunConfig, free, local
 from beit_fast.train.distributed.world import World
@@ -255,11 +256,12 @@ class TrainTokenizer(ImageTask):
         }
         for name, part in self.parts_of(tokenizer).items():
             tensors = {key: tensor.cpu().contiguous() for key, tensor in part.state_dict().items()}
-            save_file(tensors, folder / f"{name}.safetensors", metadata=metadata)
+            write_weights(tensors, folder / f"{name}.safetensors", metadata)
         for size in self.config.data.view_sizes:
             self.alive()
             sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
-            sheet.save(folder / f"reconstructions_{size}px.png")
+            with naming(path := folder / f"reconstructions_{size}px.png"):
+                sheet.save(path)
 
 
 def error_sums(error: Tensor) -> dict[str, Tensor]:

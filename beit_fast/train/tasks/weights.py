@@ -103,7 +103,7 @@ def saved_config(path: str | Path) -> dict[str, Any]:
     """The configuration of a run folder, as JSON has it; empty where it is none."""
     try:
         saved = json.loads((Path(path) / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     config = saved.get("config") if isinstance(saved, dict) and "task" in saved else None
     return config if isinstance(config, dict) else {}
