@@ -183,7 +183,7 @@ class LostRank(RuntimeError):
 
 def lost_rank(error: Exception, rank: int, step: int) -> LostRank | None:
     """What an error means that says that another process ended or does not answer; gloo raises bare RuntimeErrors."""
-    text = str(error).lower()
+    text = str(error).lower() if isinstance(error, RuntimeError) else ""
     signs = ("closed by peer", "connection reset", "gloo/transport", "timed out waiting")
     if not isinstance(error, dist.DistError) and not any(sign in text for sign in signs):
         return None
