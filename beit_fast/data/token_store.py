@@ -118,7 +118,7 @@ def create_row_file(path: Path, header: bytes, size: int) -> None:
 def _named(error: OSError, path: Path, size: int) -> OSError:
     free = shutil.disk_usage(existing_parent(path)).free / 2**20
     return OSError(
-        f"cannot write {path}: {error.strerror or error}; {size / 2**20:,.2f} MiB are needed, {free:,.2f} are free: "
+        f"cannot write {path}: {error.strerror or error}; {size / 2**20:,.2f} MiB are needed, {free:,.2f} MiB free: "
         "free some space or put it on another disk"
     )
 
