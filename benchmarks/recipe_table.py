@@ -72,7 +72,7 @@ def settings(config: Any) -> str:
             parts.insert(1, {"upernet": "UPerNet", "setr_pup": "SETR-PUP"}[head])
         if model.drop_path_rate:
             parts.append(f"drop path {model.drop_path_rate:g}")
-    if getattr(config, "layer_decay", 1.0) != 1.0:
+    if getattr(config, "layer_decay", None) not in (None, 1.0):
         parts.append(f"layer decay {config.layer_decay:g}")
     parts.append(f"weight decay {config.optim.weight_decay:g}")
     if config.optim.clip_grad is not None:

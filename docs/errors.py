@@ -33,7 +33,7 @@ SAYS_IT = re.compile(
 
 RULES = [
     (
-        r"^(evaluate|predict|segment|report|compare|tokens|visualize|embed|export|knn) ?.*(takes|RUN, )",
+        r"^(evaluate|predict|segment|report|compare|tokens|visualize|embed|export|knn|stats) ?.*(takes|RUN, )",
         "Type it as the message shows.",
     ),
     (r"^…$|^… ?…$", "The message is that of the error underneath; `traceback.txt` in the run folder has the rest."),
@@ -113,7 +113,7 @@ RULES = [
         "Repair or remove the files in `bad_files.tsv`, or raise `--data.max-bad-share`.",
     ),
     (
-        r"labels: |expected uint8|parameter groups|settings of the token cache|tokens must|indices must|"
+        r"labels: |expected numbers|parameter groups|settings of the token cache|tokens must|indices must|"
         r"positions must|entry each",
         "A mistake in code that calls the library: pass what the message says.",
     ),
@@ -139,7 +139,6 @@ RULES = [
         r"the same name|come to the same|names no",
         "Give the weights of a BEiT of this size; the message names the tensor.",
     ),
-    (r"only square", "Evaluate with square images, or call the model in Python."),
     (
         r"in the file and … in the model|has no place in the model|describes no|another kind of model|"
         r"claims shape|not a checkpoint|not a state dict|nothing that can be read|is compressed|is … but",

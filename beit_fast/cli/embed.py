@@ -13,8 +13,8 @@ from tyro.conf import Positional
 from beit_fast.cli.export import open_any
 from beit_fast.cli.options import errors_in_one_line, fail, parse
 from beit_fast.cli.predict import DeviceOptions, autocast
+from beit_fast.data.arrays.statistics import normalization_of
 from beit_fast.data.classification import EvaluationLoader
-from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import open_source
 from beit_fast.models import Beit, BeitForMaskedImageModeling
@@ -79,9 +79,15 @@ def open_backbone(source: str) -> tuple[Beit, dict[str, Any]]:
     return model, preprocessing
 
 
-def _normalization(preprocessing: dict[str, Any]) -> str:
-    mean = tuple(preprocessing.get("mean") or ())
-    return next((name for name, value in NORMALIZATION.items() if tuple(value[0]) == mean), "half")
+def image_options(model: Beit, preprocessing: dict[str, Any]) -> dict[str, Any]:
+    """How the images of a model are read, as loaders take it: mean, std, channels and value range."""
+    channels = preprocessing.get("channels") or (None if model.config.in_chans == 3 else model.config.in_chans)
+    mean, std = normalization_of("half", channels)
+    value_range = preprocessing.get("value_range")
+    return {
+        "mean": tuple(preprocessing.get("mean") or mean), "std": tuple(preprocessing.get("std") or std),
+        "channels": channels, "value_range": None if value_range is None else tuple(value_range),
+    }  # fmt: skip
 
 
 def embed_command(arguments: Sequence[str]) -> int:
@@ -94,11 +100,10 @@ def embed_command(arguments: Sequence[str]) -> int:
         source = open_source(chosen.path)
         world = start_world(chosen.device)
         try:
-            mean, std = NORMALIZATION[_normalization(preprocessing)]
             views = EvaluationLoader(
-                source, np.zeros(len(source), np.int64), image_size=model.config.image_hw[0], mean=mean, std=std,
+                source, np.zeros(len(source), np.int64), image_size=model.config.image_hw,
                 device=world.device, threads=chosen.threads, crop_share=preprocessing.get("crop_share"),
-                bad_images=BadImages(len(source), None, chosen.max_bad_share),
+                bad_images=BadImages(len(source), None, chosen.max_bad_share), **image_options(model, preprocessing),
             )  # fmt: skip
             with autocast(chosen, world.device):
                 features, indices = collect_features(
@@ -140,8 +145,9 @@ def knn_command(arguments: Sequence[str]) -> int:
         world = start_world(chosen.device)
         try:
             evaluation = KnnEvaluation(
-                chosen.path, model.config.image_hw[0], _normalization(preprocessing), world.device, chosen.threads
-            )
+                chosen.path, model.config.image_hw, device=world.device, threads=chosen.threads,
+                **image_options(model, preprocessing),
+            )  # fmt: skip
             with autocast(chosen, world.device):
                 found = evaluation.evaluate(
                     model.to(world.device), world, chosen.batch_size, chosen.k, chosen.tokens, chosen.block

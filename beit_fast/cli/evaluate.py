@@ -94,7 +94,8 @@ def evaluate_command(arguments: Sequence[str]) -> int:
                 images.source, images.labels, image_size=classifier.image_size, crop_share=classifier.crop_share,
                 mean=classifier.mean, std=classifier.std, device=world.device, decoder=chosen.data.decoder,
                 bad_images=BadImages(len(images), None, chosen.data.max_bad_share), threads=chosen.data.threads,
-                value_range=chosen.data.value_range,
+                value_range=chosen.data.value_range or classifier.value_range,
+                channels=classifier.channels,
             )  # fmt: skip
             try:
                 model = classifier.model.to(world.device)

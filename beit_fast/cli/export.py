@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from beit_fast.cli.options import errors_in_one_line, fail, parse
 from beit_fast.cli.predict import read_view
 from beit_fast.data import builtin
-from beit_fast.data.loader import NORMALIZATION
+from beit_fast.data.arrays.statistics import normalization_of
 from beit_fast.integrations.export import Target, export
 from beit_fast.models import BeitForMaskedImageModeling, CheckpointError
 from beit_fast.train.evaluation.classifiers import open_classifier
@@ -96,7 +96,8 @@ def open_any(source: str) -> tuple[nn.Module, dict[str, Any]]:
         if "decode_head" not in str(error):
             raise
         return open_segmentor(source).model, described
-    values = {"mean": classifier.mean, "std": classifier.std, "crop_share": classifier.crop_share}
+    values = {"mean": classifier.mean, "std": classifier.std, "crop_share": classifier.crop_share,
+              "channels": classifier.channels, "value_range": classifier.value_range}  # fmt: skip
     return classifier.model, {**described, **values, "classes": classifier.classes}
 
 
@@ -109,13 +110,16 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def photographs(config: Any, preprocessing: Mapping[str, Any]) -> Tensor:
-    """The photographs that come along, (7, 3, S, S), normalised as the model expects."""
-    side = getattr(config, "backbone", config).image_hw[0]
+    """The photographs that come along, (7, C, H, W), normalised as the model expects."""
+    backbone = getattr(config, "backbone", config)
+    channels = backbone.in_chans
     mean, std = (
         torch.tensor(preprocessing.get(name) or default)[:, None, None]
-        for name, default in zip(("mean", "std"), NORMALIZATION["half"], strict=True)
+        for name, default in zip(("mean", "std"), normalization_of("half", channels), strict=True)
     )
     views = [
-        read_view(path, side, 1.0) for path in sorted(Path(builtin.__file__).with_name("photographs").glob("*.jpg"))
+        read_view(path, backbone.image_hw, 1.0)
+        for path in sorted(Path(builtin.__file__).with_name("photographs").glob("*.jpg"))
     ]
-    return torch.stack([(view - mean) / std for view in views if isinstance(view, Tensor)])
+    order = [channel % 3 for channel in range(channels)]  # of other channels: the colours in turn
+    return torch.stack([(view[order] - mean) / std for view in views if isinstance(view, Tensor)])

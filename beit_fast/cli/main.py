@@ -49,6 +49,13 @@ def knn(arguments: list[str]) -> int:
     return knn_command(arguments)
 
 
+def stats(arguments: list[str]) -> int:
+    """stats IMAGES                      mean, deviation and range of pixels, for --data.normalization"""
+    from beit_fast.cli.stats import stats_command
+
+    return stats_command(arguments)
+
+
 def export(arguments: list[str]) -> int:
     """export RUN FOLDER --to TARGET     as files of timm, transformers, onnx or torch-export, compared with the run"""
     from beit_fast.cli.export import export_command
@@ -107,6 +114,7 @@ COMMANDS = {
         segment,
         embed,
         knn,
+        stats,
         export,
         report,
         compare,

@@ -14,7 +14,8 @@ from tyro.conf import Positional
 
 from beit_fast.cli.options import errors_in_one_line, fail, output_names, parse
 from beit_fast.cli.predict import read_view
-from beit_fast.data.loader import NORMALIZATION, Request
+from beit_fast.data.arrays.statistics import normalization_of
+from beit_fast.data.loader import Request
 from beit_fast.models import Beit, BeitForMaskedImageModeling
 from beit_fast.models.backbone import BeitBackbone
 from beit_fast.models.checkpoints import load_checkpoint
@@ -233,6 +234,10 @@ def _attention(options: AttentionOptions) -> int:
     model, mean, std = open_backbone(options.checkpoint, options.device)
     device = next(model.parameters()).device
     size = options.image_size or model.config.image_hw[0]
+    if model.config.in_chans != 3:
+        raise ValueError(
+            f"{options.checkpoint} sees {model.config.in_chans} channels; attention is drawn for RGB models"
+        )
     if size % model.config.patch_size:
         raise ValueError(f"--image-size must be a multiple of {model.config.patch_size}, got {size}")
     for path, name in zip(options.images, output_names(options.images), strict=True):
@@ -247,21 +252,21 @@ def _attention(options: AttentionOptions) -> int:
 
 def open_backbone(checkpoint: str, device: str) -> tuple[BeitBackbone, Tensor, Tensor]:
     """A BEiT from any supported checkpoint, with or without a head, and the mean and the deviation
-    (3, 1, 1) of its pixels.
+    (C, 1, 1) of its pixels.
 
     ValueError where there is none.
     """
     root, place = Path(checkpoint), resolve_device(device)
     model: BeitBackbone
     pretraining = _saved_pretraining(root)
-    mean, std = NORMALIZATION["half"]
+    mean, std = normalization_of("half")
     if pretraining is not None:
-        mean, std = NORMALIZATION[pretraining.data.normalization]
+        mean, std = pretraining.data.mean_and_std()
         _, model = open_pretraining(root, device)
     else:
         try:
             classifier = open_classifier(root)
-            model, mean, std = classifier.model, classifier.mean[:3], classifier.std[:3]  # type: ignore[assignment]
+            model, mean, std = classifier.model, classifier.mean, classifier.std
         except ValueError:
             weights = resolve_weights(root)
             model = Beit(architecture_of(read_state_dict(weights), checkpoint, classifier=False))

@@ -192,6 +192,7 @@ def _print(task: Task, config: RunConfig, world: World, n: dict[str, float]) -> 
          f"{n['prepare_ms_per_sample']:,.1f} ms before it, {n['data_ms_per_sample']:,.1f} ms of data beside it"),
         ("time", f"{duration(n['run_s'])} on {world.size} of this device (from one micro-batch)"),
     ]  # fmt: skip
+    rows += task.plan_lines()
     if config.plan_gpu is not None:
         rows += on_gpu(config, n, noun)
     print(f"plan of {task.name}; nothing is trained")

@@ -16,9 +16,8 @@ from tyro.conf import Positional
 
 from beit_fast.cli.options import errors_in_one_line, fail, output_names, parse
 from beit_fast.data import reading
+from beit_fast.data.arrays.statistics import normalization_of
 from beit_fast.data.classification import centre_view
-from beit_fast.data.decoding import Crop
-from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import Rejection
 from beit_fast.train.config import RunConfig
 from beit_fast.train.distributed.world import resolve_device
@@ -109,7 +108,8 @@ def predict_command(arguments: Sequence[str]) -> int:
     unread: list[Path] = []
 
     def view_of(path: Path) -> torch.Tensor | str:
-        return read_view(path, classifier.image_size, classifier.crop_share, chosen.value_range)
+        value_range = chosen.value_range or classifier.value_range
+        return read_view(path, classifier.image_size, classifier.crop_share, value_range, classifier.channels)
 
     for path, view in readable(chosen.images, view_of, unread):
         with torch.no_grad(), autocast(chosen, device):
@@ -163,11 +163,13 @@ def autocast(options: DeviceOptions, device: torch.device) -> torch.autocast:
 def open_prepared(path: str, options: ClassifierOptions) -> Classifier:
     """The classifier, with what the command line says in place of its own size, crop and normalisation."""
     own = open_classifier(path, options.image_size)
-    mean, std = (own.mean, own.std) if options.normalization == "own" else NORMALIZATION[options.normalization]
+    mean, std = own.mean, own.std
+    if options.normalization != "own":
+        mean, std = normalization_of(options.normalization, own.channels)
     share = own.crop_share if options.crop_share is None else options.crop_share
     if not 0 < share <= 1:
         raise ValueError(f"--crop-share must be in (0, 1], got {share}")
-    return Classifier(own.model, own.classes, own.image_size, share, mean, std)
+    return replace(own, crop_share=share, mean=mean, std=std)
 
 
 def readable(
@@ -187,17 +189,21 @@ def readable(
             yield path, image
 
 
-def read_picture(path: Path, value_range: tuple[float, float] | None = None) -> Crop | str:
-    """Pixels uint8 (H, W, 3) of an image file, or why there are none."""
-    picture = reading.read_picture(path, value_range)
+def read_picture(
+    path: Path, value_range: tuple[float, float] | None = None, channels: int | None = None
+) -> np.ndarray | str:
+    """Pixels of an image file, uint8 (H, W, 3) or float32 (H, W, `channels`), or why there are none."""
+    picture = reading.read_picture(path, value_range, channels)
     return picture.reason if isinstance(picture, Rejection) else picture
 
 
 def read_view(
-    path: Path, image_size: int, crop_share: float, value_range: tuple[float, float] | None = None
-) -> torch.Tensor | str:
-    """The central view (3, S, S) of an image file, float32 in [0, 1], or why there is none."""
-    picture = read_picture(path, value_range)
+    path: Path, image_size: int | tuple[int, int], crop_share: float,
+    value_range: tuple[float, float] | None = None, channels: int | None = None,
+) -> torch.Tensor | str:  # fmt: skip
+    """The central view (C, H, W) of an image file, float32 in [0, 1], or why there is none."""
+    picture = read_picture(path, value_range, channels)
     if isinstance(picture, str):
         return picture
-    return centre_view(picture, image_size, crop_share).permute(2, 0, 1).float() / 255
+    view = centre_view(picture, image_size, crop_share).permute(2, 0, 1)
+    return view.float() / 255 if view.dtype == torch.uint8 else view

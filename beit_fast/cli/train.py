@@ -24,6 +24,7 @@ from beit_fast.train.distributed import launch
 from beit_fast.train.distributed.world import LostRank, OtherRankFailed
 from beit_fast.train.memory import OutOfMemory
 from beit_fast.train.task import Task
+from beit_fast.train.tasks.start import with_images_seen
 from beit_fast.train.tasks.weights import with_weights
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -64,7 +65,8 @@ def main(
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # shards, checkpoints and workers need many files at once
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if getattr(chosen, "weights", None) is not None and not getattr(chosen, "scratch", False):
-            chosen = with_weights(chosen, typed_options(chosen, arguments))
+            typed = typed_options(chosen, arguments)
+            chosen = with_images_seen(with_weights(chosen, typed), typed)
         if chosen.dry_run:
             from beit_fast.cli.plan import plan
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor
 
 from beit_fast.data.augmentation.erasing import RandomErasing
 from beit_fast.data.augmentation.rand_augment import Augmenter, RandAugment
-from beit_fast.data.decoding import Crop, open_decoder
 from beit_fast.data.loader import Loader, Request
 from beit_fast.data.reading import Sample, decode
-from beit_fast.data.resizing import resize
+from beit_fast.data.resizing import empty_views, height_width, resize
 from beit_fast.data.sampling import CropSampler, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
@@ -33,7 +32,7 @@ class LabelledBatch:
     """A batch on the device of its views, except `indices` and `rectangles`."""
 
     images: Tensor
-    """float32 (b, 3, S, S), normalised."""
+    """float32 (b, C, H, W), normalised."""
     labels: Tensor
     """int64 (b,)."""
     sample_keys: Tensor
@@ -78,29 +77,34 @@ class ClassificationLoader(Loader):
         labels: (n,) one class per image.
         augmentation: what is done to them.
         seed: of everything that is random, together with epoch, sample and repetition.
-        image_size: side of the views in pixels.
+        image_size: side of the views in pixels, or (height, width).
         mean, std: normalise the views.
         decoder: "dali", "pil" or "auto".
-        value_range: values of float pixels that become black and white; None refuses such images.
-        device, bad_images, threads, prefetch: see `Loader`.
+        device, bad_images, threads, prefetch, value_range, channels: see `Loader`.
 
     Raises:
-        ValueError: arguments do not fit.
+        ValueError: arguments do not fit, or RandAugment is to work on images with channels of their own.
         ModuleNotFoundError: `beit_fast._C`, or DALI for RandAugment, is missing.
     """
 
     def __init__(
         self, source: ImageSource, labels: NDArray[np.integer], augmentation: Augmentation, *,
-        seed: int, image_size: int = 224, mean: Triple = (0.5, 0.5, 0.5), std: Triple = (0.5, 0.5, 0.5),
+        seed: int, image_size: int | tuple[int, int] = 224,
+        mean: Triple = (0.5, 0.5, 0.5), std: Triple = (0.5, 0.5, 0.5),
         device: str | torch.device = "cpu", decoder: Literal["auto", "dali", "pil"] = "auto",
         bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
-        value_range: tuple[float, float] | None = None,
+        value_range: tuple[float, float] | None = None, channels: int | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(source, seed=seed, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch)
+        if channels is not None and augmentation.rand_augment is not None:
+            raise ValueError("RandAugment is made for RGB of 8 bits; with --data.channels, --augment.rand-augment 0")
+        super().__init__(
+            source, seed=seed, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch,
+            channels=channels, value_range=value_range,
+        )  # fmt: skip
         self.labels = _checked(labels, source, image_size)
-        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+        self.image_size, self.mean, self.std = height_width(image_size), tuple(mean), tuple(std)
         self.augmentation = augmentation
-        self._decoder = open_decoder(decoder, self.threads, value_range)
+        self._decoder = self.open_decoder(decoder)
         self._sampler = CropSampler(augmentation.scale, augmentation.ratio, augmentation.flip_probability, 0, 0, 0)
         self._augmenter = Augmenter(self.threads) if augmentation.rand_augment is not None else None
 
@@ -114,7 +118,7 @@ class ClassificationLoader(Loader):
 
     def _make(self, epoch: int, repetitions: NDArray[np.int64], samples: list[Sample]) -> LabelledBatch:
         size, augmentation = self.image_size, self.augmentation
-        views = torch.empty(len(samples), size, size, 3, dtype=torch.uint8)
+        views = empty_views(len(samples), size, self.channels)
         flips = np.zeros(len(samples), np.bool_)
         # Repetitions are told apart by counting epochs as many times.
         view_epochs = epoch * augmentation.repeats + repetitions
@@ -130,9 +134,9 @@ class ClassificationLoader(Loader):
             list(self.workers.map(resize_row, rows, crops))
             return {row: crop for row, crop in zip(rows, crops, strict=True) if isinstance(crop, Rejection)}
 
-        def resize_row(row: int, crop: Crop | Rejection) -> None:
+        def resize_row(row: int, crop: Any) -> None:
             if not isinstance(crop, Rejection):
-                views[row] = resize(crop, (size, size), "bicubic")
+                views[row] = resize(crop, size, "bicubic")
 
         indices = self.make_all(epoch, samples, make)
         keys = torch.empty(len(samples), dtype=torch.int64)
@@ -141,7 +145,7 @@ class ClassificationLoader(Loader):
             keys[alike] = sample_keys(self.seed, int(view_epoch), indices[alike])
         if augmentation.rand_augment is not None and self._augmenter is not None:
             self._augmenter.apply(views, augmentation.rand_augment.sample(keys))
-        rectangles = None if augmentation.erasing is None else augmentation.erasing.sample(keys, (size, size))
+        rectangles = None if augmentation.erasing is None else augmentation.erasing.sample(keys, size)
         images = self.normalise(views, flips, self.mean, self.std)
         labels = self.send(torch.from_numpy(self.labels[indices]))
         return LabelledBatch(images, labels, self.send(keys), torch.from_numpy(indices), rectangles)
@@ -156,16 +160,19 @@ class EvaluationLoader(Loader):
 
     def __init__(
         self, source: ImageSource, labels: NDArray[np.integer], *,
-        image_size: int = 224, crop_share: float | None = None,
+        image_size: int | tuple[int, int] = 224, crop_share: float | None = None,
         mean: Triple = (0.5, 0.5, 0.5), std: Triple = (0.5, 0.5, 0.5),
         device: str | torch.device = "cpu", decoder: Literal["auto", "dali", "pil"] = "auto",
         bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
-        value_range: tuple[float, float] | None = None,
+        value_range: tuple[float, float] | None = None, channels: int | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(source, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch)
+        super().__init__(
+            source, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch, channels=channels,
+            value_range=value_range,
+        )  # fmt: skip
         self.labels = _checked(labels, source, image_size)
-        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
-        self._decoder = open_decoder(decoder, self.threads, value_range)
+        self.image_size, self.mean, self.std = height_width(image_size), tuple(mean), tuple(std)
+        self._decoder = self.open_decoder(decoder)
         self.crop_share = default_crop_share(image_size) if crop_share is None else crop_share
         if not 0 < self.crop_share <= 1:
             raise ValueError(f"crop_share must be in (0, 1], got {crop_share}")
@@ -187,43 +194,48 @@ class EvaluationLoader(Loader):
         labels = self.send(torch.from_numpy(self.labels[indices]))
         return LabelledBatch(images, labels, keys, torch.from_numpy(indices))
 
-    def _centre(self, picture: Crop) -> Tensor:
+    def _centre(self, picture: Any) -> Tensor:
         return centre_view(picture, self.image_size, self.crop_share)
 
 
-def _checked(labels: NDArray[np.integer], source: ImageSource, image_size: int) -> NDArray[np.int64]:
+def _checked(labels: NDArray[np.integer], source: ImageSource, image_size: int | tuple[int, int]) -> NDArray[np.int64]:
     if len(labels) != len(source):
         raise ValueError(f"labels: {len(labels)} for {len(source)} images")
-    if image_size < 1:
+    if min(height_width(image_size)) < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     return np.asarray(labels, np.int64)
 
 
-def default_crop_share(image_size: int) -> float:
+def default_crop_share(image_size: int | tuple[int, int]) -> float:
     """The official code's: 224/256 below 384 pixels, the whole image from there on."""
-    return 224 / 256 if image_size < 384 else 1.0
+    return 224 / 256 if min(height_width(image_size)) < 384 else 1.0
 
 
-def evaluation_geometry(height: int, width: int, image_size: int, crop_share: float) -> tuple[int, int, int, int]:
+def evaluation_geometry(
+    height: int, width: int, image_size: int | tuple[int, int], crop_share: float
+) -> tuple[int, int, int, int]:
     """(height, width) of the resized image and (top, left) of its centre crop, as torchvision computes them.
 
     The short side becomes int(image_size / crop_share) and the long one keeps the ratio, rounded down; the crop's
-    corner is rounded to even halves. DALI's `resize_shorter` rounds otherwise and is off by up to a pixel.
+    corner is rounded to even halves. DALI's `resize_shorter` rounds otherwise and is off by up to a pixel. For a view
+    (height, width) that is not square, the image becomes as large as covers the view over crop_share.
     """
-    short = int(image_size / crop_share)
-    if height <= width:
-        resized_height, resized_width = short, int(short * width / height)
+    view_height, view_width = height_width(image_size)
+    if view_height != view_width:
+        scale = max(view_height / crop_share / height, view_width / crop_share / width)
+        resized_height, resized_width = max(int(height * scale), view_height), max(int(width * scale), view_width)
     else:
-        resized_height, resized_width = int(short * height / width), short
-    return (
-        resized_height,
-        resized_width,
-        round((resized_height - image_size) / 2.0),
-        round((resized_width - image_size) / 2.0),
-    )
+        short = int(view_height / crop_share)
+        if height <= width:
+            resized_height, resized_width = short, int(short * width / height)
+        else:
+            resized_height, resized_width = int(short * height / width), short
+    top, left = round((resized_height - view_height) / 2.0), round((resized_width - view_width) / 2.0)
+    return resized_height, resized_width, top, left
 
 
-def centre_view(picture: Crop, image_size: int, crop_share: float) -> Tensor:
-    """The evaluation view uint8 (S, S, 3) of a picture (h, w, 3)."""
+def centre_view(picture: Any, image_size: int | tuple[int, int], crop_share: float) -> Tensor:
+    """The evaluation view (H, W, C) of a picture (h, w, C), in its type."""
     height, width, top, left = evaluation_geometry(picture.shape[0], picture.shape[1], image_size, crop_share)
-    return resize(picture, (height, width), "bicubic")[top : top + image_size, left : left + image_size]
+    view_height, view_width = height_width(image_size)
+    return resize(picture, (height, width), "bicubic")[top : top + view_height, left : left + view_width]

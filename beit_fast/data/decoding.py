@@ -59,6 +59,8 @@ class PilDecoder:
             self._dali = self._dali or DaliDecoder(1, self.value_range)
             pixels = self._dali.decode([data], [header], window[None])[0]
             return pixels if isinstance(pixels, Rejection) else np.array(pixels)
+        if header.decoder == "array":
+            return Rejection("an array; --data.channels N reads arrays of N channels")
         top, left, height, width = stored_window(window, header).tolist()
         try:
             image: Image.Image = Image.open(io.BytesIO(without_orientation(data) if header.format == "tiff" else data))
@@ -145,6 +147,9 @@ class DaliPipeline:
     `device_id=None` needs no GPU. Subclasses say what comes after the decoder. Not thread-safe.
     """
 
+    output_type, dtype = "RGB", "UINT8"
+    """DALI's names of the colours and the type of the pixels."""
+
     def __init__(self, threads: int, device_id: int | None) -> None:
         require_dali()
         self.threads = threads
@@ -205,7 +210,8 @@ class DaliPipeline:
                 shape=shape,
                 axes=(0, 1),
                 device="mixed" if mixed else "cpu",
-                output_type=types.RGB,
+                output_type=getattr(types, self.output_type),
+                dtype=getattr(types, self.dtype),
                 adjust_orientation=False,  # it has a reading of its own of some EXIF data
                 jpeg_fancy_upsampling=True,  # the GPU decoder then upsamples chroma as libjpeg-turbo does
             )
@@ -222,7 +228,7 @@ class DaliDecoder(DaliPipeline):
         self._pillow = PilDecoder(value_range)
 
     def decode(self, encoded: Sequence[bytes], headers: Sequence[Header], windows: Windows) -> list[Crop | Rejection]:
-        chosen = [number for number, header in enumerate(headers) if header.decoder != "pillow"]
+        chosen = [number for number, header in enumerate(headers) if header.decoder in ("any", "dali")]
         pixels: dict[int, Crop | Rejection] = {}
         if chosen:
             stored = np.stack([stored_window(windows[number], headers[number]) for number in chosen])

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit_fast.data.augmentation.color_jitter import gray_means
-from beit_fast.data.decoding import Crop, Decoder
+from beit_fast.data.arrays.decoding import ArrayDecoder
+from beit_fast.data.augmentation.color_jitter import gray_means, jitter_floats, mean_gray
+from beit_fast.data.decoding import Decoder, open_decoder
 from beit_fast.data.prefetch import Prefetcher
-from beit_fast.data.reading import NOTHING_USABLE, Sample, ScreenedReader, decode
+from beit_fast.data.reading import NOTHING_USABLE, Sample, ScreenedReader, common_kind, decode
 from beit_fast.data.sampling import CropSampler, Views, compiled_module
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
@@ -47,15 +48,19 @@ class Loader:
         bad_images: is told of images that cannot be used; None: one of its own, which allows 1 %.
         threads: that decode and resize; None: the cores of this process, at most 8.
         prefetch: batches that are made ahead.
+        channels: of the images, which then keep their depth (`ArrayDecoder`); None: all become RGB of 8 bits.
+        value_range: values of float pixels that become black and white; None refuses such images. With `channels`, of
+            pixels of any type.
 
     Raises:
-        ValueError: an empty source, or fewer than one thread or batch.
+        ValueError: an empty source, images of other channels or of several depths, or fewer than one thread or batch.
         ModuleNotFoundError: `beit_fast._C` was not built.
     """
 
     def __init__(
         self, source: ImageSource, *, seed: int = 0, device: str | torch.device = "cpu",
         bad_images: BadImages | None = None, threads: int | None = None, prefetch: int = 2,
+        channels: int | None = None, value_range: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         self.source, self.seed, self.device, self.prefetch = source, seed, torch.device(device), prefetch
         self.threads = threads if threads is not None else min(8, len(os.sched_getaffinity(0)))
@@ -64,7 +69,9 @@ class Loader:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.bad_images = bad_images if bad_images is not None else BadImages(len(source))
         self.compiled = compiled_module()
-        self.reader = ScreenedReader(source, seed, self.bad_images, self.threads)
+        self.channels, self.value_range = channels, value_range
+        kind = None if channels is None else common_kind(source, channels, value_range)
+        self.reader = ScreenedReader(source, seed, self.bad_images, self.threads, kind)
         self.workers = ThreadPoolExecutor(self.threads, thread_name_prefix="beit_fast-resize")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._running: list[Prefetcher[Any]] = []
@@ -156,7 +163,7 @@ class Loader:
                 return np.array([sample.index for sample in samples], np.int64)
         raise ValueError(NOTHING_USABLE)
 
-    def decode_whole(self, decoder: Decoder, indices: Sequence[int]) -> list[tuple[Sample, Crop]]:
+    def decode_whole(self, decoder: Decoder | ArrayDecoder, indices: Sequence[int]) -> list[tuple[Sample, Any]]:
         """Read and decode whole images; what cannot be used is reported and left out."""
         samples = [sample for sample in self.reader.read_all(indices) if sample is not None]
         windows = np.array([(0, 0, s.header.height, s.header.width) for s in samples], np.int32).reshape(-1, 4)
@@ -168,25 +175,33 @@ class Loader:
                 decoded.append((sample, pixels))
         return decoded
 
+    def open_decoder(self, name: str) -> Decoder | ArrayDecoder:
+        """Open the decoder "dali", "pil" or "auto" for the images as they are to be read."""
+        if self.channels is None:
+            return open_decoder(name, self.threads, self.value_range)
+        return ArrayDecoder(name, self.threads, self.value_range)
+
     def gray_means(self, views: Tensor) -> Tensor:
-        """Mean gray level float32 (b,) of uint8 (b, H, W, 3)."""
-        return gray_means(views) if views.is_cuda else torch.from_numpy(self.compiled.gray_means(views.numpy()))
+        """Mean gray level float32 (b,) of views (b, H, W, C)."""
+        return gray_means(views) if views.is_cuda else torch.from_numpy(mean_gray(views.numpy()))
 
     def transform(
         self, views: Tensor, flips: Tensor, factors: Tensor, centers: Tensor, mean: Sequence[float],
         std: Sequence[float],
     ) -> Tensor:  # fmt: skip
-        """Jitter, flip and normalise uint8 (b, H, W, 3): float32 (b, 3, H, W). All tensors are on the device.
+        """Jitter, flip and normalise views (b, H, W, C): float32 (b, C, H, W). All tensors are on the device.
 
         `centers` float32 (b,): the gray level that contrast leaves alone.
         """
+        if views.dtype != torch.uint8:
+            return jitter_floats(views, flips, factors, centers, mean, std)
         if views.is_cuda:
             return color_jitter(views, flips, factors, centers, mean, std)
         arrays = (tensor.numpy() for tensor in (views, flips, factors, centers))
         return torch.from_numpy(self.compiled.transform_views(*arrays, mean, std, threads=self.threads))
 
     def normalise(self, views: Tensor, flips: NDArray[np.bool_], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Flip and normalise uint8 (b, H, W, 3) in memory: float32 (b, 3, H, W) on the device of the loader."""
+        """Flip and normalise views (b, H, W, C) in memory: float32 (b, C, H, W) on the device of the loader."""
         factors, centers = self.send(torch.ones(len(views), 3)), self.send(torch.zeros(len(views)))
         return self.transform(self.send(views), self.send(torch.from_numpy(flips)), factors, centers, mean, std)
 

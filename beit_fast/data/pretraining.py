@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit_fast.data.decoding import has_dali, open_decoder, resolve_cpu_decoder
+from beit_fast.data.decoding import has_dali, resolve_cpu_decoder
 from beit_fast.data.loader import Loader, Request
 from beit_fast.data.reading import Sample
-from beit_fast.data.resizing import CpuResizer, DaliResizer, Resizer
+from beit_fast.data.resizing import CpuResizer, DaliResizer, Resizer, height_width
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler, sample_keys
 from beit_fast.data.screening import BadImages, Rejection
 from beit_fast.data.sources import ImageSource
@@ -31,9 +31,9 @@ class PretrainBatch:
     """One batch; on the device of its `PretrainLoader` except `indices` and `unknown`."""
 
     images: Tensor
-    """float32 (b, 3, S, S), normalised"""
+    """float32 (b, C, H, W), normalised"""
     token_images: Tensor
-    """float32 (b, 3, s, s) in [0, 1]; with a token store only those of `unknown`, (u, 3, s, s)"""
+    """float32 (b, C, h, w) in [0, 1]; with a token store only those of `unknown`, (u, C, h, w)"""
     mask: Tensor
     """bool (b, h, w), True where masked"""
     indices: Tensor
@@ -65,8 +65,8 @@ class PretrainLoader(Loader):
         masking: draws the masks; its grid divides both sizes.
         sampler: draws windows, flips and colours.
         seed: of everything that is random, together with epoch and sample.
-        image_size: side of the model's view in pixels.
-        token_image_size: side of the tokenizer's view in pixels.
+        image_size: side of the model's view in pixels, or (height, width).
+        token_image_size: likewise of the tokenizer's view.
         mean, std: normalise the model's view.
         device: "cuda" gives batches on the GPU.
         decoder: "dali" (CPU), "dali-gpu" (nvJPEG; the resize is DALI's too; unverified), "pil", or "auto" = "dali-gpu"
@@ -77,7 +77,7 @@ class PretrainLoader(Loader):
             epoch.
         token_store: brings the tokens of views it knows (its cycle is `view_cycle`); tokenizer views are made of the
             others.
-        value_range: values of float pixels that become black and white; None refuses such images.
+        value_range, channels: see `Loader`; with `channels` everything is decoded and resized on the CPU.
 
     Raises:
         ValueError: arguments do not fit together.
@@ -86,16 +86,17 @@ class PretrainLoader(Loader):
 
     def __init__(
         self, source: ImageSource, masking: BlockwiseMasking, sampler: CropSampler, *,
-        seed: int, image_size: int = 224, token_image_size: int = 112,
+        seed: int, image_size: int | tuple[int, int] = 224, token_image_size: int | tuple[int, int] = 112,
         mean: Sequence[float] = (0.5, 0.5, 0.5), std: Sequence[float] = (0.5, 0.5, 0.5),
         device: str | torch.device = "cpu", decoder: Literal["auto", "dali", "dali-gpu", "pil"] = "auto",
         jitter_center: Literal["view", "image"] = "view", bad_images: BadImages | None = None,
         threads: int | None = None, prefetch: int = 2,
         view_cycle: int | None = None, token_store: TokenStore | None = None,
-        value_range: tuple[float, float] | None = None,
+        value_range: tuple[float, float] | None = None, channels: int | None = None,
     ) -> None:  # fmt: skip
         for name, size in (("image_size", image_size), ("token_image_size", token_image_size)):
-            if size < 1 or size % masking.grid[0] or size % masking.grid[1]:
+            sides = height_width(size)
+            if min(sides) < 1 or any(side % patches for side, patches in zip(sides, masking.grid, strict=True)):
                 raise ValueError(f"{name} {size} is not a multiple of the mask's grid {masking.grid}")
         if view_cycle is not None and view_cycle < 1:
             raise ValueError(f"view_cycle must be at least 1, got {view_cycle}")
@@ -106,19 +107,25 @@ class PretrainLoader(Loader):
                 f"token_store holds {token_store.num_tokens} tokens per view in a cycle of {token_store.cycle}; the "
                 f"grid is {masking.grid} and view_cycle {view_cycle}"
             )
-        super().__init__(source, seed=seed, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch)
+        super().__init__(
+            source, seed=seed, device=device, bad_images=bad_images, threads=threads, prefetch=prefetch,
+            channels=channels, value_range=value_range,
+        )  # fmt: skip
         self.masking, self.sampler, self.mean, self.std = masking, sampler, tuple(mean), tuple(std)
         self.view_cycle, self.token_store = view_cycle, token_store
         if jitter_center not in ("view", "image"):
             raise ValueError(f"jitter_center must be view or image, got {jitter_center!r}")
         self.decoder = resolve_decoder(decoder, self.device)
+        if channels is not None:
+            self.decoder = resolve_cpu_decoder("auto" if self.decoder == "dali-gpu" else self.decoder)
         if self.decoder == "dali-gpu" and (self.device.type != "cuda" or jitter_center == "image"):
             raise ValueError(
                 f"decoder dali-gpu needs device cuda and jitter_center view, got {self.device} and {jitter_center}"
             )
-        on_cpu = open_decoder("pil" if self.decoder == "dali-gpu" else self.decoder, self.threads, value_range)
+        on_cpu = self.open_decoder("pil" if self.decoder == "dali-gpu" else self.decoder)
+        whole = jitter_center == "image"
         self._resizer: Resizer
-        self._resizer = CpuResizer(on_cpu, self.workers, image_size, token_image_size, jitter_center == "image")
+        self._resizer = CpuResizer(on_cpu, self.workers, image_size, token_image_size, whole, channels)
         if self.decoder == "dali-gpu":
             self._resizer = DaliResizer(self.device, self.threads, self._resizer)
         self._lock = threading.Lock()  # a decoder has one set of buffers
@@ -152,7 +159,8 @@ class PretrainLoader(Loader):
         # Both views share the centre of the contrast: they are one picture in two sizes.
         center = self.gray_means(resized) if views.centers is None else self.send(views.centers)
         images = self.transform(resized, flip, factor, center, self.mean, self.std)
-        token_images = self.transform(token_images, flip[rows], factor[rows], center[rows], (0, 0, 0), (1, 1, 1))
+        zeros, ones = (0,) * images.shape[1], (1,) * images.shape[1]
+        token_images = self.transform(token_images, flip[rows], factor[rows], center[rows], zeros, ones)
         batch = PretrainBatch(
             images, token_images, self.send(mask), torch.from_numpy(indices),
             self.send(sample_keys(self.seed, epoch, indices)), self.send(masked_indices), epoch,

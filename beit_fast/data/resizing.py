@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from beit_fast.data.decoding import Crop, DaliPipeline, Decoder, Windows, oriented, stored_window
+from beit_fast.data.arrays.decoding import ArrayDecoder
+from beit_fast.data.augmentation.color_jitter import mean_gray
+from beit_fast.data.decoding import DaliPipeline, Decoder, Windows, oriented, stored_window
 from beit_fast.data.reading import Sample, decode
-from beit_fast.data.sampling import compiled_module
 from beit_fast.data.screening import Rejection
 
 Flags = NDArray[np.bool_]
@@ -25,9 +26,9 @@ class ResizedViews(NamedTuple):
     """Both views of a batch."""
 
     images: Tensor
-    """uint8 (B, S, S, 3), bicubic"""
+    """uint8 (B, H, W, 3), or float32 (B, H, W, C) in [0, 1]; bicubic"""
     token_images: Tensor
-    """uint8 (B, s, s, 3), Lanczos; rows of images whose tokens are known hold nothing of use"""
+    """uint8 (B, h, w, 3) or float32 (B, h, w, C), Lanczos; rows of images whose tokens are known hold nothing of use"""
     centers: Tensor | None
     """float32 (B,): mean gray of the whole image, where the resizer sees it"""
 
@@ -57,16 +58,39 @@ def has_uint8_lanczos() -> bool:
     return True
 
 
-def resize(crop: Crop, size: tuple[int, int], mode: str) -> Tensor:
-    """Resize uint8 (h, w, 3) to `size` (H, W): (H, W, 3), antialiased; `mode` "bicubic", "bilinear" or "lanczos".
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size: a side, or both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
 
-    Within a level of Pillow on average (tests). Where torch has no Lanczos for bytes, Pillow itself does it, three
-    times slower.
+
+def empty_views(count: int, size: tuple[int, int], channels: int | None) -> Tensor:
+    """Memory for `count` views of `size` (H, W): uint8 (count, H, W, 3), or float32 where the channels are given."""
+    kind = torch.uint8 if channels is None else torch.float32
+    return torch.empty(count, *size, channels or 3, dtype=kind)
+
+
+def resize(crop: Any, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize (h, w, C) to `size` (H, W): (H, W, C), antialiased; `mode` "bicubic", "bilinear" or "lanczos".
+
+    Bytes of three channels come within a level of Pillow on average (tests), floats in [0, 1] of any number of channels
+    within rounding. Where torch has no Lanczos, Pillow itself does it, three times slower.
     """
     if mode == "lanczos" and not has_uint8_lanczos():
         from PIL import Image
 
+        if crop.dtype != np.uint8:
+            planes = [
+                np.array(Image.fromarray(plane).resize(size[::-1], Image.Resampling.LANCZOS))
+                for plane in np.moveaxis(crop, 2, 0)
+            ]
+            return torch.from_numpy(np.stack(planes, 2)).clamp_(0, 1)
         return torch.from_numpy(np.array(Image.fromarray(crop).resize(size[::-1], Image.Resampling.LANCZOS)))
+    if crop.dtype != np.uint8:
+        planes_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(crop, 2, 0)))[None]
+        if tuple(crop.shape[:2]) != size:  # overshoots at edges are clipped, as of bytes
+            planes_first = functional.interpolate(planes_first, size=size, mode=mode, antialias=True).clamp_(0, 1)
+        return planes_first[0].permute(1, 2, 0)
     # The channels-last layout takes torch's vector code: seven times faster than planes.
     image = torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1)[None]
     if tuple(crop.shape[:2]) != size:
@@ -78,13 +102,14 @@ class CpuResizer:
     """Decoder on the CPU, then torch's antialiased resize, one image per task of `pool`."""
 
     def __init__(
-        self, decoder: Decoder, pool: ThreadPoolExecutor, image_size: int, token_image_size: int, whole_image: bool
-    ) -> None:
-        self.decoder, self.pool, self.whole_image = decoder, pool, whole_image
-        self.sizes = (image_size, token_image_size)
+        self, decoder: Decoder | ArrayDecoder, pool: ThreadPoolExecutor, image_size: int | Sequence[int],
+        token_image_size: int | Sequence[int], whole_image: bool, channels: int | None = None,
+    ) -> None:  # fmt: skip
+        self.decoder, self.pool, self.whole_image, self.channels = decoder, pool, whole_image, channels
+        self.sizes = (height_width(image_size), height_width(token_image_size))
 
     def empty(self, batch: int) -> ResizedViews:
-        images, token_images = (torch.empty(batch, size, size, 3, dtype=torch.uint8) for size in self.sizes)
+        images, token_images = (empty_views(batch, size, self.channels) for size in self.sizes)
         return ResizedViews(images, token_images, torch.zeros(batch) if self.whole_image else None)
 
     def resize_into(
@@ -95,17 +120,17 @@ class CpuResizer:
             decoded = np.array([(0, 0, sample.header.height, sample.header.width) for sample in samples], np.int32)
         crops = decode(self.decoder, samples, decoded)
 
-        def work(row: int, crop: Crop | Rejection, window: list[int]) -> None:
+        def work(row: int, crop: Any, window: list[int]) -> None:
             if isinstance(crop, Rejection):
                 return
             if views.centers is not None:
                 top, left, height, width = window
-                views.centers[row] = float(compiled_module().gray_means(np.ascontiguousarray(crop)[None])[0])
+                views.centers[row] = float(mean_gray(np.ascontiguousarray(crop)[None])[0])
                 crop = crop[top : top + height, left : left + width]
             size, token_size = self.sizes
-            views.images[row] = resize(crop, (size, size), "bicubic")
+            views.images[row] = resize(crop, size, "bicubic")
             if not known[row]:
-                views.token_images[row] = resize(crop, (token_size, token_size), "lanczos")
+                views.token_images[row] = resize(crop, token_size, "lanczos")
 
         list(self.pool.map(work, rows, crops, windows.tolist()))
         return {row: crop for row, crop in zip(rows, crops, strict=True) if isinstance(crop, Rejection)}
@@ -124,7 +149,7 @@ class DaliResizer(DaliPipeline):
 
     def empty(self, batch: int) -> ResizedViews:
         images, token_images = (
-            torch.empty(batch, size, size, 3, dtype=torch.uint8, device=self.device) for size in self.sizes
+            torch.empty(batch, *size, 3, dtype=torch.uint8, device=self.device) for size in self.sizes
         )
         return ResizedViews(images, token_images, None)
 
@@ -132,7 +157,7 @@ class DaliResizer(DaliPipeline):
         self, views: ResizedViews, rows: list[int], samples: Sequence[Sample], windows: Windows, known: Flags
     ) -> dict[int, Rejection]:
         """The graph makes both views of all samples, `known` or not; what it cannot decode is made on the CPU."""
-        chosen = [index for index, sample in enumerate(samples) if sample.header.decoder != "pillow"]
+        chosen = [index for index, sample in enumerate(samples) if sample.header.decoder in ("any", "dali")]
         stored = np.array([stored_window(windows[index], samples[index].header) for index in chosen], np.int32)
         outputs, damaged = self.run_undamaged([samples[index].data for index in chosen], stored) if chosen else ((), {})
         whole = [index for number, index in enumerate(chosen) if number not in damaged]
@@ -164,13 +189,15 @@ def _put(parts: ResizedViews, views: ResizedViews, rows: list[int]) -> None:
         view[torch.tensor(rows).to(view.device)] = part.to(view.device)
 
 
-def resize_with_dali(crops: Any, image_size: int, token_image_size: int) -> tuple[Any, Any]:
+def resize_with_dali(
+    crops: Any, image_size: int | Sequence[int], token_image_size: int | Sequence[int]
+) -> tuple[Any, Any]:
     """The two resizes as a DALI graph; without antialiasing the small view would be off by 2 to 4 levels on average."""
     from nvidia.dali import fn, types
 
     return (
-        fn.resize(crops, size=[image_size, image_size], interp_type=types.INTERP_CUBIC, antialias=True),
-        fn.resize(crops, size=[token_image_size] * 2, interp_type=types.INTERP_LANCZOS3, antialias=True),
+        fn.resize(crops, size=height_width(image_size), interp_type=types.INTERP_CUBIC, antialias=True),
+        fn.resize(crops, size=height_width(token_image_size), interp_type=types.INTERP_LANCZOS3, antialias=True),
     )
 
 

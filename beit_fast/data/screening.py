@@ -15,6 +15,8 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
+from beit_fast.data.arrays.layout import npy_layout, tiff_depth
+
 logger = logging.getLogger("beit_fast.data")
 
 MAX_PIXELS = 64_000_000
@@ -23,7 +25,7 @@ _TAIL = 4096  # most images end there; only where they do not, the end is looked
 _JPEG_MARKER = re.compile(rb"\xff+[^\x00\x01\xd0-\xd7\xff]")  # not the escapes and restarts within a scan
 
 
-Route = Literal["any", "dali", "pillow"]
+Route = Literal["any", "dali", "pillow", "array"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,11 @@ class Header:
     orientation: int = 1
     """EXIF orientation, 1 to 8; 5 to 8 exchange height and width. The only reading of it: decoders are told."""
     decoder: Route = "any"
-    """Who reads it right: DALI and Pillow to the same bits, or one of them."""
+    """Who reads it right as RGB: DALI and Pillow to the same bits, or one of them; neither reads an array."""
+    channels: int = 3
+    """As stored, transparency counted; palettes and CMYK count as the 3 colours they stand for."""
+    depth: str = "uint8"
+    """NumPy's name of the type of a pixel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +79,18 @@ def screen(data: bytes) -> Header | Rejection:
     return header
 
 
-def _header(kind: str, height: int, width: int, orientation: int = 1, decoder: Route = "any") -> Header:
+def _header(
+    kind: str, height: int, width: int, orientation: int = 1, decoder: Route = "any", channels: int = 3,
+    depth: str = "uint8",
+) -> Header:  # fmt: skip
     orientation = orientation if 1 <= orientation <= 8 else 1
     height, width = (width, height) if orientation >= 5 else (height, width)
-    return Header(kind, height, width, orientation, decoder)
+    return Header(kind, height, width, orientation, decoder, channels, depth)
 
 
 def _jpeg(data: bytes) -> Header:
     size: tuple[int, int] | None = None
-    orientation, offset = 1, 2
+    orientation, offset, channels = 1, 2, 3
     route: Route = "any"
     while True:
         if data[offset] != 0xFF:  # Pillow looks for the next marker, as libjpeg does; DALI gives up
@@ -105,7 +114,7 @@ def _jpeg(data: bytes) -> Header:
                 raise _Broken(f"JPEG of {precision} bits per sample; 8 are supported")
             if components not in (1, 3, 4):
                 raise _Broken(f"JPEG of {components} components")
-            size = (height, width)
+            size, channels = (height, width), 1 if components == 1 else 3
         elif 0xC3 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             raise _Broken("JPEG of an unsupported coding (lossless, hierarchical or arithmetic)")
         elif marker == 0xE1 and data.startswith(b"Exif\0\0", offset + 4):
@@ -116,7 +125,7 @@ def _jpeg(data: bytes) -> Header:
     # A thumbnail in the header has an end marker of its own: only one behind the scan counts.
     if data.rfind(b"\xff\xd9", max(offset, len(data) - _TAIL)) < 0 and not _has_end(data, offset):
         raise _Broken("JPEG cut off (no end marker)")
-    return _header("jpeg", *size, orientation, route)
+    return _header("jpeg", *size, orientation, route, channels)
 
 
 def _has_end(data: bytes, offset: int) -> bool:
@@ -143,7 +152,9 @@ def _png(data: bytes) -> Header:
     if data.rfind(b"IEND", max(0, len(data) - _TAIL)) < 0 and data.find(b"\0\0\0\0IEND\xae\x42\x60\x82", offset) < 0:
         raise _Broken("PNG cut off (no end chunk)")
     # Of 16-bit colours Pillow keeps the higher byte; gray ones it gives whole.
-    return _header("png", height, width, orientation, "dali" if depth == 16 and colour != 0 else "any")
+    route: Route = "dali" if depth == 16 and colour != 0 else "any"
+    channels = {0: 1, 4: 2, 6: 4}.get(colour, 3)
+    return _header("png", height, width, orientation, route, channels, "uint16" if depth == 16 else "uint8")
 
 
 def _webp(data: bytes) -> Header:
@@ -158,7 +169,8 @@ def _webp(data: bytes) -> Header:
         return _header("webp", height & 0x3FFF, width & 0x3FFF)
     if kind == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        return _header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1)
+        alpha = 4 if bits >> 28 & 1 else 3
+        return _header("webp", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, channels=alpha)
     if kind != b"VP8X":
         raise _Broken("WebP with a damaged header")
     flags = data[20]
@@ -173,7 +185,7 @@ def _webp(data: bytes) -> Header:
             if data[offset : offset + 4] == b"EXIF":
                 orientation = _exif_orientation(data[offset + 8 : offset + 8 + size].removeprefix(b"Exif\0\0"))
             offset += 8 + size + size % 2
-    return _header("webp", height, width, orientation)
+    return _header("webp", height, width, orientation, channels=4 if flags & 0x10 else 3)
 
 
 def _bmp(data: bytes) -> Header:
@@ -197,7 +209,10 @@ def _tiff(data: bytes) -> Header:
         for start, length in zip(tags.get(starts, ()), tags.get(lengths, ()), strict=False):
             if start + length > len(data):
                 raise _Broken("TIFF cut off")
-    return _header("tiff", tags[257][0], tags[256][0], tags.get(274, (1,))[0], _tiff_route(tags))
+    orientation, channels, depth = tags.get(274, (1,))[0], tags.get(277, (1,))[0], tiff_depth(tags)
+    if tags.get(262, (0,))[0] in (3, 5, 6, 8):  # palette, CMYK, YCbCr, Lab stand for colours
+        channels = 3
+    return _header("tiff", tags[257][0], tags[256][0], orientation, _tiff_route(tags), channels, depth)
 
 
 def _tiff_route(tags: dict[int, tuple[int, ...]]) -> Route:
@@ -225,7 +240,18 @@ def _pnm(data: bytes) -> Header:
     size = width * height * (3 if data[1:2] == b"6" else 1) * (2 if largest > 255 else 1)
     if offset + 1 + size > len(data):
         raise _Broken("PNM cut off")
-    return _header("pnm", height, width, decoder="any" if largest == 255 else "pillow")
+    channels, depth = 1 if data[1:2] == b"5" else 3, "uint16" if largest > 255 else "uint8"
+    return _header("pnm", height, width, 1, "any" if largest == 255 else "pillow", channels, depth)
+
+
+def _npy(data: bytes) -> Header:
+    try:
+        layout = npy_layout(data)
+    except ValueError as error:
+        raise _Broken(f"array that cannot be read ({error})") from None
+    if len(data) < layout.offset + layout.nbytes:
+        raise _Broken("array cut off")
+    return _header("npy", layout.height, layout.width, 1, "array", layout.channels, layout.dtype.name)
 
 
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}  # of TIFF
@@ -275,6 +301,7 @@ _PARSERS = (
     (b"MM\0*", _tiff),
     (b"P6", _pnm),
     (b"P5", _pnm),
+    (b"\x93NUMPY", _npy),
 )
 
 

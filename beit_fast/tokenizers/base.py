@@ -32,12 +32,14 @@ class Tokenizer(nn.Module):
         vocab_size: number of visual tokens V.
         stride: pixels per token along one side.
         width: channels of the widest activation.
+        channels: of the images.
         name, sha256: where the weights came from; the hash is "" when untrained.
     """
 
     vocab_size: int
     stride: int
     width: int
+    channels: int = 3
     name: str = "untrained"
     sha256: str = ""
     _exact_head: ExactHead | None = None
@@ -45,7 +47,7 @@ class Tokenizer(nn.Module):
     _compiled: Callable[[Tensor], Tensor] | None = None
 
     def features(self, images: Tensor) -> Tensor:
-        """Give the input (B, C, h, w) of the 1x1 output convolution for images (B, 3, H, W) in [0, 1]."""
+        """Give the input (B, C, h, w) of the 1x1 output convolution for images (B, channels, H, W) in [0, 1]."""
         raise NotImplementedError
 
     def head(self) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ class Tokenizer(nn.Module):
         return self.features(images)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Give images (B, 3, H, W) in [0, 1] for ids int64 (B, h, w)."""
+        """Give images (B, channels, H, W) in [0, 1] for ids int64 (B, h, w)."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -97,7 +99,7 @@ class Tokenizer(nn.Module):
         """Give the visual tokens of images: the arg-max over the vocabulary at each position.
 
         Args:
-            images: floating (B, 3, H, W) in [0, 1]; H and W are multiples of `stride`.
+            images: floating (B, channels, H, W) in [0, 1]; H and W are multiples of `stride`.
             mask: bool (B, h, w) or (B, h*w): the output convolution runs at its True positions only.
             masked_indices: int64 (M,), `mask.flatten().nonzero()` known beforehand; saves a host sync on a GPU.
 
@@ -143,16 +145,16 @@ class Tokenizer(nn.Module):
         """Count the multiply-adds of encoding one image, the output convolution at `positions` (all where None)."""
         meta = copy.deepcopy(self).to("meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            features = meta.features(torch.empty(1, 3, height, width, device="meta"))
+            features = meta.features(torch.empty(1, self.channels, height, width, device="meta"))
         positions = features[0, 0].numel() if positions is None else positions
         return counter.get_total_flops() // 2 + positions * meta.head()[0].numel()
 
     def _check_images(self, images: Tensor) -> tuple[int, int]:
-        shaped = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+        shaped = images.ndim == 4 and images.shape[1] == self.channels and images.is_floating_point()
         if not shaped or any(side == 0 or side % self.stride for side in images.shape[2:]):
             raise ValueError(
-                f"images must be floating point (B, 3, H, W) in [0, 1] with H and W multiples of {self.stride}, "
-                f"not {images.dtype} {tuple(images.shape)}"
+                f"images must be floating point (B, {self.channels}, H, W) in [0, 1] with H and W multiples of "
+                f"{self.stride}, not {images.dtype} {tuple(images.shape)}"
             )
         return images.shape[2] // self.stride, images.shape[3] // self.stride
 
@@ -161,6 +163,11 @@ class Tokenizer(nn.Module):
             raise ValueError(f"ids must be int64 (B, h, w), not {ids.dtype} {tuple(ids.shape)}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(f"ids must lie in [0, {self.vocab_size}), not [{int(ids.min())}, {int(ids.max())}]")
+
+
+def as_colours(images: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Give images (B, C, H, W) of one channel as grey ones to a tokenizer of colours; others as they are."""
+    return images.expand(-1, tokenizer.channels, -1, -1) if images.shape[1] == 1 < tokenizer.channels else images
 
 
 def _argmax_rows(rows: Tensor, weight: Tensor, bias: Tensor, logit_bytes: int) -> Tensor:

@@ -35,23 +35,25 @@ class DiscreteVAE(Tokenizer):
         codebook_dim: width of the code vectors.
         hidden_dim: width of the convolutions.
         num_layers: each halves the resolution: stride 2 ** num_layers.
+        channels: of the images.
     """
 
     def __init__(
-        self, num_tokens: int = 8192, codebook_dim: int = 512, hidden_dim: int = 256, num_layers: int = 3
-    ) -> None:
+        self, num_tokens: int = 8192, codebook_dim: int = 512, hidden_dim: int = 256, num_layers: int = 3,
+        channels: int = 3,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.vocab_size, self.stride, self.width = num_tokens, 2**num_layers, hidden_dim
+        self.vocab_size, self.stride, self.width, self.channels = num_tokens, 2**num_layers, hidden_dim, channels
         self.codebook = nn.Embedding(num_tokens, codebook_dim)
         encoder: list[nn.Module] = []
         decoder: list[nn.Module] = []
         for layer in range(num_layers):
-            down = nn.Conv2d(hidden_dim if layer else 3, hidden_dim, 4, stride=2, padding=1)
+            down = nn.Conv2d(hidden_dim if layer else channels, hidden_dim, 4, stride=2, padding=1)
             up = nn.ConvTranspose2d(hidden_dim if layer else codebook_dim, hidden_dim, 4, stride=2, padding=1)
             encoder += [nn.Sequential(down, nn.ReLU(inplace=True)), _ResBlock(hidden_dim)]
             decoder += [nn.Sequential(up, nn.ReLU(inplace=True)), _ResBlock(hidden_dim)]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(hidden_dim, num_tokens, 1))
-        self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden_dim, 3, 1))
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(hidden_dim, channels, 1))
 
     def to_precision(self, dtype: torch.dtype) -> Self:
         """Run every convolution but the encoder's output in `dtype`, channels last."""

@@ -324,7 +324,8 @@ def _skeleton(tensors: dict[str, Tensor]) -> DalleEncoder | DalleDecoder | Discr
     if "codebook.weight" in tensors:
         vocab, dim = tensors["codebook.weight"].shape
         layers = sum(re.fullmatch(r"encoder\.\d+\.0\.weight", name) is not None for name in tensors)
-        return DiscreteVAE(vocab, dim, tensors["encoder.0.0.weight"].shape[0], layers)
+        width, channels = tensors["encoder.0.0.weight"].shape[:2]
+        return DiscreteVAE(vocab, dim, width, layers, channels)
     if "blocks.input.w" in tensors:
         entry, out = tensors["blocks.input.w"].shape, tensors["blocks.output.conv.w"].shape
         blocks = sum(name.startswith("blocks.group_1.") and name.endswith("res_path.conv_1.w") for name in tensors)

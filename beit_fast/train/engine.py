@@ -127,9 +127,9 @@ class TrainingRun:
             with self.stop.interruptible():
                 self.prepare(checkpoint)
                 self.open_outputs()
-                evaluated = self.world.agree(int(self.output.has_evaluation(self.step)))
-                if checkpoint is not None and self.schedule.evaluates(self.step, self.target) and not evaluated:
-                    self.evaluate()  # the run ended before it
+                due = self.schedule.evaluates(self.step, self.target) if self.step else self.task.evaluates_start()
+                if due and not self.world.agree(int(self.output.has_evaluation(self.step))):
+                    self.evaluate()  # of the start, or the run ended before it
                 self.stop_early()
             self.train()
             if self.step < self.target:
@@ -322,7 +322,7 @@ class TrainingRun:
             self.last_line = self.last_line | result
             self.output.evaluation(self.step, result)
             self.log(f"step {self.step}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
-        if self.config.checkpoint.best is not None:
+        if self.config.checkpoint.best is not None and self.step:  # the start has no checkpoint
             self.keep_best(result)
         self.interval_started += time.perf_counter() - began  # throughput is that of training
         self.watchdog.beat()

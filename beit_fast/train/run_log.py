@@ -99,10 +99,10 @@ class RunLog:
         return self.metrics_file is not None and step in self.metrics_file.evaluations
 
     def best_so_far(self) -> BestEvaluation | None:
-        """The best of the evaluations that the metrics hold; None where the run keeps none."""
+        """The best of the evaluations after the start that the metrics hold; None where the run keeps none."""
         metric = self.config.checkpoint.best
         lines = {} if self.metrics_file is None else self.metrics_file.evaluations
-        return None if metric is None else BestEvaluation(metric, [lines[step] for step in sorted(lines)])
+        return None if metric is None else BestEvaluation(metric, [lines[step] for step in sorted(lines) if step])
 
     def advance(self, step: int) -> None:
         if self.progress is not None:

@@ -115,6 +115,10 @@ class Task:
         """Host-side numbers for the metrics line, e.g. `bad_images`; cheap, no device sync."""
         return {}
 
+    def evaluates_start(self) -> bool:
+        """Whether to evaluate before the first step, too: what the run starts from."""
+        return False
+
     def evaluate(self, model: nn.Module, step: int) -> dict[str, float]:
         """Held-out metrics of the unwrapped module (in eval mode, under no_grad and autocast); `{}` = there is none."""
         return {}
@@ -129,6 +133,10 @@ class Task:
     def plan(self) -> dict[str, float]:
         """For --dry-run: `flops_per_image` (forward and backward) and, apart, e.g. `tokenizer_flops_per_image`."""
         return {}
+
+    def plan_lines(self) -> list[tuple[str, str]]:
+        """For --dry-run: further lines of the plan, a name and a text each."""
+        return []
 
     def close(self) -> None:
         """Stop threads, close files. Called once, also after an error."""

@@ -36,6 +36,31 @@ def to_pil(image: Tensor) -> Image:
     return Image.fromarray(pixels.numpy())
 
 
+def displayable(reference: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Images (B, C, H, W) in [0, 1] as RGB (B, 3, H, W) for the eye; images of three channels stay as they are.
+
+    One channel becomes grey, two become magenta and green, of more the first three are shown. Each channel is stretched
+    from the 0.5th to the 99.5th percentile of the reference's: scans of 16 bits often fill a small part of their scale.
+    The `others`, of the same scale, are stretched alike.
+    """
+    channels = reference.shape[1]
+    if channels == 3:
+        return reference, *others
+    order = {1: [0, 0, 0], 2: [0, 1, 0]}.get(channels, [0, 1, 2])
+    values = reference.detach().float().transpose(0, 1).flatten(1)
+    step = max(1, values.shape[1] // 1_000_000)  # of more elements quantile makes no use
+    low, high = values[:, ::step].quantile(torch.tensor([0.005, 0.995], device=values.device), dim=1)
+    scale = (high - low).clamp_min(1e-6)
+
+    def shown(images: Tensor) -> Tensor:
+        if images.shape[1] == 3:  # of a tokenizer of colours
+            images = images.mean(1, keepdim=True) if channels == 1 else images
+        stretched = (images - low[:, None, None]) / scale[:, None, None]
+        return stretched.clamp(0, 1)[:, order]
+
+    return tuple(shown(images) for images in (reference, *others))
+
+
 def heat(values: Tensor, scale: int) -> Tensor:
     """Colour (h, w) in [0, 1] from dark blue (0) to yellow (1): (3, h * scale, w * scale), each value a square."""
     colours = torch.tensor(_VIRIDIS, device=values.device).float() / 255

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer
+from beit_fast.tokenizers.base import as_colours
 from beit_fast.visualize import pictures
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Reconstructions(NamedTuple):
-    """B images and what became of them; pictures are float32 (B, 3, S, S) in [0, 1] at the tokenizer's resolution."""
+    """B images and what became of them; pictures are float32 (B, C, S, S) in [0, 1] at the tokenizer's resolution."""
 
     original: Tensor
     masked: Tensor
@@ -51,7 +52,7 @@ def reconstruct(
 
     Args:
         images: (B, C, S, S), normalised, as the model sees them.
-        token_images: (B, 3, h * stride, w * stride) in [0, 1], the same as the tokenizer sees them.
+        token_images: (B, C, h * stride, w * stride) in [0, 1], the same as the tokenizer sees them.
         mask: bool (B, h, w), true where a patch is hidden.
 
     Raises:
@@ -59,7 +60,7 @@ def reconstruct(
     """
     if model.config.mim_target != "visual_tokens":
         raise ValueError("this model predicts pixels; only predicted tokens can be decoded")
-    tokens = tokenizer.encode(token_images)
+    tokens = tokenizer.encode(as_colours(token_images, tokenizer))
     if mask.shape != tokens.shape:
         raise ValueError(f"mask must be {tuple(tokens.shape)}, one entry per token, got {tuple(mask.shape)}")
     predicted = tokens.clone()
@@ -72,7 +73,8 @@ def reconstruct(
 
 def reconstruction_sheet(parts: Reconstructions) -> Image:
     """Draw a row per image: original, masked input, decoding of its own tokens, decoding of the predicted ones."""
-    rows = list(zip(parts.original, parts.masked, parts.true_tokens, parts.predicted_tokens, strict=True))
+    shown = pictures.displayable(parts.original, parts.masked, parts.true_tokens, parts.predicted_tokens)
+    rows = list(zip(*shown, strict=True))
     return pictures.sheet(rows, ["original", "masked input", "own tokens", "predicted"])
 
 

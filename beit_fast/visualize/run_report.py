@@ -27,6 +27,7 @@ CHARTS = (
                    "other_context_loss")),
     Chart("accuracy, share of masked patches", ("accuracy", "held_out_accuracy"), True),
     Chart("top-1 and top-5, %", ("train_top1_percent", "top1_percent", "top5_percent")),
+    Chart("k-NN and linear probe on labelled images, top-1, %", ("knn_top1_percent", "probe_top1_percent")),
     Chart("mean IoU, mean and pixel accuracy, %",
           ("mean_iou_percent", "mean_accuracy_percent", "pixel_accuracy_percent", "train_pixel_accuracy_percent")),
     Chart("learning rate", ("lr",), True),
@@ -41,6 +42,10 @@ CHARTS = (
 )  # fmt: skip
 REFERENCES = {"token_entropy_nats", "pixel_variance", "other_context_loss"}
 """Metrics to compare others with; dashed."""
+
+
+STARTING = {"knn_top1_percent", "probe_top1_percent"}
+"""Metrics whose value before the first step is what the later ones are compared with."""
 
 
 class Run(NamedTuple):
@@ -70,6 +75,15 @@ class Run(NamedTuple):
         points = [(line["step"], line[metric]) for line in self.metrics if _is_number(line.get(metric))]
         steps, values = [x for x, _ in points], [y for _, y in points]
         return Series(name or metric.replace("_", " "), steps, values, metric in REFERENCES)
+
+    def start_of(self, metric: str) -> Series:
+        """What the run started from, drawn through to its end; empty where that was not measured."""
+        own = self.series(metric)
+        name = f"{own.name}, starting weights"
+        if metric not in STARTING or not own.x or own.x[0] != 0:
+            return Series(name, [], [], True)
+        last = max(line["step"] for line in self.metrics)
+        return Series(name, [0, last], [own.y[0]] * 2, True)
 
 
 def read_run(path: Path) -> Run:
@@ -105,7 +119,10 @@ def write_report(run_dir: Path) -> Path:
         ValueError: there is no run.
     """
     run = read_run(run_dir)
-    figures = [line_chart(title, [run.series(m) for m in metrics], from_zero=zero) for title, metrics, zero in CHARTS]
+    figures = [
+        line_chart(title, [series for m in metrics for series in (run.series(m), run.start_of(m))], from_zero=zero)
+        for title, metrics, zero in CHARTS
+    ]
     settings = _details(_table(run.config.items(), ("field", "value")), f"{len(run.config)} fields")
     parts = [
         f"<h1>{escape(run.name)}</h1><p>{escape(_headline(run))}</p>",

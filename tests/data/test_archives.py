@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beit_fast.data.screening import screen
 from beit_fast.data.sources import DatasetSource, FolderSource, ParquetSource, ZipSource, open_source
 
 NAMES = ["n02/b.jpg", "n01/x.png", "n01/deep/y.jpg", "n10/Grüße.webp", "n02/a.jpg"]
@@ -232,7 +233,9 @@ def test_items_of_a_dataset(tmp_path):
         assert np.array_equal(image, dataset.gray if index in (1, 3, 6) else dataset.pixels), index
     assert (source.name(2), source.label(2)) == ("dataset:2", 2)
     dataset.items[0] = dataset.pixels.astype(np.float32)
-    with pytest.raises(ValueError, match=r"dataset:0: expected uint8 \(H, W, 3\) or \(H, W\), got float32"):
+    assert screen(source.read(0)).depth == "float32"
+    dataset.items[0] = dataset.pixels.astype(str)
+    with pytest.raises(ValueError, match=r"dataset:0: expected numbers \(H, W\) or \(H, W, C\), got <U"):
         source.read(0)
     with pytest.raises(ValueError, match="labels: 2 for 7 images"):
         DatasetSource(dataset, labels=[0, 1])

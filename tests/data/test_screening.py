@@ -41,7 +41,7 @@ def test_reasons_say_what_is_wrong(broken_files):
         "jpeg_144_megapixels": "12000 x 12000 = 144 megapixels",
         "jpeg_lossless": "unsupported coding",
         "webp_animated": "animated",
-        "numpy_file": "unknown format",
+        "numpy_file": "array that cannot be read",
     }.items():
         assert words in screen(broken_files[kind]).reason, kind
 

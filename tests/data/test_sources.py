@@ -166,8 +166,9 @@ def test_arrays_are_read_as_images():
     assert source.label(2) == 6
     gray = ArraySource(np.arange(12, dtype=np.uint8).reshape(1, 3, 4))
     assert np.asarray(Image.open(io.BytesIO(gray.read(0)))).shape == (3, 4)
-    with pytest.raises(ValueError, match=r"images\[0\]: expected uint8"):
-        ArraySource(np.zeros((1, 3, 4, 3))).read(0)
+    assert screen(ArraySource(np.zeros((1, 3, 4, 5))).read(0)) == Header("npy", 3, 4, 1, "array", 5, "float64")
+    with pytest.raises(ValueError, match=r"images\[0\]: expected numbers"):
+        ArraySource(np.zeros((1, 3, 4, 3, 2))).read(0)
     with pytest.raises(ValueError, match="labels: 1 for 3 images"):
         ArraySource(images, labels=[1])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from beit_fast.models import Beit, BeitConfig
-from beit_fast.train.evaluation.knn import image_features, knn_accuracy
+from beit_fast.train.evaluation.knn import image_features, knn_accuracy, probe_accuracy
 
 
 def points(count, seed, classes=4, width=6):
@@ -55,3 +55,18 @@ def test_features_are_tokens_after_a_block(block):
     torch.testing.assert_close(found["cls"], tokens[:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(found["mean"], tokens[:, 1:].mean(1), atol=1e-5, rtol=0)
     torch.testing.assert_close(found["patches"], tokens[:, 1:], atol=1e-5, rtol=0)
+
+
+def test_the_probe_is_sklearn_s_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    (train, train_labels), (images, labels) = points(200, 0), points(100, 1)
+    mean, std = train.double().mean(0), train.double().std(0, correction=0)
+    x, y = (((part.double() - mean) / std).numpy() for part in (train, images))
+    # sklearn weighs the sum of losses by C against half the squares; ours the mean against decay / 2
+    peer = LogisticRegression(C=1 / (1e-2 * len(x)), max_iter=2000, tol=1e-8).fit(x, train_labels.numpy())
+    expected = 100 * float((peer.predict(y) == labels.numpy()).mean())
+    found = probe_accuracy(train, train_labels, images, labels, 4, decay=1e-2)
+    assert found == pytest.approx(expected, abs=1.01)  # at most one image on the border
+    assert found == probe_accuracy(train, train_labels, images, labels, 4, decay=1e-2)
+    assert 30 < found < 100

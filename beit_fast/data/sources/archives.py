@@ -13,7 +13,15 @@ import numpy as np
 
 from beit_fast.data.sources.contents import Contents, readable_suffixes
 from beit_fast.data.sources.files import LocalFiles
-from beit_fast.data.sources.source import Names, check_size, first_level_classes, is_helper, is_image, suffix_kind
+from beit_fast.data.sources.source import (
+    Names,
+    arrays_to_skip,
+    check_size,
+    first_level_classes,
+    is_helper,
+    is_image,
+    suffix_kind,
+)
 
 _HEADER = struct.Struct("<4s5H3L2H")  # the local header in front of a member (APPNOTE.TXT, section 4.3.7)
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -47,6 +55,12 @@ class ZipSource:
                 rows.append(
                     (number, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
                 )
+        skipped = arrays_to_skip([name for _, name in names])
+        for number in sorted(skipped):
+            archive, name = names[number]
+            self.contents.skip(suffix_kind(name), f"{self.archives[archive].name}:{name}")
+        names = [name for number, name in enumerate(names) if number not in skipped]
+        rows = [row for number, row in enumerate(rows) if number not in skipped]
         if not rows:
             raise ValueError(
                 f"no images in {self.archives[0]} ({readable_suffixes()}; found {self.contents.skipped_counts()})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,9 +13,12 @@ from beit_fast.data.sources.contents import Contents
 
 
 class ArraySource:
-    """Images in memory: uint8 (n, H, W, 3) or (n, H, W), or a list of such arrays of different sizes."""
+    """Images in memory: (n, H, W, C) or (n, H, W), or a list of such arrays of different sizes.
 
-    def __init__(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], labels: Sequence[int] | None = None):
+    What is not uint8 of one or three channels needs `channels` of the loader.
+    """
+
+    def __init__(self, images: Sequence[NDArray[Any]] | NDArray[Any], labels: Sequence[int] | None = None):
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"labels: {len(labels)} for {len(images)} images")
         self._images = images
@@ -45,8 +49,8 @@ class Items(Protocol):
 class DatasetSource:
     """The items of a map-style PyTorch dataset, e.g. one that reads LMDB: bytes, arrays, tensors or Pillow images.
 
-    An item is an image or a tuple that begins with one. Images are encoded bytes of a file, uint8 (H, W, 3) or (H, W),
-    a uint8 tensor (3, H, W) or (1, H, W), or a Pillow image; a dataset must give the same item whenever it is asked,
+    An item is an image or a tuple that begins with one. Images are encoded bytes of a file, an array (H, W) or
+    (H, W, C), a tensor (C, H, W), or a Pillow image; a dataset must give the same item whenever it is asked,
     so it applies no random transform. Items are read in several threads at once.
 
     Args:
@@ -85,13 +89,17 @@ class DatasetSource:
 
 
 def encode_array(image: Any, name: str) -> bytes:
-    """A binary PPM or PGM: a header before the pixels, so that arrays take the same way as files.
+    """A header before the pixels, so that arrays take the same way as files: PPM, PGM, or `.npy` for other kinds.
 
     Raises:
-        ValueError: `image` is not uint8 (H, W, 3) or (H, W); the message begins with `name`.
+        ValueError: `image` is not (H, W) or (H, W, C) of numbers; the message begins with `name`.
     """
     array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
-        raise ValueError(f"{name}: expected uint8 (H, W, 3) or (H, W), got {array.dtype} {array.shape}")
-    kind = "P5" if array.ndim == 2 else "P6"
-    return f"{kind}\n{array.shape[1]} {array.shape[0]}\n255\n".encode() + array.tobytes()
+    if array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
+        kind = "P5" if array.ndim == 2 else "P6"
+        return f"{kind}\n{array.shape[1]} {array.shape[0]}\n255\n".encode() + array.tobytes()
+    if array.dtype.kind not in "uif" or array.ndim not in (2, 3):
+        raise ValueError(f"{name}: expected numbers (H, W) or (H, W, C), got {array.dtype} {array.shape}")
+    buffer = io.BytesIO()
+    np.save(buffer, array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    return buffer.getvalue()

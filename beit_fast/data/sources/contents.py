@@ -67,7 +67,9 @@ class Contents:
         return value | {"left_out": skipped, "notes": self.notes}
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAY_SUFFIX = ".npy"
+"""Counts as an image only where nothing else does: beside images, arrays mostly are something else."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ARRAY_SUFFIX)
 
 
 def readable_suffixes() -> str:

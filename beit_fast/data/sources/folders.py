@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.sources.contents import Contents, readable_suffixes
-from beit_fast.data.sources.source import Names, is_helper, is_image, read_file, suffix_kind
+from beit_fast.data.sources.contents import ARRAY_SUFFIX, Contents, readable_suffixes
+from beit_fast.data.sources.source import Names, arrays_to_skip, is_helper, is_image, read_file, suffix_kind
 
 
 class FolderSource:
@@ -56,6 +56,10 @@ def open_folder(root: Path) -> FolderSource:
     """
     contents = Contents(str(root), "folders")
     names = list(_images_of(root, "", contents, {os.path.realpath(root)}))
+    if skipped := arrays_to_skip(names):
+        for number in sorted(skipped):
+            contents.skip(suffix_kind(names[number]), names[number])
+        names = [name for number, name in enumerate(names) if number not in skipped]
     if not names:
         raise ValueError(f"no images in {root} ({readable_suffixes()}; found {contents.skipped_counts()})")
     tops = [name.split(os.sep, 1)[0] if os.sep in name else None for name in names]
@@ -71,7 +75,8 @@ def open_folder(root: Path) -> FolderSource:
 
 def first_image(root: Path) -> str | None:
     """Path below `root` of an image; None where there is none."""
-    return next(_images_of(root, "", Contents(str(root), "folders"), {os.path.realpath(root)}), None)
+    names = _images_of(root, "", Contents(str(root), "folders"), {os.path.realpath(root)})
+    return next((name for name in names if not name.lower().endswith(ARRAY_SUFFIX)), None)
 
 
 def _images_of(root: Path, folder: str, contents: Contents, entered: set[str]) -> Iterator[str]:

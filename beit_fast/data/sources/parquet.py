@@ -130,7 +130,8 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
 
 def _suffix(data: bytes) -> str:
     """A suffix for a row without a name; the content decides how it is decoded."""
-    kinds = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
+    kinds = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif",
+             b"\x93NUMPY": ".npy"}  # fmt: skip
     suffix = next((suffix for start, suffix in kinds.items() if data.startswith(start)), ".jpg")
     assert suffix in IMAGE_SUFFIXES
     return suffix

@@ -15,7 +15,7 @@ import numpy as np
 
 from beit_fast.data.sources.contents import IMAGE_SUFFIXES, Contents, readable_suffixes
 from beit_fast.data.sources.files import Files, LocalFiles, RemoteFiles
-from beit_fast.data.sources.source import Names, check_size, default_cache_dir, is_image, suffix_kind
+from beit_fast.data.sources.source import Names, arrays_to_skip, check_size, default_cache_dir, is_image, suffix_kind
 from beit_fast.data.sources.tar import Member, members_of
 
 _LABEL_BYTES = 32
@@ -48,6 +48,11 @@ class TarSource:
         for kind, name in (entry for index in indices for entry in index.skipped):
             self.contents.skip(kind, name)
         images = [(number, *image) for number, index in enumerate(indices) for image in index.images]
+        skipped = arrays_to_skip([image[1] for image in images])
+        for place in sorted(skipped):
+            number, name, *_ = images[place]
+            self.contents.skip(suffix_kind(name), f"{os.path.basename(self.shards[number])}:{name}")
+        images = [image for place, image in enumerate(images) if place not in skipped]
         if not images:
             many = f" (of {len(self.shards)} shards)" if len(self.shards) > 1 else ""
             found = self.contents.skipped_counts()
@@ -145,7 +150,7 @@ class _Blocks:
 def _listed_remotely(files: Files, number: int) -> _Index:
     """The images of a remote shard, from the list in the cache folder where the shard is still the same."""
     key = hashlib.sha256(f"{files.names[number]}\0{files.version(number)}".encode()).hexdigest()[:32]
-    path = default_cache_dir() / "shards-2" / f"{key}.json"
+    path = default_cache_dir() / "shards-3" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         images, skipped = json.loads(path.read_text())
         return _Index([tuple(image) for image in images], [tuple(entry) for entry in skipped])

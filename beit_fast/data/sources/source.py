@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from beit_fast.data.sources.contents import IMAGE_SUFFIXES, Contents
+from beit_fast.data.sources.contents import ARRAY_SUFFIX, IMAGE_SUFFIXES, Contents
 
 MAX_BYTES = 1 << 30
 """Larger files are refused: no image that is decoded is so large."""
@@ -91,6 +91,12 @@ def first_level_classes(names: Sequence[str], separator: str) -> NDArray[np.int3
 def is_image(name: str) -> bool:
     """Whether the name of a file says that it is an image."""
     return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def arrays_to_skip(names: Sequence[str]) -> set[int]:
+    """Numbers of the arrays among `names` of images, where not all of them are arrays."""
+    arrays = {number for number, name in enumerate(names) if name.lower().endswith(ARRAY_SUFFIX)}
+    return arrays if len(arrays) < len(names) else set()
 
 
 def suffix_kind(name: str) -> str:

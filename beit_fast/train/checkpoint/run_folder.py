@@ -29,7 +29,10 @@ from beit_fast.version import __version__
 FORMAT = "beit_fast run 1"
 RATES = {"optim.lr", "optim.min_lr", "optim.warmup_lr"}
 """Settings that --resume-from, --extend and --change-batch-size may change, beside their own."""
-EARLIER_VALUES: dict[str, Any] = {"data.value_range": None}
+EARLIER_VALUES: dict[str, Any] = {
+    "data.value_range": None, "data.channels": None, "weights": None, "fine_tuned_weights": False,
+    "defaults_by_images_seen": False, "layer_decay": None, "frozen_blocks": 0, "lora.rank": 0, "lora.alpha": None,
+}  # fmt: skip
 """What runs did before a setting existed, by its dotted name: runs of then are continued so."""
 REPLAY_KEPT = 2
 LOCK_PATIENCE_S = 3.0

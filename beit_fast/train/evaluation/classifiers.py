@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from beit_fast.data.arrays.statistics import normalization_of
 from beit_fast.data.classification import default_crop_share
-from beit_fast.data.loader import NORMALIZATION
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.models.checkpoints import load_checkpoint
 from beit_fast.models.key_names import to_official
@@ -28,11 +28,15 @@ class Classifier:
     model: Beit
     classes: tuple[str, ...]
     """Names of its outputs; numbers where the file has no names."""
-    image_size: int
+    image_size: int | tuple[int, int]
     crop_share: float
     """Share of the shorter side that the centre crop covers."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels: int | None = None
+    """Of its images, where they keep their depth; None: RGB of 8 bits."""
+    value_range: tuple[float, float] | None = None
+    """Values of pixels that are black and white, where its images have a range."""
 
 
 def open_classifier(path: str | Path, image_size: int | None = None) -> Classifier:
@@ -66,15 +70,16 @@ def open_classifier(path: str | Path, image_size: int | None = None) -> Classifi
             f"--weights {path}"
         )
     height, width = model.config.image_hw
-    if height != width:
-        raise CheckpointError(f"{root}: its images are {height} x {width} pixels; only square ones are evaluated")
-    mean, std = NORMALIZATION["half"]
+    size = height if height == width else (height, width)
+    channels = described.get("channels") or (None if model.config.in_chans == 3 else model.config.in_chans)
+    mean, std = normalization_of("half", channels)
     names = described.get("classes") or [str(number) for number in range(model.num_classes)]
     # A crop share belongs to the size it was chosen for.
     share = described.get("crop_share") if image_size is None else None
     return Classifier(
-        model, tuple(names), height, share or default_crop_share(height),
-        tuple(described.get("mean") or mean), tuple(described.get("std") or std),
+        model, tuple(names), size, share or default_crop_share(size),
+        tuple(described.get("mean") or mean), tuple(described.get("std") or std), channels,
+        tuple(described["value_range"]) if described.get("value_range") else None,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from beit_fast.data.loader import Request
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer
+from beit_fast.tokenizers.base import as_colours
 
 
 def evaluate(
@@ -47,7 +48,7 @@ def evaluate(
             pixels += torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)])
         else:
             with torch.autocast(batch.images.device.type, enabled=False):
-                tokens = tokenizer.encode(batch.token_images)
+                tokens = tokenizer.encode(as_colours(batch.token_images, tokenizer))
             histogram += torch.bincount(tokens.flatten().cpu(), minlength=len(histogram))
         right = model(batch.images, batch.mask, tokens, predict_all=predict_all)
         masked = right.num_masked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from beit_fast.data.classification import EvaluationLoader
 from beit_fast.data.labelled import open_evaluation, open_training, with_classes
-from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import BadImages
 from beit_fast.models import Beit
 from beit_fast.train.distributed.world import World
@@ -83,26 +82,58 @@ def knn_accuracy(
     return top1, top5
 
 
+def probe_accuracy(
+    train: Tensor, train_labels: Tensor, images: Tensor, labels: Tensor, classes: int, decay: float = 1e-3,
+    iterations: int = 100,
+) -> float:  # fmt: skip
+    """Top-1 in percent of a linear classifier trained on the features: the same at every call.
+
+    Features are standardised by those of the training; the weights, from zero, minimise the cross-entropy plus
+    `decay` / 2 times their square, by L-BFGS in float64.
+
+    Args:
+        train, train_labels, images, labels: as of `knn_accuracy`.
+    """
+    mean, std = train.double().mean(0), train.double().std(0, correction=0).clamp_min(1e-6)
+    x, y = ((part.double() - mean) / std for part in (train, images))
+    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(x @ weight.T + bias, train_labels) + decay / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        solver.step(loss)
+    with torch.no_grad():
+        return 100 * float(((y @ weight.T + bias).argmax(1) == labels).double().mean())
+
+
 class KnnEvaluation:
     """k-NN accuracy on a folder with `train` and `val` (class folders or shards), for a model as it is at the time.
 
     Args:
         path: as `open_training` and `open_evaluation` take it.
-        normalization: of the pixels, by name.
+        image_size: side of the views, or height and width.
+        max_bad_share: of the images that may be unreadable.
+        probe: train a linear classifier on the same features as well.
+        options: of `EvaluationLoader`: mean, std, device, threads, channels, ...
     """
 
     def __init__(
-        self, path: str, image_size: int, normalization: str, device: torch.device, threads: int | None = None,
-        max_bad_share: float = 0.01,
+        self, path: str, image_size: int | tuple[int, int], max_bad_share: float = 0.01, probe: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         training = open_training(path)
         validation = with_classes(open_evaluation(path), training.classes, path)
-        self.classes = training.classes
-        mean, std = NORMALIZATION[normalization]
+        self.classes, self.probe = training.classes, probe
         self.views = [
             EvaluationLoader(
-                part.source, part.labels, image_size=image_size, mean=mean, std=std, device=device, threads=threads,
-                bad_images=BadImages(len(part), None, max_bad_share),
+                part.source, part.labels, image_size=image_size, bad_images=BadImages(len(part), None, max_bad_share),
+                **options,
             )
             for part in (training, validation)
         ]  # fmt: skip
@@ -110,13 +141,15 @@ class KnnEvaluation:
     def evaluate(
         self, model: Beit, world: World, batch_size: int, k: int = 20, tokens: Tokens = "mean", block: int = -1
     ) -> dict[str, float]:
-        """`knn_top1_percent`, `knn_top5_percent` and `knn_images`."""
+        """`knn_top1_percent`, `knn_top5_percent`, `knn_images`, and `probe_top1_percent` where there is a probe."""
         (train, own), (images, theirs) = (
             collect_features(model, views, world, batch_size, tokens, block) for views in self.views
         )
         labels = [torch.from_numpy(np.asarray(views.labels, np.int64)) for views in self.views]
-        top1, top5 = knn_accuracy(train, labels[0][own], images, labels[1][theirs], len(self.classes), k)
-        return {"knn_top1_percent": top1, "knn_top5_percent": top5, "knn_images": len(images)}
+        sets = (train, labels[0][own], images, labels[1][theirs], len(self.classes))
+        top1, top5 = knn_accuracy(*sets, k)
+        values = {"knn_top1_percent": top1, "knn_top5_percent": top5, "knn_images": len(images)}
+        return values | ({"probe_top1_percent": probe_accuracy(*sets)} if self.probe else {})
 
     def close(self) -> None:
         for views in self.views:

@@ -27,7 +27,7 @@ from beit_fast.data.classification import (
     default_crop_share,
 )
 from beit_fast.data.labelled import BuiltinSet, LabelledImages, builtin_labelled, open_training, open_validation
-from beit_fast.data.loader import NORMALIZATION, Request
+from beit_fast.data.loader import Request
 from beit_fast.data.screening import BadImages
 from beit_fast.data.sources.writing import write_text
 from beit_fast.models import Beit, BeitConfig
@@ -37,6 +37,7 @@ from beit_fast.train.evaluation.classification import Evaluation, evaluate_class
 from beit_fast.train.optim import decay_groups
 from beit_fast.train.schedules import accumulation
 from beit_fast.train.task import StepOutput
+from beit_fast.train.tasks.adapters import LoraConfig, add_lora, freeze, merged
 from beit_fast.train.tasks.images import ImageDataConfig, ImageTask, WeightsConfig
 from beit_fast.train.tasks.model import ModelConfig, multiply_adds
 from beit_fast.train.tasks.weights import load_weights
@@ -92,7 +93,9 @@ class LabelledDataConfig(ImageDataConfig):
             )
         return training, validation
 
-    def evaluation_loader(self, images: LabelledImages, image_size: int, device: torch.device) -> EvaluationLoader:
+    def evaluation_loader(
+        self, images: LabelledImages, image_size: int | tuple[int, int], device: torch.device
+    ) -> EvaluationLoader:
         """Centre crops of the images."""
         bad_images = BadImages(len(images), None, self.max_bad_share)
         return EvaluationLoader(
@@ -110,9 +113,10 @@ class ClassifierModelConfig(ModelConfig):
     compile: Literal["none", "default", "cuda-graph"] = free("none")
     """torch.compile of the model; `cuda-graph` replays the compiled kernels without launching them one by one."""
 
-    def classifier(self, num_classes: int) -> BeitConfig:
+    def classifier(self, num_classes: int, in_chans: int = 3) -> BeitConfig:
         """The model's configuration as a classifier; ValueError where it cannot be."""
-        return self.architecture(vocab_size=8192).for_classification(num_classes, global_pool=self.global_pool)
+        architecture = self.architecture(vocab_size=8192, in_chans=in_chans)
+        return architecture.for_classification(num_classes, global_pool=self.global_pool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +161,19 @@ class FinetuneConfig(WeightsConfig):
 
     layer_decay: float = 0.65
     """Learning rate of a layer over that of the layer above it; 1 trains all layers alike."""
+    frozen_blocks: int = 0
+    """Blocks, from the first on, that keep their weights, and with them the patch and position embeddings."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     without_weights: ClassVar[str] = "fine-tuning starts from pre-trained weights; --scratch does not"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scratch and (self.frozen_blocks or self.lora.rank):
+            raise ValueError("--frozen-blocks and --lora.rank keep weights as they are; give --weights")
 
 
 class Finetune(ImageTask):
@@ -192,9 +204,11 @@ class Finetune(ImageTask):
             self.validation_loader = data.evaluation_loader(validation, c.model.image_size, world.device)
             self.others.append(self.validation_loader)
         torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
-        model = Beit(c.model.classifier(len(self.classes)))
+        model = Beit(c.model.classifier(len(self.classes), data.in_chans))
         if c.weights is not None:
             load_weights(model, c.weights, verbose=world.is_main)
+        freeze(model, c.frozen_blocks)
+        add_lora(model, c.lora)
         model.set_grad_checkpointing(c.model.grad_checkpointing)
         model = model.to(world.device)
         if c.model.compile != "none":
@@ -255,13 +269,11 @@ class Finetune(ImageTask):
     def finish(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, Beit)
         data = self.config.data
-        model.save_pretrained(folder / "model")
-        mean, std = NORMALIZATION[data.normalization]
+        merged(model).save_pretrained(folder / "model")
         preprocessing = {
             "image_size": self.config.model.image_size,
             "crop_share": data.crop_share or default_crop_share(self.config.model.image_size),
-            "mean": mean,
-            "std": std,
+            **data.description(),
             "classes": self.classes,
             "data": data.path or builtin.NOTICE,
             "measured": {} if self.evaluation is None else self.evaluation.metrics(),
@@ -271,7 +283,7 @@ class Finetune(ImageTask):
             self.evaluation.write(folder)
 
     def plan(self) -> dict[str, float]:
-        forward = 2.0 * multiply_adds(self.config.model.classifier(len(self.classes)))
+        forward = 2.0 * multiply_adds(self.config.model.classifier(len(self.classes), self.config.data.in_chans))
         return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
 
 

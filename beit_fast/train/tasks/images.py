@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from beit_fast.data.arrays.statistics import normalization_of
 from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import Contents, ImageSource, fingerprint
-from beit_fast.train.config import RunConfig, free, local
+from beit_fast.train.config import RunConfig, at_least_1, free, local
 from beit_fast.train.task import Task
 
 
@@ -21,10 +22,15 @@ class ImageDataConfig:
     """Where the images are. None: built-in ones, drawn on this machine; a functional check."""
     cache_dir: str | None = local(None)
     """Where built-in images are kept; None: $BEIT_FAST_CACHE, or ~/.cache/beit_fast."""
-    normalization: Literal["imagenet", "half"] = "imagenet"
-    """Mean and standard deviation of the pixels: ImageNet's, or 0.5; those of the pre-training."""
+    normalization: str = "imagenet"
+    """Mean and standard deviation of the pixels: `imagenet`, `half` (0.5), or a file that `beit-fast stats` wrote;
+    those of the pre-training."""
+    channels: int | None = None
+    """Channels that all images have; they then keep their depth (16 bits, floats; PNG, TIFF, .npy), and are decoded on
+    the CPU. None: everything becomes RGB of 8 bits."""
     value_range: tuple[float, float] | None = None
-    """Values of float and 32-bit pixels that are black and white; without it such images are refused."""
+    """Values of float and 32-bit pixels that are black and white; without it such images are refused. With
+    --data.channels it holds for pixels of any type: 0 4095 for 12 bits."""
     max_bad_share: float = free(0.01)
     """Stop the run when more than this share of the images is unreadable; they are listed in bad_files.tsv."""
     decoder: Literal["auto", "dali", "pil"] = local("auto")
@@ -34,13 +40,34 @@ class ImageDataConfig:
     prefetch: int = local(2)
     """Batches made ahead."""
 
+    def __post_init__(self) -> None:
+        at_least_1("--data.channels", self.channels)
+        if self.channels is not None and self.path is None:
+            raise ValueError("--data.channels needs --data.path: the built-in images are RGB of 8 bits")
+
+    @property
+    def in_chans(self) -> int:
+        """Channels that the model sees."""
+        return 3 if self.channels is None else self.channels
+
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel; ValueError where the normalisation is none."""
+        return normalization_of(self.normalization, self.channels)
+
     def loader_options(self, device: torch.device) -> dict[str, Any]:
         """Keyword arguments that every loader takes."""
-        mean, std = NORMALIZATION[self.normalization]
-        return {
+        mean, std = self.mean_and_std()
+        options = {
             "mean": mean, "std": std, "device": device, "decoder": self.decoder, "threads": self.threads,
             "prefetch": self.prefetch, "value_range": self.value_range,
         }  # fmt: skip
+        return options if self.channels is None else options | {"channels": self.channels}
+
+    def description(self) -> dict[str, Any]:
+        """What a model has to know of its images: mean, std and, where they have their own, channels and range."""
+        mean, std = self.mean_and_std()
+        own = {"channels": self.channels, "value_range": self.value_range}
+        return {"mean": mean, "std": std, **{name: value for name, value in own.items() if value is not None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +116,11 @@ class ImageTask(Task):
         return len(self.source)
 
     def identity(self) -> dict[str, Any]:
-        return {"data": fingerprint(self.source)}
+        identity: dict[str, Any] = {"data": fingerprint(self.source)}
+        data = getattr(self.config, "data", None)
+        if isinstance(data, ImageDataConfig) and data.normalization not in NORMALIZATION:
+            identity["normalization"] = [list(values) for values in data.mean_and_std()]  # the file may change
+        return identity
 
     def contents(self) -> dict[str, Contents]:
         held_out = [loader.source.contents for loader in self.others if loader.source is not self.source]

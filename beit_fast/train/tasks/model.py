@@ -1,8 +1,10 @@
-"""The BEiT of a run: its options, and what a forward pass takes."""
+"""The BEiT of a run and the patches it hides: their options, and what a forward pass takes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from beit_fast.data.resizing import height_width
+from beit_fast.data.sampling import BlockwiseMasking
 from beit_fast.models import BeitConfig
 from beit_fast.models.configs import Preset, Size
 from beit_fast.train.config import free
@@ -17,8 +19,8 @@ class ModelConfig:
     preset: Preset = "plus"
     """`plus`: LayerScale and a shared relative position bias (the released weights; paper, appendix A). `plain`:
     absolute position embedding only (the paper's main tables)."""
-    image_size: int = 224
-    """Side of the model's view in pixels."""
+    image_size: int | tuple[int, int] = 224
+    """Side of the model's view in pixels, or its height and width."""
     patch_size: int = 16
     """Side of a patch in pixels."""
     drop_path_rate: float = 0.1
@@ -38,6 +40,16 @@ class ModelConfig:
     grad_checkpointing: bool = free(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    @property
+    def view(self) -> tuple[int, int]:
+        """Height and width of the model's view in pixels."""
+        return height_width(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.view[0] // self.patch_size, self.view[1] // self.patch_size
+
     def architecture(self, vocab_size: int, **more: Any) -> BeitConfig:
         """The model's configuration for a tokenizer with `vocab_size` tokens; ValueError where it cannot be."""
         for name in ("width", "depth", "num_heads", "use_abs_pos_emb"):
@@ -49,6 +61,30 @@ class ModelConfig:
             self.size, self.preset, image_size=self.image_size, patch_size=self.patch_size, vocab_size=vocab_size,
             drop_path_rate=self.drop_path_rate, init_std=self.init_std, **more,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Which patches are hidden (paper, section 2.3 and algorithm 1)."""
+
+    num_masked: int | None = 75
+    """Masked patches per image; about 40 % in the paper. None: as many of any grid, 75 of 14 x 14."""
+    mode: Literal["exact", "official", "random", "none"] = "exact"
+    """`exact`: blockwise, always `num_masked`. `official`: blockwise, stops a patch or two short in a third of the
+    images. Ablations of table 4: `random`, without blocks; `none` hides nothing, which needs --objective.recover all.
+    """
+    min_num_patches: int = 16
+    """Smallest block, in patches; at most a quarter of the masked ones where their number follows the grid."""
+    min_aspect: float = 0.3
+    """Smallest ratio of a block's sides; the largest is its inverse."""
+
+    def of(self, grid: tuple[int, int]) -> BlockwiseMasking:
+        """The masks of a grid of patches (down, across)."""
+        count, smallest = self.num_masked, self.min_num_patches
+        if count is None:
+            count = max(1, round(grid[0] * grid[1] * 75 / 196))
+            smallest = min(smallest, max(1, count // 4))
+        return BlockwiseMasking(grid, count, self.mode, smallest, None, self.min_aspect)
 
 
 def multiply_adds(config: BeitConfig, num_masked: int | None = None) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin
-from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader, resolve_decoder
+from beit_fast.data.reading import common_kind
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.screening import BadImages
 from beit_fast.data.sources import ImageSource, fingerprint, open_source, open_training_source
@@ -25,10 +25,13 @@ from beit_fast.train.config import RunConfig, at_least_1, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation import held_out
 from beit_fast.train.evaluation.knn import KnnEvaluation
+from beit_fast.train.optim import decay_groups
 from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks import run_pictures
+from beit_fast.train.tasks.adapters import LoraConfig, add_lora, freeze, merged
 from beit_fast.train.tasks.images import ImageDataConfig, ImageTask
-from beit_fast.train.tasks.model import ModelConfig, multiply_adds
+from beit_fast.train.tasks.model import MaskingConfig, ModelConfig, multiply_adds
+from beit_fast.train.tasks.start import StartingWeights, budget_lines, check_channels, plain_size
 from beit_fast.train.tasks.token_cache import TokenSource, open_store
 
 
@@ -43,16 +46,17 @@ class DataConfig(ImageDataConfig):
     """Number of built-in images where there is no path."""
     builtin_size: int = 256
     """Side of a built-in image in pixels."""
-    normalization: Literal["imagenet", "half"] = "imagenet"
-    """Mean and standard deviation of the model's view: ImageNet's (ImageNet-1k runs), or 0.5 (ImageNet-22k runs)."""
+    normalization: str = "imagenet"
+    """Mean and standard deviation of the model's view: `imagenet` (ImageNet-1k runs), `half`, that is 0.5 (ImageNet-22k
+    runs), or a file that `beit-fast stats` wrote."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop, as a share of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width over height of the random crop."""
+    """Width over height of the random crop; about that of the view, where it is not square."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.4
-    """Strength of brightness, contrast and saturation jitter."""
+    """Strength of brightness, contrast and saturation jitter; saturation is left out where there are not 3 channels."""
     view_cycle: int | None = None
     """Repeat crops, flips and colours every so many epochs (masks stay fresh), so that the tokenizer runs in the first
     of them only: its tokens are kept on disk, 396 bytes per image and epoch of the cycle. None: new views every epoch,
@@ -63,25 +67,10 @@ class DataConfig(ImageDataConfig):
     """Who decodes JPEGs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.view_cycle is None and self.token_cache not in (None, "off"):
             raise ValueError("--data.token-cache needs --data.view-cycle: only views that repeat have tokens to keep")
         at_least_1("--data.view-cycle", self.view_cycle)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """Which patches are hidden (paper, section 2.3 and algorithm 1)."""
-
-    num_masked: int = 75
-    """Masked patches per image; about 40 % in the paper."""
-    mode: Literal["exact", "official", "random", "none"] = "exact"
-    """`exact`: blockwise, always `num_masked`. `official`: blockwise, stops a patch or two short in a third of the
-    images. Ablations of table 4: `random`, without blocks; `none` hides nothing, which needs --objective.recover all.
-    """
-    min_num_patches: int = 16
-    """Smallest block, in patches."""
-    min_aspect: float = 0.3
-    """Smallest ratio of a block's sides; the largest is its inverse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +114,8 @@ class EvaluationConfig:
     path: str | None = local(None)
     """Folder or shards of held-out images; None: built-in images of another seed, without photographs."""
     knn: str | None = free(None)
-    """Labelled images, a folder with `train` and `val` in it: measure the k-NN accuracy of the mean patch tokens."""
+    """Labelled images, a folder with `train` and `val` in it: measure what k-NN and a linear classifier make of the
+    mean patch tokens, before the first step (of the weights that the run starts from) and at every evaluation."""
     pictures: int = free(4)
     """Held-out images to draw at every evaluation: masked, decoded from predicted tokens, attended to; 0 draws none."""
 
@@ -134,6 +124,19 @@ class EvaluationConfig:
 class PretrainConfig(RunConfig):
     """BEiT pre-training."""
 
+    weights: str | None = local(None, free=False)
+    """Pre-trained weights to go on from: a run folder, a file (official, timm, transformers), a name on the hub; model,
+    image size and normalisation follow them. None: random ones."""
+    fine_tuned_weights: bool = False
+    """Go on from weights that were fine-tuned to classify, too."""
+    defaults_by_images_seen: bool = False
+    """With --weights: take the learning rate, its warm-up, --layer-decay and --frozen-blocks, where they are not given,
+    from a table by the number of images that the run sees."""
+    layer_decay: float | None = None
+    """Learning rate of a layer over that of the layer above it; None: all layers learn alike."""
+    frozen_blocks: int = 0
+    """Blocks, from the first on, that keep their weights, and with them the patch and position embeddings."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -143,6 +146,8 @@ class PretrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights is None and (self.frozen_blocks or self.lora.rank):
+            raise ValueError("--frozen-blocks and --lora.rank keep weights as they are; give --weights")
         if self.masking.mode == "none" and self.objective.recover != "all":
             raise ValueError("--masking.mode none leaves nothing to predict; it needs --objective.recover all")
         if self.masking.mode == "official" and self.cuda_graph:
@@ -172,6 +177,10 @@ class MaskedImageModeling(ImageTask):
         self.knn: KnnEvaluation | None = None
         self.token_store: TokenStore | None = None
         self.tokens: TokenSource | None = None
+        self.start: StartingWeights | None = None
+
+    def evaluates_start(self) -> bool:
+        return self.config.evaluation.knn is not None
 
     def build(self, world: World) -> nn.Module:
         c, data = self.config, self.config.data
@@ -179,6 +188,10 @@ class MaskedImageModeling(ImageTask):
             source = open_training_source(data.path)
         else:
             source = builtin.builtin_source(data.cache_dir, data.builtin_images, c.seed, data.builtin_size)
+        if data.channels is not None:
+            common_kind(source, data.channels, data.value_range)
+        if c.weights is not None:
+            self.start = StartingWeights(c.weights, c.fine_tuned_weights)
         masking = self.open_tokenizer(world)
         bad_images = self.screen(source, data.max_bad_share)
         if self.tokenizer is not None:
@@ -189,12 +202,15 @@ class MaskedImageModeling(ImageTask):
             self.held_out = self.open_held_out(masking)
             self.others.append(self.held_out)
         if c.evaluation.knn is not None:
-            self.knn = KnnEvaluation(
-                c.evaluation.knn, c.model.image_size, data.normalization, world.device, data.threads, data.max_bad_share
-            )
+            options = data.loader_options(world.device) | {"decoder": "auto"}
+            self.knn = KnnEvaluation(c.evaluation.knn, c.model.image_size, data.max_bad_share, probe=True, **options)
             self.others += self.knn.views
         torch.manual_seed(c.seed)  # whatever was drawn above, the initial weights are those of the seed
         model = BeitForMaskedImageModeling(self.architecture())
+        if self.start is not None:
+            self.start.load(model, self.tokenizer, verbose=world.is_main)
+        freeze(model, c.frozen_blocks)
+        add_lora(model, c.lora)
         model.set_grad_checkpointing(c.model.grad_checkpointing)
         return model.to(world.device)
 
@@ -206,8 +222,8 @@ class MaskedImageModeling(ImageTask):
             self.tokenizer = load_tokenizer(
                 c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=dtype, decoder=decoder
             )
-        side, mask = c.model.image_size // c.model.patch_size, c.masking
-        return BlockwiseMasking((side, side), mask.num_masked, mask.mode, mask.min_num_patches, None, mask.min_aspect)
+            check_channels(self.tokenizer, c.data.in_chans, c.tokenizer.name)
+        return c.masking.of(c.model.grid)
 
     def open_token_store(self, tokenizer: Tokenizer, masking: BlockwiseMasking) -> TokenStore | None:
         """The store of this run's tokens; None where none are kept."""
@@ -224,7 +240,7 @@ class MaskedImageModeling(ImageTask):
             "flip_probability": data.flip_probability,
             "jitter": data.jitter,
             "image_size": c.model.image_size,  # contrast is about the mean gray of the model's view
-            "token_image_size": masking.grid[0] * tokenizer.stride,
+            "token_image_size": plain_size(self._token_image_size(masking)),
             "tokenizer": tokenizer.name,
             "tokenizer_sha256": tokenizer.sha256,
             "decoder": resolve_decoder(data.decoder, self.world.device),
@@ -233,6 +249,9 @@ class MaskedImageModeling(ImageTask):
             settings["tokenizer_precision"] = str(c.tokenizer.dtype(self.world.device)).removeprefix("torch.")
         if data.value_range is not None:
             settings["value_range"] = data.value_range
+        if data.channels is not None:
+            kind = common_kind(self.source, data.channels, data.value_range)
+            settings |= {"channels": kind.channels, "depth": kind.depth}
         num_tokens = masking.grid[0] * masking.grid[1]
         return open_store(path, tokenizer, len(self.source), num_tokens, data.view_cycle, settings, c.dry_run)
 
@@ -250,24 +269,36 @@ class MaskedImageModeling(ImageTask):
     def architecture(self) -> BeitConfig:
         """The model's configuration, once the tokenizer is open."""
         vocab_size = BeitConfig.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
-        return self.config.model.architecture(vocab_size, mim_target=self.config.objective.target, num_classes=0)
+        tables = {} if self.start is None else self.start.tables
+        return self.config.model.architecture(
+            vocab_size, mim_target=self.config.objective.target, num_classes=0, in_chans=self.config.data.in_chans,
+            **tables,
+        )  # fmt: skip
+
+    def _token_image_size(self, masking: BlockwiseMasking) -> tuple[int, int]:
+        stride = 1 if self.tokenizer is None else self.tokenizer.stride
+        return masking.grid[0] * stride, masking.grid[1] * stride
 
     def _loader(
         self, source: ImageSource, masking: BlockwiseMasking, bad_images: BadImages, view_cycle: int | None = None,
         store: TokenStore | None = None,
     ) -> PretrainLoader:  # fmt: skip
         data, jitter = self.config.data, self.config.data.jitter
-        sampling = CropSampler(data.scale, data.ratio, data.flip_probability, jitter, jitter, jitter)
-        stride = 1 if self.tokenizer is None else self.tokenizer.stride
+        height, width = self.config.model.view
+        ratio = (data.ratio[0] * width / height, data.ratio[1] * width / height)  # about that of the view
+        sampling = CropSampler(data.scale, ratio, data.flip_probability, jitter, jitter, jitter)
         return PretrainLoader(
             source, masking, sampling, seed=self.config.seed, image_size=self.config.model.image_size,
-            token_image_size=masking.grid[0] * stride, bad_images=bad_images, view_cycle=view_cycle, token_store=store,
-            **data.loader_options(self.world.device),
+            token_image_size=self._token_image_size(masking), bad_images=bad_images, view_cycle=view_cycle,
+            token_store=store, **data.loader_options(self.world.device),
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         tokenizer = {} if self.tokenizer is None else {"tokenizer_sha256": self.tokenizer.sha256}
         return super().identity() | tokenizer
+
+    def parameter_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(model, weight_decay, self.config.layer_decay, self.architecture().depth)
 
     def num_targets(self, batch: PretrainBatch) -> Tensor | int:
         return batch.mask.numel() if self.predict_all else len(batch.masked_indices)
@@ -298,7 +329,7 @@ class MaskedImageModeling(ImageTask):
         assert isinstance(model, BeitForMaskedImageModeling)
         neighbours = {}
         if self.knn is not None:
-            neighbours = self.knn.evaluate(pretrained_backbone(model), self.world, self.config.batch_per_device)
+            neighbours = self.knn.evaluate(pretrained_backbone(merged(model)), self.world, self.config.batch_per_device)
         if self.held_out is None:
             return neighbours
         images, size = min(self.config.evaluation.images, len(self.held_out.source)), self.config.batch_per_device
@@ -308,7 +339,7 @@ class MaskedImageModeling(ImageTask):
         count = min(self.config.evaluation.pictures, images)
         if count and self.world.is_main and self.config.output_dir.is_dir():
             batch = held_out.first(self.held_out, count)
-            norm = NORMALIZATION[self.config.data.normalization]
+            norm = self.config.data.mean_and_std()
             run_pictures.draw(self.config.output_dir, step, model, self.tokenizer, batch, norm)
             run_pictures.write_histogram(self.config.output_dir, histogram, images)
         return values | neighbours
@@ -316,29 +347,36 @@ class MaskedImageModeling(ImageTask):
     def finish(self, model: nn.Module, folder: Path) -> None:
         assert isinstance(model, BeitForMaskedImageModeling)
         data = self.config.data
-        model.save_pretrained(folder / "model")
-        mean, std = NORMALIZATION[data.normalization]
+        merged(model).save_pretrained(folder / "model")
         preprocessing = {
-            "image_size": self.config.model.image_size, "mean": mean, "std": std,
-            "tokenizer": self.config.tokenizer.name, "data": builtin.NOTICE if data.path is None else data.path,
+            "image_size": self.config.model.image_size, **data.description(),
+            "tokenizer": self.config.tokenizer.name,
+            "tokenizer_sha256": None if self.tokenizer is None else self.tokenizer.sha256,
+            "data": builtin.NOTICE if data.path is None else data.path,
         }  # fmt: skip
         write_text(folder / "model" / "preprocessing.json", json.dumps(preprocessing, indent=1) + "\n")
 
     def plan(self) -> dict[str, float]:
         architecture = self.architecture()
-        targets = architecture.num_patches if self.predict_all else self.config.masking.num_masked
+        masking = self.config.masking.of(architecture.grid)
+        targets = architecture.num_patches if self.predict_all else masking.num_masked
         numbers = {"flops_per_image": 3 * 2.0 * multiply_adds(architecture, targets)}
         if self.tokenizer is None:
             return numbers
-        grid = self.config.model.image_size // self.config.model.patch_size
-        side = grid * self.tokenizer.stride
+        size = (1, self.tokenizer.channels, *self._token_image_size(masking))
         with FlopCounterMode(display=False) as counter:
-            self.tokenizer.encode(torch.zeros(1, 3, side, side, device=self.world.device))
+            self.tokenizer.encode(torch.zeros(size, device=self.world.device))
         numbers["tokenizer_flops_per_image"] = float(counter.get_total_flops())
         cycle = self.config.data.view_cycle
         if cycle is not None and self.config.token_cache_path() is not None:
-            numbers |= {"prepared_epochs": cycle, "token_cache_bytes": store_bytes(len(self.source), grid**2, cycle)}
+            numbers |= {
+                "prepared_epochs": cycle,
+                "token_cache_bytes": store_bytes(len(self.source), architecture.num_patches, cycle),
+            }
         return numbers
+
+    def plan_lines(self) -> list[tuple[str, str]]:
+        return budget_lines(self.config, len(self.source))
 
     def close(self) -> None:
         super().close()

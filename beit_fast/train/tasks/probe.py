@@ -133,7 +133,7 @@ class LinearProbe(ImageTask):
         self.training, validation = c.data.open()
         self.classes = self.training.classes
         torch.manual_seed(c.seed)
-        backbone = Beit(c.model.classifier(0))
+        backbone = Beit(c.model.classifier(0, c.data.in_chans))
         if c.weights is not None:
             load_weights(backbone, c.weights, verbose=world.is_main)
         self.backbone = backbone.to(world.device).requires_grad_(False).eval()
@@ -176,7 +176,7 @@ class LinearProbe(ImageTask):
         key = {
             "model": weights_checksum(self.backbone), "data": fingerprint(images.source), "features": c.features,
             "image_size": c.model.image_size, "crop_share": loader.crop_share, "normalization": c.data.normalization,
-            "precision": str(self.dtype),
+            "precision": str(self.dtype), **({} if c.data.channels is None else c.data.description()),
         }  # fmt: skip
         cache = FeatureCache(c.output_dir / "features" / name, key, (len(images), *shape), self.world)
         if not cache.complete:

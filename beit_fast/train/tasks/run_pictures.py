@@ -10,6 +10,7 @@ from beit_fast.data.pretraining import PretrainBatch
 from beit_fast.models import BeitForMaskedImageModeling
 from beit_fast.tokenizers import Tokenizer, TokenizerError
 from beit_fast.visualize.attention_maps import attention_maps, attention_sheet
+from beit_fast.visualize.pictures import displayable
 from beit_fast.visualize.reconstructions import reconstruct, reconstruction_sheet
 
 FOLDER = "pictures"
@@ -42,7 +43,8 @@ def draw(
         mean, std = (torch.tensor(v, device=batch.images.device)[:, None, None] for v in normalization)
         paths.append(folder / f"attention_step_{step:08d}.png")
         image = batch.images[0]
-        attention_sheet(image * std + mean, attention_maps(model, image)).save(paths[-1])
+        (shown,) = displayable((image * std + mean)[None])
+        attention_sheet(shown[0], attention_maps(model, image)).save(paths[-1])
     return paths
 
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin
 from beit_fast.data.augmentation.photometric import PhotometricDistortion
-from beit_fast.data.loader import NORMALIZATION
 from beit_fast.data.screening import BadImages
 from beit_fast.data.segmentation import (
     IGNORE,
@@ -75,6 +74,11 @@ class SegmentationDataConfig(ImageDataConfig):
     """Side of a scene in pixels."""
     builtin_seed: int = 0
     """Which scenes are drawn for training; those for validation are always the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.channels is not None:
+            raise ValueError("--data.channels: segmentation reads RGB of 8 bits only; leave it out")
 
     def open(self) -> tuple[SegmentationImages, SegmentationImages | None]:
         """Training images and, where asked for, validation images; ValueError in one line."""
@@ -180,7 +184,7 @@ class SegmentConfig(WeightsConfig):
 
     def inference(self) -> Inference:
         """How this configuration segments whole images; ValueError where it cannot."""
-        mean, std = NORMALIZATION[self.data.normalization]
+        mean, std = self.data.mean_and_std()
         own, window = self.evaluation, self.model.image_size
         stride = max(window * 2 // 3, 1) if own.stride is None else own.stride
         return Inference(mean, std, window, stride, self.crops.base, own.ratios, own.flip, own.windows_per_batch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from beit_fast.data.pretraining import PretrainBatch
 from beit_fast.data.token_store import TokenStore, check_store
 from beit_fast.tokenizers import Tokenizer
+from beit_fast.tokenizers.base import as_colours
 
 
 def open_store(
@@ -52,11 +53,13 @@ class TokenSource:
         """int64: (M,) at the masked positions in row order, or (B, h, w)."""
         if batch.known_tokens is None:
             positions = () if predict_all else (batch.mask, batch.masked_indices)
-            return self.tokenizer.encode(batch.token_images, *positions)
+            return self.tokenizer.encode(as_colours(batch.token_images, self.tokenizer), *positions)
         assert batch.unknown is not None
         tokens = batch.known_tokens
         if len(batch.unknown):
-            new = self.tokenizer.encode(batch.token_images)  # at all positions: the next masks are others
+            new = self.tokenizer.encode(
+                as_colours(batch.token_images, self.tokenizer)
+            )  # at all positions: the next masks are others
             self._keep(batch, new)
             tokens = tokens.index_copy(0, batch.unknown.to(tokens.device, non_blocking=True), new)
         return tokens if predict_all else tokens.flatten()[batch.masked_indices]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.data import builtin
+from beit_fast.data.loader import Request
 from beit_fast.data.pretraining import PretrainBatch, PretrainLoader
 from beit_fast.data.sampling import BlockwiseMasking, CropSampler
 from beit_fast.data.sources import ImageSource, open_training_source
@@ -33,6 +34,7 @@ from beit_fast.train.schedules import run_length
 from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks.images import ImageTask
 from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder
+from beit_fast.visualize import pictures
 
 HELD_OUT_SEED = 1_000_003
 """Seed of the built-in images on which tokenizers are measured; they hold no photographs."""
@@ -50,6 +52,10 @@ class TokenizerDataConfig:
     """Where built-in images are kept; None is the user's cache folder."""
     view_sizes: tuple[int, ...] = (64, 112)
     """Pixels per side of the training views; steps take them in turn, so that one tokenizer serves several scales."""
+    channels: int | None = None
+    """Channels that all images have, read with the depth they have; None: everything becomes RGB of 8 bits."""
+    value_range: tuple[float, float] | None = None
+    """Values that are black and white; without it float images are refused, and others have their type's."""
     max_bad_share: float = free(0.01)
     """Stop when more than this share of the images turns out to be unusable."""
     threads: int = local(1)
@@ -58,6 +64,8 @@ class TokenizerDataConfig:
     def __post_init__(self) -> None:
         if not self.view_sizes or any(size < 8 or size % 8 for size in self.view_sizes):
             raise ValueError(f"--data.view-sizes must be multiples of 8 pixels, not {self.view_sizes}")
+        if self.channels is not None and self.path is None:
+            raise ValueError("--data.channels needs --data.path: the built-in images are RGB of 8 bits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +133,8 @@ class TrainTokenizerConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.objective == "dvae" and self.data.channels not in (None, 3):
+            raise ValueError(f"--objective dvae is made for 3 channels; for {self.data.channels} take --objective vq")
         if self.objective == "vq" and self.quantizer.live_codes > self.vocab_size:
             raise ValueError(
                 f"--quantizer.live-codes {self.quantizer.live_codes} exceeds --vocab-size {self.vocab_size}"
@@ -136,7 +146,7 @@ class TokenizerBatch:
     """What a tokenizer is trained on in one step."""
 
     images: Tensor
-    """float32 (b, 3, S, S) in [0, 1], at the size of this step."""
+    """float32 (b, C, S, S) in [0, 1], at the size of this step."""
     step: int
 
     def __len__(self) -> int:
@@ -168,14 +178,16 @@ class TrainTokenizer(ImageTask):
             source, BlockwiseMasking((1, 1), 0, mode="none"), CropSampler(), seed=c.seed,
             image_size=16,  # the view for the transformer has no use here
             token_image_size=max(data.view_sizes), device=world.device.type,
-            bad_images=self.screen(source, data.max_bad_share), threads=data.threads,
+            bad_images=self.screen(source, data.max_bad_share), threads=data.threads, channels=data.channels,
+            value_range=data.value_range, mean=(0.5,) * (data.channels or 3), std=(0.5,) * (data.channels or 3),
         )  # fmt: skip
         return model
 
     def make_model(self) -> nn.Module:
         """What is trained."""
         c = self.config
-        return QuantizedAutoencoder(c.hidden_dim, c.codebook_dim, c.quantizer.live_codes, c.quantizer.init_latents)
+        sizes = c.hidden_dim, c.codebook_dim, c.quantizer.live_codes, c.quantizer.init_latents
+        return QuantizedAutoencoder(*sizes, c.data.channels or 3)
 
     def tokenizer_of(self, model: nn.Module, step: int) -> Tokenizer | None:
         """The tokenizer that the model is after so many steps; None while there are no codes yet."""
@@ -240,7 +252,7 @@ class TrainTokenizer(ImageTask):
         sizes, model = self.config.data.view_sizes, self.make_model()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             for size in sizes:
-                model(torch.zeros(1, 3, size, size), 1)  # quantised, or at temperature 1
+                model(torch.zeros(1, self.config.data.channels or 3, size, size), 1)  # quantised, or at temperature 1
         forward = counter.get_total_flops() / len(sizes)
         return {"flops_per_image": 3 * forward, "forward_flops_per_image": forward}
 
@@ -259,9 +271,16 @@ class TrainTokenizer(ImageTask):
             write_weights(tensors, folder / f"{name}.safetensors", metadata)
         for size in self.config.data.view_sizes:
             self.alive()
-            sheet = reconstruction_sheet(tokenizer, held_out_images(16, size))
+            sheet = reconstruction_sheet(tokenizer, self.pictured(size))
             with naming(path := folder / f"reconstructions_{size}px.png"):
                 sheet.save(path)
+
+    def pictured(self, size: int) -> Tensor:
+        """Sixteen images (16, C, size, size) to show: held-out built-in ones, or views of data of other channels."""
+        if self.config.data.channels is None:
+            return held_out_images(16, size)
+        positions = np.arange(16, dtype=np.int64) % len(self.source)
+        return _resized(next(iter(self.loader.batches([Request(0, positions)]))).token_images, size)
 
 
 def error_sums(error: Tensor) -> dict[str, Tensor]:
@@ -321,16 +340,14 @@ def reconstruction_metrics(tokenizer: Tokenizer, images: Tensor) -> dict[str, fl
 
 def reconstruction_sheet(tokenizer: Tokenizer, images: Tensor, columns: int = 8) -> Any:
     """A PIL image: rows of originals, each above its reconstructions."""
-    from PIL import Image
-
     images = images.to(next(tokenizer.parameters()).device)
     with torch.autocast(images.device.type, enabled=False):
         decoded = tokenizer.decode(tokenizer.encode(images))
+    images, decoded = pictures.displayable(images, decoded)
     rows = [
         torch.cat(list(part), dim=2)
         for start in range(0, len(images), columns)
         for part in (images[start : start + columns], decoded[start : start + columns])
         if len(part) == columns
     ]
-    pixels = (torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(pixels.cpu().numpy())
+    return pictures.to_pil(torch.cat(rows, dim=1))

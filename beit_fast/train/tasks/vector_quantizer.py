@@ -98,9 +98,12 @@ def _from_first_rank(buffer: Tensor) -> None:
 class QuantizedAutoencoder(nn.Module):
     """Trunk and decoder of a `DiscreteVAE` with a quantiser between them."""
 
-    def __init__(self, hidden_dim: int, codebook_dim: int, live_codes: int, init_latents: int) -> None:
+    def __init__(
+        self, hidden_dim: int, codebook_dim: int, live_codes: int, init_latents: int, channels: int = 3
+    ) -> None:
         super().__init__()
-        layout = DiscreteVAE(1, codebook_dim, hidden_dim)
+        self.channels = channels
+        layout = DiscreteVAE(1, codebook_dim, hidden_dim, channels=channels)
         self.trunk = layout.encoder[:-1]
         self.project = nn.Conv2d(hidden_dim, codebook_dim, 1)
         self.quantizer = VectorQuantizer(live_codes, codebook_dim, init_latents)
@@ -109,7 +112,7 @@ class QuantizedAutoencoder(nn.Module):
         self.recent: list[tuple[Tensor, Tensor]] = []  # (latents, ids) of the micro-batches since the last step
 
     def forward(self, images: Tensor, quantize: bool) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> reconstruction (B, 3, H, W) around [-1, 1], commitment loss per image (B,).
+        """images (B, C, H, W) in [0, 1] -> reconstruction (B, C, H, W) around [-1, 1], commitment loss per image (B,).
 
         Without `quantize` it is a plain autoencoder and the commitment loss is 0. While training, latents and ids of
         the micro-batch are kept for `update_codes`.
@@ -139,7 +142,7 @@ class QuantizedAutoencoder(nn.Module):
         """The same tokenizer as a DiscreteVAE of `vocab_size` entries; those beyond the codebook never win."""
         codes = self.quantizer.codes.double()
         live = len(codes)
-        vae = DiscreteVAE(vocab_size, self.codebook_dim, self.hidden_dim).to(codes.device)
+        vae = DiscreteVAE(vocab_size, self.codebook_dim, self.hidden_dim, channels=self.channels).to(codes.device)
         vae.encoder[:-1].load_state_dict(self.trunk.state_dict())
         vae.decoder.load_state_dict(self.decoder.state_dict())
         weight, bias = vae.head()

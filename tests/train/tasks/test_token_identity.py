@@ -23,7 +23,12 @@ CHANGES = {
 }  # fmt: skip
 IN_THE_SOURCE = {"data.path", "data.builtin_images"}
 """They choose the images: seen through the fingerprint of the source, tested below."""
-ELSEWHERE = {"masking", "objective", "optim", "checkpoint", "log", "evaluation", "average", "ema"}
+CHANNELS = {"data.channels"}
+"""Needs data of its own: tested below."""
+ELSEWHERE = {
+    "masking", "objective", "optim", "checkpoint", "log", "evaluation", "average", "ema", "weights", "lora",
+    "fine_tuned_weights", "defaults_by_images_seen", "layer_decay", "frozen_blocks",
+}  # fmt: skip
 """Groups of what happens after the tokens."""
 HARMLESS = {
     "data.cache_dir", "data.normalization", "data.max_bad_share", "data.threads", "data.prefetch", "data.token_cache",
@@ -88,6 +93,17 @@ def test_other_images(identity, tmp_path):
     assert identity(base(tmp_path), images(4)) != identity(base(tmp_path))
 
 
+def test_channels_and_depths(identity, tmp_path):
+    def of(dtype, channels, value_range=None):
+        data = {"path": str(tmp_path), "channels": channels, "value_range": value_range}
+        config = base(tmp_path)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
+        return identity(config, ArraySource(np.zeros((3, 8, 8, channels), dtype)))
+
+    found = [of("uint8", 1), of("uint16", 1), of("uint16", 3), of("uint16", 1, (0.0, 4095.0))]
+    assert all(a != b for number, a in enumerate(found) for b in found[:number])
+
+
 def test_every_field_is_known_here():
     """A new field must be put on one of the lists, and tested if it changes a token."""
     fields = set()
@@ -96,8 +112,8 @@ def test_every_field_is_known_here():
         if field.name in ("data", "model", "tokenizer"):
             fields |= {f"{field.name}.{inner.name}" for inner in dataclasses.fields(default)}
         elif not dataclasses.is_dataclass(default) or field.name not in ELSEWHERE:
-            fields.add(field.name)
+            fields |= {field.name} - ELSEWHERE
     run = {field.name for field in dataclasses.fields(pretrain.RunConfig)} - {"seed"}
     network = {name for name in fields if name.startswith("model.")} - {"model.image_size", "model.patch_size"}
-    unknown = fields - set(CHANGES) - IN_THE_SOURCE - HARMLESS - run - network
+    unknown = fields - set(CHANGES) - CHANNELS - IN_THE_SOURCE - HARMLESS - run - network
     assert not unknown
