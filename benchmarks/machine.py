@@ -26,10 +26,12 @@ PACKAGES = (
     "nvidia-dali-cuda130",
     "numpy",
 )
+INSTRUCTION_SETS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+"""Variables that hold the libraries below torch, and torch itself, to what an older processor has."""
 
 
 def device_slug(device: torch.device) -> str:
-    """Names a machine in the file name of a record: `nvidia-h200`, `xeon-2.5ghz-2cpu`."""
+    """Names a machine in the file name of a record: `nvidia-h200`, `xeon-2.5ghz-2cpu`, `...-avx2` where it is held."""
     if device.type == "cuda":
         return slug(torch.cuda.get_device_name(device))
     model = platform.processor() or platform.machine()
@@ -39,7 +41,8 @@ def device_slug(device: torch.device) -> str:
             break
     model = re.sub(r"\((r|tm)\)|intel|amd|cpu|processor|@", " ", model.lower())
     model = re.sub(r"(\d\.\d)0ghz", r"\1ghz", model)
-    return f"{slug(model)}-{len(os.sched_getaffinity(0))}cpu"
+    held = "-avx2" if INSTRUCTION_SETS.keys() & os.environ.keys() else ""
+    return f"{slug(model)}-{len(os.sched_getaffinity(0))}cpu{held}"
 
 
 def slug(text: str) -> str:
@@ -60,6 +63,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "held_to": {name: os.environ[name] for name in INSTRUCTION_SETS if name in os.environ},
         "load_average": os.getloadavg(),
         "versions": {"python": platform.python_version(), **_versions()},
         "commit": commit(),

@@ -81,6 +81,21 @@ def _gelu() -> Iterator[AotSpec]:
         values = _row("gelu_backward", HAS_BIAS=True, NEED_BIAS=True)
         yield _spec(f"gelu_backward {dtype}", bias_gelu_backward_kernel, values, pointers)
 
+    for name, kernel in (("gelu_forward", bias_gelu_kernel), ("gelu_backward", bias_gelu_backward_kernel)):
+        pointers = {"": "bf16", "bias": "fp32", "partial": "fp32"}
+        yield from _candidates(name, None, kernel, pointers, "", HAS_BIAS=True, NEED_BIAS=True)
+
+
+def _candidates(
+    name: str, bucket: int | None, kernel: Any, pointers: Mapping[str, str], unaligned: str, **constants: Any
+) -> Iterator[AotSpec]:
+    """The candidates of a pointwise kernel."""
+    rows = CANDIDATES["sm_90"][name if bucket is None else f"{name}/{bucket}"]
+    for row in rows:
+        sizes = " ".join(f"{key} {value}" for key, value in row.items())
+        spec = _spec(f"{name} candidate {sizes}", kernel, {**row, **constants}, pointers, unaligned)
+        yield replace(spec, architectures=(90,))
+
 
 def _color_jitter() -> Iterator[AotSpec]:
     from beit_fast.kernels.color_jitter.kernel import color_jitter_kernel
@@ -115,6 +130,12 @@ def _residual_norm() -> Iterator[AotSpec]:
             ("residual_norm_backward", kernel.residual_norm_backward_kernel),
         ):
             yield _spec(f"{name} {stream} D={D}", function, _row(name, block, BLOCK=block, **flags), pointers, "N R")
+    pointers = dict.fromkeys(("branch", "normed", "grad_normed", "grad_branch"), "bf16") | {"": "fp32"}
+    for name, function in (
+        ("residual_norm_forward", kernel.residual_norm_kernel),
+        ("residual_norm_backward", kernel.residual_norm_backward_kernel),
+    ):
+        yield from _candidates(name, 1024, function, pointers, "N R", BLOCK=1024, **flags)
     values = _row("residual_norm_finish", **flags)
     yield _spec("residual_norm_finish", kernel.residual_norm_finish_kernel, values, {"": "fp32"})
 

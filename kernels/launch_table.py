@@ -96,6 +96,20 @@ SHIPPED: dict[str, dict[str, Config]] = {
 # Compiled, checked and tested like shipped rows, but not yet timed on a GPU: `tune` times them against what is shipped.
 CANDIDATES: dict[str, dict[str, tuple[Config, ...]]] = {
     "sm_90": {
+        # wider tiles, other numbers of warps, and whole waves of 132 multiprocessors (PROGRAMS)
+        "gelu_forward": (
+            {"ROWS": 2, "COLS": 1024, "num_warps": 8, "num_stages": 1},
+            {"ROWS": 1, "COLS": 1024, "num_warps": 4, "num_stages": 1},
+        ),
+        "gelu_backward": (
+            {"ROWS": 4, "COLS": 256, "PROGRAMS": 264, "num_warps": 4, "num_stages": 1},
+            {"ROWS": 4, "COLS": 512, "PROGRAMS": 264, "num_warps": 8, "num_stages": 1},
+        ),
+        "residual_norm_forward/1024": ({"num_warps": 2, "num_stages": 1}, {"num_warps": 8, "num_stages": 1}),
+        "residual_norm_backward/1024": (
+            {"PROGRAMS": 528, "num_warps": 8, "num_stages": 1},
+            {"PROGRAMS": 1056, "num_warps": 4, "num_stages": 1},
+        ),
         "attention_forward_one_pass/208": ({"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 2},),
         "attention_backward_one_pass/208": (
             {"KEYS": 64, "QUERIES": 32, "num_warps": 4, "num_stages": 1},

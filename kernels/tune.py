@@ -62,12 +62,13 @@ class Subject:
         return self.kernel if self.bucket is None else f"{self.kernel}/{self.bucket}"
 
     def all_rows(self, device: torch.device) -> list[Config]:
-        """Every row to be tried."""
+        """Every row to be tried: the axes in all combinations, and the candidates of this architecture."""
         if self.rows:
             return list(self.rows)
         now = launch_config(self.kernel, device, self.bucket)
         choices = itertools.product(*self.axes.values())
-        return [{**now, **dict(zip(self.axes, values, strict=True))} for values in choices]
+        rows: list[Config] = [{**now, **dict(zip(self.axes, values, strict=True))} for values in choices]
+        return rows + [row for row in CANDIDATES.get(architecture_of(device), {}).get(self.name, ()) if row not in rows]
 
 
 def subjects(
