@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--pairs", type=int, default=None, help="fewest rounds of a comparison (default 3; 15 with --full)")
     group.addoption("--stop-after", type=float, default=None, metavar="S",
                     help="start no comparison after S seconds (default 460; --full: no limit)")  # fmt: skip
+    group.addoption(
+        "--cpu-time",
+        action="store_true",
+        help="seconds of CPU instead of the wall clock: for a CPU that is busy with something else too",
+    )
     group.addoption("--bench-device", default=None, help="cpu or cuda (default: cuda where there is one)")
 
 
@@ -87,8 +92,8 @@ class Rounds:
     In the default scale comparisons that start late get one round each, so that all of them are measured.
     """
 
-    def __init__(self, scale: Scale, stop_after_s: float) -> None:
-        self.scale, self.stop_after_s = scale, stop_after_s
+    def __init__(self, scale: Scale, stop_after_s: float, cpu_time: bool = False) -> None:
+        self.scale, self.stop_after_s, self.cpu_time = scale, stop_after_s, cpu_time
         self.started = time.monotonic()
         self.measured: dict[Hashable, Measured | Disagreement] = {}
 
@@ -99,8 +104,11 @@ class Rounds:
             share = {"tiny": 0.0, "default": 0.0 if late else 0.5, "full": 1.0}[self.scale.name]
             pairs = self.scale.asked_pairs or (1 if late and self.scale.name == "default" else self.scale.pairs)
             try:
+                comparison = make()
+                if self.cpu_time:
+                    comparison = replace(comparison, clock="cpu")
                 self.measured[key] = measure_interleaved(
-                    make(), self.scale.device, pairs=pairs, most_pairs=3 if tiny else 31, budget_s=budget_s * share,
+                    comparison, self.scale.device, pairs=pairs, most_pairs=3 if tiny else 31, budget_s=budget_s * share,
                     call_s=0.001 if tiny else 0.03,
                 )  # fmt: skip
             except Disagreement as error:
@@ -127,7 +135,8 @@ class Rounds:
 @pytest.fixture(scope="session")
 def rounds(request: pytest.FixtureRequest, scale: Scale) -> Rounds:
     given = request.config.getoption("--stop-after")
-    return Rounds(scale, given if given is not None else math.inf if scale.name == "full" else 460.0)
+    return Rounds(scale, given if given is not None else math.inf if scale.name == "full" else 460.0,
+                  request.config.getoption("--cpu-time"))  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.other_checkout ../old --json FILE     # also a record
 
 Each checkout runs in a process of its own, and the two take turns in random order; both compute the same numbers from
-the same weights, or nothing is timed. A ratio is the other's time over this one's: above 1 this checkout is faster.
+the same weights, or nothing is timed. Times are seconds of CPU, because the machine may be busy with something else (the
+wall clock's are in the record too). A ratio is the other's time over this one's: above 1 this checkout is faster.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def run():
     optimizer.step()
     return loss
 
-print(float(run()), flush=True)
+print(float(run().detach()), flush=True)
 run()
 for _ in sys.stdin:
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     run()
-    print(time.perf_counter() - start, flush=True)
+    print(time.perf_counter() - start[0], time.process_time() - start[1], flush=True)
 """
 WORKS = ("masked image modelling, step", "classifier, step", "classifier, inference")
 
@@ -77,7 +78,7 @@ def save_weights(path: Path, depth: int) -> None:
 
 
 def compare(work: str, roots: dict[str, Path], weights: Path, rounds: int, options: list[int]) -> dict[str, object]:
-    """Seconds of every round by checkout, and the ratio of the other's to this one's."""
+    """CPU seconds of every round by checkout, and the ratio of the other's to this one's."""
     processes = {}
     for name, root in roots.items():
         kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
@@ -86,15 +87,16 @@ def compare(work: str, roots: dict[str, Path], weights: Path, rounds: int, optio
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=kept | {"PYTHONPATH": str(root)},
         )  # fmt: skip
 
-    def answer(name: str) -> float:
+    def answer(name: str) -> list[float]:
         line = processes[name].stdout.readline()  # type: ignore[union-attr]
         if not line:
             sys.exit(f"the checkout in {roots[name]} failed, its message is above")
-        return float(line)
+        return [float(word) for word in line.split()]
 
-    losses = {name: answer(name) for name in processes}
+    losses = {name: answer(name)[0] for name in processes}
     if abs(losses["other"] - losses["this"]) > 1e-4 * abs(losses["this"]):
         sys.exit(f"{work}: the two compute different numbers, so their times mean nothing: {losses}")
+    wall: dict[str, list[float]] = {name: [] for name in processes}
     seconds: dict[str, list[float]] = {name: [] for name in processes}
     order, generator = list(processes), random.Random(0)
     for _ in range(rounds):
@@ -102,12 +104,13 @@ def compare(work: str, roots: dict[str, Path], weights: Path, rounds: int, optio
         for name in order:
             processes[name].stdin.write("\n")  # type: ignore[union-attr]
             processes[name].stdin.flush()  # type: ignore[union-attr]
-            seconds[name].append(answer(name))
+            for times, value in zip((wall, seconds), answer(name), strict=True):
+                times[name].append(value)
     for process in processes.values():
         process.kill()
         process.wait()
     ratio = ratio_of(seconds["other"], seconds["this"])
-    return {"work": work, "seconds": seconds, "other_over_this": ratio._asdict(), "losses": losses}
+    return {"work": work, "cpu_s": seconds, "wall_s": wall, "other_over_this": ratio._asdict(), "losses": losses}
 
 
 def main() -> None:
@@ -129,7 +132,7 @@ def main() -> None:
         for work in WORKS:
             row = compare(work, roots, weights, given.rounds, [given.threads, given.batch, given.depth])
             rows.append(row)
-            middle = {name: 1e3 * median(times) for name, times in row["seconds"].items()}  # type: ignore[attr-defined]
+            middle = {name: 1e3 * median(times) for name, times in row["cpu_s"].items()}  # type: ignore[attr-defined]
             ratio = row["other_over_this"]
             print(
                 f"{work:30s} this {middle['this']:8.1f} ms, other {middle['other']:8.1f} ms: other over this "

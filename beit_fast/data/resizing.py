@@ -206,6 +206,4 @@ def _copy_from_dali(outputs: Sequence[Any], tensors: Sequence[Tensor]) -> None:
 
     stream = torch.cuda.current_stream(tensors[0].device) if tensors[0].is_cuda else None
     for output, tensor in zip(outputs, tensors, strict=True):
-        feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
-    if stream is not None:
-        stream.synchronize()  # the next run of the pipeline writes into the same buffers; only this thread waits
+        feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)  # with a stream it does not wait

@@ -4,10 +4,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from beit_fast.data import resizing
-from beit_fast.data.decoding import DaliDecoder, PilDecoder
+from beit_fast.data.decoding import DaliDecoder, DaliPipeline, PilDecoder
 from beit_fast.data.screening import Header, Rejection, screen
 
 
@@ -109,3 +110,23 @@ def test_resizing_extreme_crops():
         crop = np.full((*shape, 3), 77, np.uint8)
         for mode in ("bicubic", "lanczos"):
             assert (resizing.resize(crop, (32, 32), mode) == 77).all()
+
+
+def test_on_a_gpu_outputs_are_asked_for_in_the_order_of_the_current_stream(monkeypatch):
+    """Without a stream DALI would wait for the device before it returns; on the CPU there is none."""
+    asked = []
+
+    class Pipeline:
+        def feed_input(self, name, data):
+            pass
+
+        def run(self, *streams):
+            asked.append(streams)
+            return ()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    for device in (1, None):
+        pipeline = DaliPipeline(1, device_id=device)
+        pipeline._pipe, pipeline._capacity = Pipeline(), 1
+        assert pipeline.run([b"x"], np.zeros((1, 4), np.int32)) == ()
+    assert asked == [("stream of 1",), ()]

@@ -66,3 +66,17 @@ def test_consumer_streams_wait(photographs):
     sums = [batch.images.double().sum().item() for batch in make(source, requests, device="cuda", decoder="dali")]
     expected = [batch.images.double().sum().item() for batch in make(source, requests, device="cpu")]
     assert np.allclose(sums, expected, rtol=1e-4)
+
+
+def test_batches_in_flight_leave_each_other_alone(tmp_path, photographs):
+    """The producer never waits for the device: outputs of DALI that are taken back too early would show here."""
+    for i, data in enumerate(photographs):
+        (tmp_path / f"{i}.jpg").write_bytes(data)
+    source = open_source(tmp_path)
+    requests = [Request(e, np.arange(8)) for e in range(20)]
+    ahead = make(source, requests, device="cuda", decoder="dali-gpu", prefetch=4)
+    for batch, request in zip(ahead, requests, strict=True):
+        alone = make(source, [request], device="cuda", decoder="dali-gpu")[0]
+        torch.cuda.synchronize()
+        assert torch.equal(batch.images, alone.images)
+        assert torch.equal(batch.token_images, alone.token_images)
