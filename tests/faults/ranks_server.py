@@ -88,7 +88,8 @@ def run_program(task, arguments):
     try:
         cli.main(module.RECIPE, module.TASK, arguments=arguments)
     except SystemExit as stop:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         os._exit(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
     except BaseException:
         import traceback
@@ -213,6 +214,12 @@ def launcher(job):
         os.dup2(log.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    for number, target in enumerate(job.get("outputs", []), 1):  # of stdout, stderr; None: closed
+        if target is None:
+            os.close(number)
+            setattr(sys, ("stdout", "stderr")[number - 1], None)  # as Python finds it at its start
+        else:
+            os.dup2(os.open(target, os.O_WRONLY), number)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     os.environ |= {"OMP_NUM_THREADS": "1", **job.get("environment", {})}

@@ -99,13 +99,29 @@ def test_r18_a_last_evaluation_that_fails_is_repeated(tiny, tmp_path, weights, u
     assert "held_out_loss" in result.metrics
 
 
-@pytest.mark.parametrize("redirection", ["| head -n 1", "> /dev/full", ">&-", "> /dev/full 2> /dev/full", ">&- 2>&-"])
+def is_complete(folder):
+    saved = [path.name for path in list_checkpoints(folder / "checkpoints")]
+    return saved[-1:] == ["step_00000012"] and (folder / "complete.json").exists()
+
+
+OUTPUT = "an output that nobody reads, that is full, or closed"
+
+
+@pytest.mark.parametrize("redirection", ["| head -n 1", pytest.param(">&- 2>&-", marks=pytest.mark.slow)])
 def test_r18_an_output_that_cannot_be_written_costs_no_step(tmp_path, environment, redirection, outcome):
     command = f"{sys.executable} {TINY} --output-dir {tmp_path / 'run'} --device cpu {redirection}"
+    began = time.monotonic()
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True, timeout=120)
-    saved = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    passed = done.returncode == 0 and saved[-1:] == ["step_00000012"] and (tmp_path / "run" / "complete.json").exists()
-    outcome("R18", f"output {redirection}", 1, int(passed), "no step lost")
+    passed = done.returncode == 0 and is_complete(tmp_path / "run")
+    outcome("R18", OUTPUT, 1, int(passed), "no step lost", cost=(0, time.monotonic() - began, 0))
+
+
+@pytest.mark.parametrize("outputs", [["/dev/full"], [None], ["/dev/full", "/dev/full"], [None, None]], ids=str)
+def test_r18_outputs_that_cannot_be_written_cost_no_step(ranks, tmp_path, outputs, outcome):
+    """stdout, or stdout and stderr, on a full device or closed: as above, in a forked process."""
+    done = ranks.run(tmp_path / "run", 1, outputs=outputs)
+    passed = done.code == 0 and is_complete(tmp_path / "run")
+    outcome("R18", OUTPUT, 1, int(passed), "no step lost", cost=(0, done.seconds, 0))
 
 
 def test_what_ends_a_run_saves_first(tiny, tmp_path, monkeypatch):
