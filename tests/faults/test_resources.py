@@ -330,6 +330,33 @@ def test_a_feature_cache_cut_off_under_the_run_is_an_error(tmp_path):
         features(tmp_path / "f")
 
 
+def test_r20_truncation_under_a_cache(tmp_path, outcome):
+    """At forty sizes each: what is read is what was written, or absent (tokens), or one line (features)."""
+    cache, rows, passed = features(tmp_path / "f", 40), np.arange(40), 0
+    path, expected = tmp_path / "f" / "features.npy", np.load(tmp_path / "f" / "features.npy")
+    for size in np.linspace(path.stat().st_size - 1, 0, 40).astype(int).tolist():
+        os.truncate(path, size)
+        whole = max(size - 128, 0) // 24
+        right = np.array_equal(cache.take(rows[:whole])[0].numpy(), expected[:whole])
+        with pytest.raises(OSError, match=rf"{path} was cut off: .* lacks row {whole}; delete"):
+            cache.take(rows)
+        passed += right
+    store, tokens = (
+        TokenStore(tmp_path / "s", num_samples=40, num_tokens=16, cycle=1, settings={}),
+        np.arange(40 * 16).reshape(40, 16),
+    )
+    for size in np.linspace(HEADER_BYTES + 40 * 36 - 1, 0, 40).astype(int).tolist():
+        store.write(0, rows, tokens)
+        os.truncate(tmp_path / "s", size)
+        found, present = store.read(0, rows)
+        whole = max(size - HEADER_BYTES, 0) // 36
+        passed += present.tolist() == [row < whole for row in range(40)] and np.array_equal(
+            found[:whole], tokens[:whole]
+        )
+    outcome("R20", "a feature or token cache cut off under the run, at 40 sizes each", 80, passed,
+            "right, absent, or one line that names the file", cost=(0, 0.0, 0))  # fmt: skip
+
+
 def test_a_feature_cache_on_a_full_disk_is_an_error(tmp_path):
     with small_disk(tmp_path / "disk", "size=64k"):
         with pytest.raises(OSError, match=r"cannot write .*features.npy: No space left .* MiB free: free some"):
