@@ -91,7 +91,8 @@ def guesses(parts: Sequence[Reconstructions], tokenizer: Tokenizer, seed: int = 
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in ("true", "predicted", "random", "mode")}
     pixels = masked = 0
     for part in parts:
-        hidden = pictures.enlarged(part.mask[:, None], tokenizer.stride).expand_as(part.original)
+        original = as_colours(part.original, tokenizer)
+        hidden = pictures.enlarged(part.mask[:, None], tokenizer.stride).expand_as(original)
         drawn = every[torch.randint(len(every), tuple(part.tokens.shape), generator=generator).to(every.device)]
         kinds = {
             "true": part.tokens,
@@ -101,7 +102,7 @@ def guesses(parts: Sequence[Reconstructions], tokenizer: Tokenizer, seed: int = 
         }
         pixels, masked = pixels + int(hidden.sum()), masked + int(part.mask.sum())
         for name, tokens in kinds.items():
-            error = (tokenizer.decode(tokens) - part.original).abs()[hidden].double().sum()
+            error = (tokenizer.decode(tokens) - original).abs()[hidden].double().sum()
             right = (tokens == part.tokens)[part.mask].sum()
             sums[name] += torch.stack([error.cpu(), right.double().cpu()])
     return {name: Guess(float(s[0]) / pixels, float(s[1]) / masked) for name, s in sums.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from beit_fast import Beit, BeitConfig
+from beit_fast import Beit, BeitConfig, BeitForMaskedImageModeling
 from beit_fast.cli.options import option_names
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,8 @@ def toy_options(name: str, given: list[str]) -> list[str]:
         options["--gpus"] = "2"
     known = set(option_names(config)) if is_dataclass(config) else set()
     for option, value in TOY[type(config).__name__].items():
-        if option in known and not (option in KEPT and option in options):
+        built_in = option == "--evaluation.images" and "--data.channels" in options  # those are RGB
+        if option in known and not built_in and not (option in KEPT and option in options):
             options[option] = value
     if "--data.path" not in options:
         options.pop("--data.num-classes", None)
@@ -108,6 +109,10 @@ def make_data(folder: Path) -> None:
                 images(folder / root / split / kind, count)
     images(folder / "data/images", 16)
     images(folder / "data/held-out", 8)
+    scans(folder / "data/scans", 16)
+    for split in ("train", "val"):
+        for kind in ("cat", "dog"):
+            scans(folder / "data/labelled-scans" / split / kind, 6)
     for place, names in (
         ("data/ADEChallengeData2016", ("images/training", "annotations/training", "images/validation",
                                        "annotations/validation")),
@@ -118,6 +123,8 @@ def make_data(folder: Path) -> None:
     config = BeitConfig.from_preset("tiny", width=32, depth=4, num_heads=2, patch_size=8, image_size=32)
     state = Beit(config.for_classification(1000)).state_dict()
     torch.save({"model": state}, folder / "beit_base_patch16_224_pt22k_ft22k.pth")
+    pretrained = BeitForMaskedImageModeling(config).state_dict()
+    torch.save({"model": pretrained}, folder / "beit_base_patch16_224_pt22k.pth")
 
 
 def images(folder: Path, count: int) -> None:
@@ -126,6 +133,15 @@ def images(folder: Path, count: int) -> None:
     for index, name in zip(range(count), "abcdefghijklmnop", strict=False):
         pixels = random.integers(0, 255, (48, 56 + index, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.jpg")
+
+
+def scans(folder: Path, count: int) -> None:
+    """Grey images of 16 bits."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(1)
+    for index in range(count):
+        pixels = random.integers(0, 65536, (48, 56 + index), dtype=np.uint16)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.tif")
 
 
 def labelled(root: Path, *names: str) -> None:

@@ -148,6 +148,8 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         if self.weights is None and (self.frozen_blocks or self.lora.rank):
             raise ValueError("--frozen-blocks and --lora.rank keep weights as they are; give --weights")
+        if self.data.channels is not None and self.evaluation.images and self.evaluation.path is None:
+            raise ValueError("--evaluation.images: built-in images are RGB of 8 bits; give --evaluation.path as well")
         if self.masking.mode == "none" and self.objective.recover != "all":
             raise ValueError("--masking.mode none leaves nothing to predict; it needs --objective.recover all")
         if self.masking.mode == "official" and self.cuda_graph:

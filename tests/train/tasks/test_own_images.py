@@ -11,6 +11,7 @@ from PIL import Image
 from beit_fast import Beit, BeitConfig, BeitForMaskedImageModeling
 from beit_fast.data.arrays.statistics import measure, normalization_of
 from beit_fast.data.sources import ArraySource, open_source
+from beit_fast.models import convert_state_dict
 from beit_fast.models.mim import pretrained_backbone
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train import engine
@@ -98,6 +99,17 @@ def test_a_run_from_weights_measures_its_start_and_draws_it(place, tmp_path):
     # the patch embedding of one channel answers as that of three to grey (timm's rule)
     state = torch.load(place / "pt22k.pth")["model"]
     torch.testing.assert_close(start.patch_embed.proj.weight, state["patch_embed.proj.weight"].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers", "transformers_v4"])
+def test_weights_of_other_libraries_start_a_run(place, tmp_path, form):
+    state = torch.load(place / "pt22k.pth")["model"]
+    torch.save(convert_state_dict(state, to=form), tmp_path / "weights.pth")
+    _, expected = built(config(place, tmp_path / "a"))
+    _, found = built(config(place, tmp_path / "b", weights=str(tmp_path / "weights.pth")))
+    state = found.state_dict()
+    other = {name for name, tensor in expected.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert other == ({"mask_token"} if form == "timm" else set())  # timm's files have none
 
 
 def test_the_head_stays_where_the_tokenizer_does(place, tmp_path):
