@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import ablation, protocol
+from benchmarks.evidence import ablation, continued, protocol
 from benchmarks.evidence.ablation import Ablation, Job, choose, jobs, nearest_neighbours
 from benchmarks.evidence.protocol import BASE, ROWS, TIERS, TUNING_SEED, Protocol
 from benchmarks.evidence.record import Difference, Record, difference, report, t_quantile
@@ -183,3 +183,23 @@ def test_the_report_says_what_the_record_holds(tmp_path):
     mean = statistics.mean([(a - b) * 0.75 for a, b in ((30, 20), (31, 21.2), (32, 21.8))])
     assert f"{mean:+.2f}" in text
     json.loads(record.path.read_text().splitlines()[0])
+
+
+def test_scans_are_the_same_at_every_call_and_their_classes_even():
+    found = [continued.scan(index, 12) for index in range(24)]
+    assert sorted(label for _, label in found) == sorted([*range(12)] * 2)
+    assert all(pixels.dtype == np.uint16 and pixels.max() <= 4095 for pixels, _ in found)
+    assert np.array_equal(continued.scan(5, 12)[0], found[5][0])
+    assert not np.array_equal(continued.scan(5, 13)[0], found[5][0])
+
+
+def test_the_interval_of_continued_pretraining_is_student_s():
+    runs = {f"{kind}_{seed}": {"knn_top1_percent": value + seed, "probe_top1_percent": 0.0,
+                               "start_knn_top1_percent": 10.0, "start_probe_top1_percent": 0.0}
+            for seed in range(3) for kind, value in (("continued", 30.0), ("scratch", 20.0 + seed))}  # fmt: skip
+    found = continued.differences(runs, 3)
+    gains = [20.0, 21.0, 22.0]
+    half = stats.t.ppf(0.975, 2) * statistics.stdev(gains) / math.sqrt(3)
+    assert found["knn_top1_percent: continued minus as it is"] == pytest.approx((21, 21 - half, 21 + half), rel=1e-3)
+    assert found["knn_top1_percent: continued minus scratch"][0] == pytest.approx(9)
+    assert continued.differences({}, 3) == {}
