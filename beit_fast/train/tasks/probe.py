@@ -177,6 +177,7 @@ class LinearProbe(ImageTask):
             "model": weights_checksum(self.backbone), "data": fingerprint(images.source), "features": c.features,
             "image_size": c.model.image_size, "crop_share": loader.crop_share, "normalization": c.data.normalization,
             "precision": str(self.dtype), **({} if c.data.channels is None else c.data.description()),
+            "value_range": c.data.value_range, "labels": zlib.crc32(images.labels.tobytes()),
         }  # fmt: skip
         cache = FeatureCache(c.output_dir / "features" / name, key, (len(images), *shape), self.world)
         if not cache.complete:

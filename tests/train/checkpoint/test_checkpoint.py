@@ -53,6 +53,31 @@ def test_newest_wins_and_only_the_newest_are_kept(tmp_path):
     assert list(tmp_path.glob(".tmp*")) == []
 
 
+def test_everything_is_on_disk_before_a_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """No kill can see this, a power cut would: every file and folder is synced, then renamed, then the folder above."""
+    calls = []
+    real = {"fsync": os.fsync, "rename": os.rename, "replace": os.replace}
+
+    def fsync(descriptor):
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real["fsync"](descriptor)
+
+    def renaming(name):
+        return lambda *paths, **options: calls.append(("rename", *map(str, paths))) or real[name](*paths, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renaming("rename"))
+    monkeypatch.setattr(os, "replace", renaming("replace"))
+    path = save(tmp_path, 7)
+    (last,) = (number for number, call in enumerate(calls) if call[0] == "rename" and call[2] == str(path))
+    work = Path(calls[last][1])
+    moved = {call[1]: call[2] for call in calls[:last] if call[0] == "rename"}
+    synced = [moved.get(call[1], call[1]) for call in calls[:last] if call[0] == "sync"]
+    assert {str(work / file.name) for file in path.iterdir()} <= set(synced)
+    assert synced[-1] == str(work)
+    assert calls[last + 1] == ("sync", str(tmp_path))
+
+
 def test_an_existing_checkpoint_is_never_written_over(tmp_path):
     path = save(tmp_path, 5)
     before = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
