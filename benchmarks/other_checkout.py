@@ -5,8 +5,8 @@
     python -m benchmarks.other_checkout ../old --json FILE     # also a record
 
 Each checkout runs in a process of its own, and the two take turns in random order; both compute the same numbers from
-the same weights, or nothing is timed. Times are seconds of CPU, because the machine may be busy with something else (the
-wall clock's are in the record too). A ratio is the other's time over this one's: above 1 this checkout is faster.
+the same weights, or nothing is timed. Times are seconds of CPU, because the machine may be busy with something else
+(the wall clock's are in the record too). A ratio is the other's time over this one's: above 1 this checkout is faster.
 """
 
 from __future__ import annotations

@@ -130,8 +130,8 @@ class PretrainConfig(RunConfig):
     fine_tuned_weights: bool = False
     """Go on from weights that were fine-tuned to classify, too."""
     defaults_by_images_seen: bool = False
-    """With --weights: take the learning rate, its warm-up, --layer-decay and --frozen-blocks, where they are not given,
-    from a table by the number of images that the run sees."""
+    """With --weights: take the learning rate, its warm-up and --layer-decay, where they are not given, from a table by
+    the number of images that the run sees (--steps times --batch-size)."""
     layer_decay: float | None = None
     """Learning rate of a layer over that of the layer above it; None: all layers learn alike."""
     frozen_blocks: int = 0

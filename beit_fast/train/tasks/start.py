@@ -84,22 +84,19 @@ class Defaults(NamedTuple):
     images: int
     """Up to so many images seen."""
     lr: float
-    """At a batch of 256; with the square root of the batch."""
+    """As a share of what random weights take, 1.5e-3 at a batch of 2048 and with the square root of the batch."""
     warmup: float
     """Share of the run."""
     layer_decay: float
-    frozen: float
-    """Share of the blocks."""
 
 
 DEFAULTS = (
-    Defaults(30_000, 5e-4, 0.1, 0.75, 0.0),
-    Defaults(300_000, 5e-4, 0.1, 0.75, 0.0),
-    Defaults(3_000_000, 1e-3, 0.05, 0.9, 0.0),
-    Defaults(2**62, 1.5e-3, 0.05, 1.0, 0.0),
+    Defaults(300_000, 1 / 3, 0.1, 0.75),
+    Defaults(3_000_000, 2 / 3, 0.05, 0.9),
+    Defaults(2**62, 1.0, 0.05, 1.0),
 )
 """By the number of images seen; reasons and what was tried: docs/own-images.md."""
-TRIED = 100_000
+TRIED = 6_400
 """Images seen up to which the defaults were tried; those above are estimates."""
 
 
@@ -117,13 +114,12 @@ def with_images_seen(config: Any, typed: set[str]) -> Any:
     if not getattr(config, "defaults_by_images_seen", False) or config.steps is None:
         return config
     row = defaults_for(config.steps * config.batch_size)
-    depth = config.model.architecture(8192).depth
-    optim = {"lr": row.lr * (config.batch_size / 256) ** 0.5, "warmup_steps": max(1, round(row.warmup * config.steps))}
+    rate = row.lr * 1.5e-3 * (config.batch_size / 2048) ** 0.5
+    optim = {"lr": rate, "warmup_steps": max(1, round(row.warmup * config.steps))}
     if "optim.warmup_epochs" in typed:
         del optim["warmup_steps"]
     changed = {name: value for name, value in optim.items() if f"optim.{name}" not in typed}
-    own = {"layer_decay": row.layer_decay, "frozen_blocks": round(row.frozen * depth)}
-    own = {name: value for name, value in own.items() if name not in typed}
+    own = {} if "layer_decay" in typed else {"layer_decay": row.layer_decay}
     return replace(config, optim=replace(config.optim, **changed), **own)
 
 

@@ -317,7 +317,7 @@ def test_defaults_follow_the_images_seen_and_give_way(place, tmp_path):
     asked = config(place, tmp_path, defaults_by_images_seen=True, steps=100, batch_size=64)
     row = defaults_for(6400)
     found = with_images_seen(asked, set())
-    assert found.optim.lr == pytest.approx(row.lr / 2)
+    assert found.optim.lr == pytest.approx(row.lr * 1.5e-3 * (64 / 2048) ** 0.5)
     assert (found.optim.warmup_steps, found.layer_decay) == (round(row.warmup * 100), row.layer_decay)
     typed = {"optim.lr", "layer_decay", "optim.warmup_epochs"}
     kept = with_images_seen(asked, typed)
