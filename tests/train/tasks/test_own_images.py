@@ -308,6 +308,14 @@ def test_fine_tuning_on_channels_of_their_own(place, tmp_path):
     )  # fmt: skip
     assert engine.run(finetune.Finetune(tuned)).exit_code == 0
     assert Beit.from_pretrained(tmp_path / "run/model").config.in_chans == 1
+    lora = dataclasses.replace(tuned, output_dir=tmp_path / "lora", lora=LoraConfig(rank=2), frozen_blocks=0)
+    pytest.importorskip("peft")
+    assert engine.run(finetune.Finetune(lora)).exit_code == 0
+    merged_state = Beit.from_pretrained(tmp_path / "lora/model").state_dict()
+    assert set(merged_state) == set(Beit.from_pretrained(tmp_path / "run/model").state_dict())
+    start = torch.load(place / "pt22k.pth")["model"]
+    assert not torch.equal(merged_state["blocks.0.mlp.fc1.weight"], start["blocks.0.mlp.fc1.weight"])
+    assert torch.equal(merged_state["blocks.0.mlp.fc1.bias"], start["blocks.0.mlp.fc1.bias"])
     refused = dataclasses.replace(tuned, output_dir=tmp_path / "x", augment=finetune.AugmentConfig())
     with pytest.raises(ValueError, match=r"RandAugment is made for RGB of 8 bits; .*--augment\.rand-augment 0"):
         finetune.Finetune(refused).build(CPU)
