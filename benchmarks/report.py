@@ -77,7 +77,7 @@ def table(record: Record, page: Path, pattern: str | None = None) -> list[str]:
             title = group if number == 0 else ""
             lines.append(
                 f"| {title} | {row.name}{mark} | {write_time(row.median_s)} "
-                f"({write_time(low)} to {write_time(high)}) | {row.rounds} | {beside} |"
+                f"({write_time(low)} to {write_time(high)}){rates(record, row)} | {row.rounds} | {beside} |"
             )
     lines.append("")
     lines += [f"({number}) {reason}." for reason, number in notes.items()]
@@ -85,6 +85,17 @@ def table(record: Record, page: Path, pattern: str | None = None) -> list[str]:
         lines.append("")
     lines += [conditions(record, page), ""]
     return lines
+
+
+def rates(record: Record, row: Row) -> str:
+    """Of a GPU: images/s, and the share of the peak, by the data sheet and by this card's own matrix product."""
+    found = [f"{row.info['images_per_s']:,.0f} images/s"] if "images_per_s" in row.info else []
+    if "cuda" not in record.environment or not found:
+        return ""
+    for key, what in (("mfu", "of the data sheet's peak"), ("share_of_matmul", "of the measured product's rate")):
+        if row.info.get(key):
+            found.append(f"{row.info[key]:.0%} {what}")
+    return "; " + ", ".join(found)
 
 
 def format_ratio(ratio: tuple[float, float, float] | None) -> str:

@@ -47,6 +47,14 @@ def test_a_table_shows_median_spread_rounds_command_and_commit(tmp_path):
     assert "No record of a GPU exists" in text
 
 
+def test_rows_of_a_gpu_show_images_per_second_and_the_shares_of_both_peaks(tmp_path):
+    info = {"images_per_s": 1654.9, "mfu": 0.314, "share_of_matmul": 0.436}
+    write(tmp_path, "2026-11-21", [entry("optimizer", "beit_fast", 0.5, (1, 1, 1), **info)], cuda="13.0")
+    text = report.headline_tables(read_all(tmp_path), tmp_path / "README.md")
+    rates = "1,655 images/s, 31% of the data sheet's peak, 44% of the measured product's rate"
+    assert f"| optimizer | beit_fast | 500 ms (450 ms to 550 ms); {rates} | 15 | 1 |" in text
+
+
 def test_the_newest_measurement_of_a_comparison_speaks(tmp_path):
     other = [entry("optimizer", "beit_fast", 0.5, (1, 1, 1))]
     write(tmp_path, "2026-11-21", step(0.75, (1.5, 1.4, 1.6)))
