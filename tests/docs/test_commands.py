@@ -82,8 +82,8 @@ def known_options():
     return {name.replace(".no-", ".") for name in names}
 
 
-OTHER_OPTIONS = {"--tokens", "--block", "--ratios", "--flip", "--image-size", "--check", "--help", "--record",
-                 "--channels"}  # fmt: skip
+OTHER_OPTIONS = {"--master-port", "--tokens", "--block", "--ratios", "--flip", "--image-size", "--check", "--help",
+                 "--record", "--channels"}  # fmt: skip
 """Options of commands other than recipes that sentences name."""
 
 
