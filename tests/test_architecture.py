@@ -48,8 +48,9 @@ VALUES = {"config", "optim", "progress"}
 LAZY = {
     "beit_fast.cli.doctor": {"beit_fast.train.optim"},
     "beit_fast.cli.main": {"beit_fast.cli.train", "beit_fast.cli.evaluate", "beit_fast.cli.predict",
-                           "beit_fast.cli.export", "beit_fast.cli.embed", "beit_fast.cli.pictures",
-                           "beit_fast.cli.doctor", "beit_fast.cli.stats", "beit_fast.kernels.tune"},
+                           "beit_fast.cli.export", "beit_fast.cli.embed", "beit_fast.cli.verify",
+                           "beit_fast.cli.pictures", "beit_fast.cli.doctor", "beit_fast.cli.stats",
+                           "beit_fast.kernels.tune"},
     "beit_fast.cli.train": {"beit_fast.cli.plan", "beit_fast.cli.replay"},
     "beit_fast.data.sampling": {"beit_fast._C"},
     "beit_fast.train.run_log": {"beit_fast.visualize.run_report"},

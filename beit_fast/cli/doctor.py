@@ -10,8 +10,8 @@ from importlib import metadata
 import torch
 from torch import distributed
 
-from beit_fast.cli.self_test import LIMIT, self_test
 from beit_fast.kernels.backend import obstacle
+from beit_fast.kernels.self_test import LIMIT, self_test
 from beit_fast.version import __version__
 
 

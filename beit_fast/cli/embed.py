@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from beit_fast.cli.export import open_any
 from beit_fast.cli.options import errors_in_one_line, fail, parse
@@ -44,11 +44,11 @@ class EmbedOptions(FeatureOptions):
     beit-fast embed runs/pretrain_beit_base photos photos.npy
     """
 
-    model: Positional[str] = ""
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = ""
     """A run, or a file or folder of weights (this library, the official code, timm, transformers)."""
-    path: Positional[str] = ""
+    path: Annotated[Positional[str], arg(metavar="IMAGES")] = ""
     """Folder or shards of images."""
-    output: Positional[Path | None] = None
+    output: Annotated[Positional[Path | None], arg(metavar="OUTPUT")] = None
     """A file to write: .npy, with the names in .txt beside it, or .parquet, with columns name and features."""
     max_bad_share: float = 0.01
     """Stop when more than this share of the images is unreadable."""
@@ -61,9 +61,9 @@ class KnnOptions(FeatureOptions):
     beit-fast knn runs/pretrain_beit_base /data/imagenet
     """
 
-    model: Positional[str] = ""
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = ""
     """A run, or a file or folder of weights (this library, the official code, timm, transformers)."""
-    path: Positional[str] = ""
+    path: Annotated[Positional[str], arg(metavar="IMAGES")] = ""
     """Folder with `train` and `val` in it, class folders or shards; or CIFAR-100."""
     k: int = 20
     """Neighbours that vote."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from beit_fast.cli.options import errors_in_one_line, fail, parse
 from beit_fast.cli.predict import ClassifierOptions, autocast, open_prepared
@@ -18,10 +18,10 @@ from beit_fast.data.labelled import LabelledImages, builtin_labelled, open_evalu
 from beit_fast.data.screening import BadImages
 from beit_fast.data.segmentation import builtin_segmentation, open_segmentation
 from beit_fast.data.segmentation_loader import WholeImages
-from beit_fast.train.distributed.world import end_world, start_world
-from beit_fast.train.evaluation.classification import evaluate_classifier
+from beit_fast.train.distributed.world import World, end_world, start_world
+from beit_fast.train.evaluation.classification import Evaluation, evaluate_classifier
 from beit_fast.train.evaluation.classifiers import Classifier
-from beit_fast.train.evaluation.segmentation import evaluate_segmentation
+from beit_fast.train.evaluation.segmentation import SegmentationScores, evaluate_segmentation
 from beit_fast.train.evaluation.segmentors import is_segmentor, open_segmentor
 from beit_fast.train.tasks.weights import saved_config
 
@@ -63,7 +63,7 @@ class EvaluateOptions(ClassifierOptions):
         --ratios 0.5 0.75 1 1.25 1.5 1.75
     """
 
-    checkpoint: Positional[str] = ""
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
     """A fine-tuning run, or a file or folder of weights (this library, the official code, timm, transformers)."""
     data: EvaluationDataConfig = dataclass_field(default_factory=EvaluationDataConfig)
     batch_size: int = 64
@@ -83,82 +83,82 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     chosen = parse(EvaluateOptions(), arguments, "beit-fast evaluate")
     if not chosen.checkpoint:
         fail("evaluate takes one checkpoint: beit-fast evaluate CHECKPOINT --data.path DIR", code=2)
-    if is_segmentor(chosen.checkpoint):
-        return _evaluate_segmentor(chosen)
     with errors_in_one_line():
         world = start_world(chosen.device)
         try:
-            classifier = open_prepared(chosen.checkpoint, chosen)
-            images = _images(chosen.data, classifier)
-            views = EvaluationLoader(
-                images.source, images.labels, image_size=classifier.image_size, crop_share=classifier.crop_share,
-                mean=classifier.mean, std=classifier.std, device=world.device, decoder=chosen.data.decoder,
-                bad_images=BadImages(len(images), None, chosen.data.max_bad_share), threads=chosen.data.threads,
-                value_range=chosen.data.value_range or classifier.value_range,
-                channels=classifier.channels,
-            )  # fmt: skip
-            try:
-                model = classifier.model.to(world.device)
-                with autocast(chosen, world.device):
-                    evaluation = evaluate_classifier(model, views, classifier.classes, chosen.batch_size, world)
-            finally:
-                views.close()
+            segments = is_segmentor(chosen.checkpoint)
+            evaluation, line = (measure_segmentor if segments else measure_classifier)(chosen, world)
         finally:
             end_world(world)
     if world.is_main:
-        metrics = evaluation.metrics()
-        print(
-            f"{chosen.checkpoint}: top-1 {metrics['top1_percent']:.3f} %, top-5 {metrics['top5_percent']:.3f} %, loss "
-            f"{metrics['validation_loss']:.4f} nats on {metrics['validation_images']} images of "
-            f"{chosen.data.path or 'built-in scenes'} at {classifier.image_size} pixels, crop {classifier.crop_share:g}"
-        )
+        print(line)
         if chosen.output_dir is not None:
             chosen.output_dir.mkdir(parents=True, exist_ok=True)
             print("\n".join(f"wrote {path}" for path in evaluation.write(chosen.output_dir)))
     return 0
 
 
-def _images(data: EvaluationDataConfig, classifier: Classifier) -> LabelledImages:
+def measure_classifier(chosen: EvaluateOptions, world: World, by_order: bool = False) -> tuple[Evaluation, str]:
+    """The evaluation of a classifier, and its line.
+
+    `by_order`: folders in the order of their names are its outputs, as in the official code, if there are as many.
+    """
+    classifier = open_prepared(chosen.checkpoint, chosen)
+    images = _images(chosen.data, classifier, by_order)
+    views = EvaluationLoader(
+        images.source, images.labels, image_size=classifier.image_size, crop_share=classifier.crop_share,
+        mean=classifier.mean, std=classifier.std, device=world.device, decoder=chosen.data.decoder,
+        bad_images=BadImages(len(images), None, chosen.data.max_bad_share), threads=chosen.data.threads,
+        value_range=chosen.data.value_range or classifier.value_range, channels=classifier.channels,
+    )  # fmt: skip
+    try:
+        model = classifier.model.to(world.device)
+        with autocast(chosen, world.device):
+            evaluation = evaluate_classifier(model, views, classifier.classes, chosen.batch_size, world)
+    finally:
+        views.close()
+    metrics = evaluation.metrics()
+    return evaluation, (
+        f"{chosen.checkpoint}: top-1 {metrics['top1_percent']:.3f} %, top-5 {metrics['top5_percent']:.3f} %, loss "
+        f"{metrics['validation_loss']:.4f} nats on {metrics['validation_images']} images of "
+        f"{chosen.data.path or 'built-in scenes'} at {classifier.image_size} pixels, crop {classifier.crop_share:g}"
+    )
+
+
+def _images(data: EvaluationDataConfig, classifier: Classifier, by_order: bool) -> LabelledImages:
     """Images whose labels are numbered as the classifier's outputs are."""
     if data.path is None:
         images = builtin_labelled("scenes", data.cache_dir, data.builtin_images, data.builtin_size, train=False)
     else:
         images = open_evaluation(data.path)
+    if by_order and data.class_map is None and len(images.classes) == len(classifier.classes):
+        return LabelledImages(images.source, images.labels, classifier.classes)
     return with_classes(images, classifier.classes, data.path or "built-in scenes", data.class_map)
 
 
-def _evaluate_segmentor(chosen: EvaluateOptions) -> int:
-    with errors_in_one_line():
-        segmentor = open_segmentor(chosen.checkpoint)
-        inference = replace(segmentor.inference, ratios=chosen.ratios, flip=chosen.flip)
-        data, world = chosen.data, start_world(chosen.device)
-        try:
-            if data.path is None:
-                images = builtin_segmentation(data.cache_dir, data.builtin_images, data.builtin_size, train=False)
-            else:
-                zero = chosen.reduce_zero_label
-                if zero is None:
-                    zero = saved_config(chosen.checkpoint).get("data", {}).get("reduce_zero_label", False)
-                images = open_segmentation(data.path, False, len(segmentor.classes), zero, IGNORED_LABEL)
-            bad_images = BadImages(len(images), None, data.max_bad_share)
-            whole = WholeImages(images, decoder=data.decoder, bad_images=bad_images, threads=data.threads)
-            try:
-                model = segmentor.model.to(world.device)
-                with torch.no_grad(), autocast(chosen, world.device):
-                    scores = evaluate_segmentation(model, whole, inference, segmentor.classes, world, pictures=4)
-            finally:
-                whole.close()
-        finally:
-            end_world(world)
-    if world.is_main:
-        metrics = scores.metrics()
-        print(
-            f"{chosen.checkpoint}: mIoU {metrics['mean_iou_percent']:.3f} %, pixel accuracy "
-            f"{metrics['pixel_accuracy_percent']:.3f} %, mean accuracy {metrics['mean_accuracy_percent']:.3f} % on "
-            f"{metrics['validation_images']:.0f} images of {data.path or 'built-in scenes'}, windows of "
-            f"{inference.window} pixels, ratios {' '.join(map(str, chosen.ratios))}{', flipped too' * chosen.flip}"
-        )
-        if chosen.output_dir is not None:
-            chosen.output_dir.mkdir(parents=True, exist_ok=True)
-            print("\n".join(f"wrote {path}" for path in scores.write(chosen.output_dir)))
-    return 0
+def measure_segmentor(chosen: EvaluateOptions, world: World) -> tuple[SegmentationScores, str]:
+    """The scores of a segmentation model, and their line."""
+    segmentor, data = open_segmentor(chosen.checkpoint), chosen.data
+    inference = replace(segmentor.inference, ratios=chosen.ratios, flip=chosen.flip)
+    if data.path is None:
+        images = builtin_segmentation(data.cache_dir, data.builtin_images, data.builtin_size, train=False)
+    else:
+        zero = chosen.reduce_zero_label
+        if zero is None:
+            zero = saved_config(chosen.checkpoint).get("data", {}).get("reduce_zero_label", False)
+        images = open_segmentation(data.path, False, len(segmentor.classes), zero, IGNORED_LABEL)
+    bad_images = BadImages(len(images), None, data.max_bad_share)
+    whole = WholeImages(images, decoder=data.decoder, bad_images=bad_images, threads=data.threads)
+    try:
+        model = segmentor.model.to(world.device)
+        with torch.no_grad(), autocast(chosen, world.device):
+            scores = evaluate_segmentation(model, whole, inference, segmentor.classes, world, pictures=4)
+    finally:
+        whole.close()
+    metrics = scores.metrics()
+    return scores, (
+        f"{chosen.checkpoint}: mIoU {metrics['mean_iou_percent']:.3f} %, pixel accuracy "
+        f"{metrics['pixel_accuracy_percent']:.3f} %, mean accuracy {metrics['mean_accuracy_percent']:.3f} % on "
+        f"{metrics['validation_images']:.0f} images of {data.path or 'built-in scenes'}, windows of "
+        f"{inference.window} pixels, ratios {' '.join(map(str, chosen.ratios))}{', flipped too' * chosen.flip}"
+    )

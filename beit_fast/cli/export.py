@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from beit_fast.cli.options import errors_in_one_line, fail, parse
 from beit_fast.cli.predict import read_view
@@ -34,9 +34,9 @@ class ExportOptions:
     beit-fast export runs/finetune_imagenet_base exported --to timm
     """
 
-    model: Positional[str] = ""
+    model: Annotated[Positional[str], arg(metavar="MODEL")] = ""
     """A run, or a file or folder of weights (this library, the official code, timm, transformers)."""
-    output: Positional[Path | None] = None
+    output: Annotated[Positional[Path | None], arg(metavar="OUTPUT")] = None
     """The folder to write; it must not exist yet."""
     to: Target = "safetensors"
     """timm: a folder for timm.create_model("local-dir:FOLDER"). transformers: for from_pretrained(FOLDER). onnx:

@@ -1,15 +1,14 @@
-"""What a training takes on a GPU that is not at hand: from records where there are, else estimated.
+"""What a training takes on a GPU that is not at hand: as measured where it was, else estimated from what was.
 
 Peak rates are the makers' dense bf16 (V100: fp16) tensor-core figures, memory what a process can allocate.
 """
 
-import json
+import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
-ASSUMED_UTILISATION = 0.30
-"""Share of the peak that an estimate counts on, tokenizer included; no measurement of this library stands behind it."""
+Work = Literal["pre-training", "training", "inference"]
+"""With DALL-E's tokenizer; without one; a frozen model, forward only."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,42 @@ def named(name: str) -> Gpu:
     return gpu
 
 
-def measured_images_per_s(gpu: Gpu, size: str, folder: Path | None = None) -> tuple[float, str] | None:
-    """Images/s of beit_fast's whole pre-training step at this size, and the record; None where not measured."""
-    for path in sorted((folder or RECORDS).glob(f"*{gpu.name.lower().split('-')[0]}*.json"), reverse=True):
-        for entry in json.loads(path.read_text()).get("benchmarks", []):
-            info = entry.get("extra_info", {})
-            ours = info.get("rival") == "beit_fast" and entry.get("group", "").startswith("pre-training, whole step")
-            if ours and size in entry["group"] and "images_per_s" in info:
-                return float(info["images_per_s"]), path.name
-    return None
+@dataclass(frozen=True)
+class Measurement:
+    """What a GPU did, in bf16, without the input pipeline: of preset `plus` at 224 pixels."""
+
+    gpu: str
+    work: Work
+    size: str
+    width: int
+    batch: int
+    images_per_s: float
+    share: float
+    """Of the GPU's peak, by the FLOPs that `plan` counts."""
+    record: str
+
+
+_FIRST = "2026-11-26_nvidia-h100-80gb-hbm3_first.json"
+MEASUREMENTS = (
+    Measurement("H100", "pre-training", "base", 768, 256, 1655, 0.268, _FIRST),
+    Measurement("H100", "pre-training", "large", 1024, 128, 812, 0.349, _FIRST),
+    Measurement("H100", "training", "base", 768, 256, 3303, 0.352, _FIRST),
+    Measurement("H100", "inference", "base", 768, 256, 11239, 0.399, _FIRST),
+    Measurement("H100", "inference", "large", 1024, 128, 3578, 0.445, _FIRST),
+)
+"""From benchmarks/records; a test recomputes them. Nothing else has been measured on a GPU."""
+
+
+def nearest_measurement(work: Work, width: int, batch: int) -> Measurement:
+    """The measurement of such work with the nearest width and then the nearest batch, by their ratios."""
+
+    def distance(measured: Measurement) -> tuple[float, float]:
+        return abs(math.log(measured.width / width)), abs(math.log(measured.batch / batch))
+
+    return min((m for m in MEASUREMENTS if m.work == work), key=distance)
+
+
+def measured_at(gpu: Gpu, work: Work, size: str) -> Measurement | None:
+    """The measurement of this very work on this GPU; None where there is none."""
+    found = [m for m in MEASUREMENTS if (m.gpu, m.work, m.size) == (gpu.name, work, size)]
+    return found[0] if found else None

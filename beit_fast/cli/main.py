@@ -15,7 +15,7 @@ def train(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """evaluate CHECKPOINT [OPTIONS]     top-1, top-5 and loss of a classifier"""
+    """evaluate CHECKPOINT [OPTIONS]     top-1, top-5 and loss of a classifier, mIoU of a segmentation model"""
     from beit_fast.cli.evaluate import evaluate_command
 
     return evaluate_command(arguments)
@@ -61,6 +61,13 @@ def export(arguments: list[str]) -> int:
     from beit_fast.cli.export import export_command
 
     return export_command(arguments)
+
+
+def verify(arguments: list[str]) -> int:
+    """verify NAME --data.path VAL       a published number beside what released weights give here"""
+    from beit_fast.cli.verify import verify_command
+
+    return verify_command(arguments)
 
 
 def report(arguments: list[str]) -> int:
@@ -116,6 +123,7 @@ COMMANDS = {
         knn,
         stats,
         export,
+        verify,
         report,
         compare,
         visualize,

@@ -49,7 +49,7 @@ def parse(default: Options, arguments: Sequence[str], program: str | None = None
         reason = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", message)  # from a dataclass that checks itself
         fail(reason, code=2 if reason == message else 1)
     options, unknown = parsed
-    several = next((f.name for f in dataclasses.fields(default) if f.type == "Positional[tuple[Path, ...]]"), None)  # type: ignore[arg-type]
+    several = next((f.name for f in dataclasses.fields(default) if "Positional[tuple" in str(f.type)), None)  # type: ignore[arg-type]
     if several is not None:  # files behind an option that stands among them
         more = [Path(word) for word in unknown if not word.startswith("-")]
         options = dataclasses.replace(options, **{several: (*getattr(options, several), *more)})
@@ -94,8 +94,12 @@ def nearest_options(wrong: str, options: Sequence[str]) -> list[str]:
     by_last_name = {name.rsplit(".", 1)[-1].lstrip("-"): name for name in options}
     if last in by_last_name:
         return [by_last_name[last]]
-    near = difflib.get_close_matches(wrong, options, n=3)
-    return near or [by_last_name[name] for name in difflib.get_close_matches(last, by_last_name, n=3)]
+    return nearest(wrong, options) or [by_last_name[name] for name in nearest(last, list(by_last_name))]
+
+
+def nearest(wrong: str, names: Sequence[str]) -> list[str]:
+    """The nearest three names, best first; fewer where not so many are near."""
+    return difflib.get_close_matches(wrong, names, n=3)
 
 
 def did_you_mean(names: Sequence[str]) -> str:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from beit_fast.cli.options import errors_in_one_line, fail, output_names, parse
 from beit_fast.cli.predict import read_view
@@ -37,7 +38,7 @@ from beit_fast.visualize.run_report import write_comparison, write_report
 class ReportOptions:
     """Write the report.html of a run folder, finished or not."""
 
-    run: Positional[Path | None] = None
+    run: Annotated[Positional[Path | None], arg(metavar="RUN")] = None
     """The run folder."""
 
 
@@ -45,7 +46,7 @@ class ReportOptions:
 class CompareOptions:
     """The curves of several runs on one page."""
 
-    runs: Positional[tuple[Path, ...]] = ()
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN")] = ()
     """Run folders."""
     output: Path = Path("comparison.html")
     """The page to write."""
@@ -55,7 +56,7 @@ class CompareOptions:
 class ReconstructionOptions:
     """What a pre-trained model makes of masked, held-out images."""
 
-    run: Positional[Path | None] = None
+    run: Annotated[Positional[Path | None], arg(metavar="RUN")] = None
     """A run of pre-training."""
     images: int = 200
     """Held-out images to measure on: those of the run's evaluation, or of --path, or built-in ones."""
@@ -77,9 +78,9 @@ class ReconstructionOptions:
 class AttentionOptions:
     """What a patch attends to."""
 
-    checkpoint: Positional[str] = ""
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
     """A run, or any file or folder with a BEiT."""
-    images: Positional[tuple[Path, ...]] = ()
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")] = ()
     """Image files."""
     query: tuple[int, int] | None = None
     """Row and column of the patch that looks; None takes the middle one."""
@@ -99,7 +100,7 @@ class AttentionOptions:
 class CodesOptions:
     """What the codes of a tokenizer look like."""
 
-    tokenizer: Positional[str] = ""
+    tokenizer: Annotated[Positional[str], arg(metavar="TOKENIZER")] = ""
     """demo, dalle, or the path of a tokenizer."""
     count: int = 256
     """The most frequent codes on built-in images to draw."""
@@ -115,7 +116,7 @@ class CodesOptions:
 class TokensOptions:
     """The visual tokens of images: printed as a grid, drawn as colours, decoded."""
 
-    images: Positional[tuple[Path, ...]] = ()
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")] = ()
     """Image files."""
     tokenizer: str = "demo"
     """demo, dalle, or the path of a tokenizer."""

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from beit_fast.cli.options import errors_in_one_line, fail, output_names, parse
 from beit_fast.data import reading
@@ -59,9 +59,9 @@ class PredictOptions(ClassifierOptions):
     beit-fast predict runs/finetune_imagenet_base photos --json > classes.jsonl
     """
 
-    checkpoint: Positional[str] = ""
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
     """A fine-tuning run, or a file or folder of weights (this library, the official code, timm, transformers)."""
-    images: Positional[tuple[Path, ...]] = ()
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")] = ()
     """Image files, and folders of them."""
     top: int = 5
     """Classes to name."""
@@ -78,9 +78,9 @@ class SegmentOptions(DeviceOptions):
     beit-fast segment runs/segment_ade20k_base street.jpg --output-dir pictures
     """
 
-    checkpoint: Positional[str] = ""
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")] = ""
     """A segmentation run, or a file of weights (this library, the official code, transformers)."""
-    images: Positional[tuple[Path, ...]] = ()
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE")] = ()
     """Image files."""
     output_dir: Path = Path()
     """Where to write <image>_segments.png, and <image>_legend.png with the image beside it and the names of colours."""

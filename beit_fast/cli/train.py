@@ -57,7 +57,8 @@ def main(
     chosen: Config | None = None
     with errors_in_one_line(lambda: _keep_traceback(chosen), RUN_ERRORS):
         chosen = parse(config, arguments, program, description or "")
-        short = demo_of(config) if demo and getattr(getattr(chosen, "data", None), "path", None) is None else None
+        has_data = getattr(getattr(chosen, "data", None), "path", None) is not None
+        short = demo_of(config) if demo and not has_data and not chosen.dry_run else None
         if short is not None:
             chosen = parse(short, arguments, program)  # type: ignore[assignment]
             if os.environ.get("RANK", "0") == "0":
@@ -70,7 +71,7 @@ def main(
         if chosen.dry_run:
             from beit_fast.cli.plan import plan
 
-            plan(task(chosen))
+            plan(task, chosen, stand_in=demo)
             raise SystemExit(0)
         if chosen.gpus is not None and not launch.is_worker():
             raise SystemExit(launch.launch(chosen.gpus, chosen.device))

@@ -103,6 +103,12 @@ def load_tokenizer(
     return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False).prepare()
 
 
+def untrained_dalle(device: torch.device, dtype: torch.dtype) -> Tokenizer:
+    """DALL-E's encoder without its weights: as large and as fast, for plans."""
+    tokenizer = DalleTokenizer(DalleEncoder())
+    return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False).prepare()
+
+
 def _bytes_of(path: Path) -> bytes:
     """The whole file: what is hashed is what is read."""
     if not path.is_file():

@@ -61,7 +61,7 @@ class OptimConfig:
     warmup_epochs: float = 10.0
     """Length of the warm-up in epochs; of a run that is shorter, a tenth."""
     warmup_steps: int | None = None
-    """Length of the warm-up in optimizer steps, in place of epochs."""
+    """Length of the warm-up in optimizer steps, in place of epochs; of a run that is shorter, a tenth."""
     schedule: Literal["cosine", "linear", "constant", "poly"] = "cosine"
     """Shape of the decay after the warm-up. `poly`, that of segmentation, is a straight line over the whole run, which
     the warm-up multiplies by a factor that rises from warmup_lr / lr to 1."""

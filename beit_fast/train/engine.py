@@ -238,13 +238,13 @@ class TrainingRun:
         kind = world.device.type if world.size == 1 else f"{world.device.type} {config.parallel}"
         self.log(
             f"{self.task.name}: step {self.step} to {self.target} of {self.schedule.last}, batch {config.batch_size} = "
-            f"{world.size} {kind} x {self.accumulation} x {self.micro_batch}, {self.precision}, in {self.folder.path}"
+            f"{world.size} {kind} x {self.accumulation} x {self.micro_batch}, {self.precision}, warm-up "
+            f"{self.schedule.warmup} steps, in {self.folder.path}"
         )
 
     def next_batches(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of a step."""
-        before = time.perf_counter()
-        self.phase = "waiting for data"
+        before, self.phase = time.perf_counter(), "waiting for data"
         with self.stop.interruptible() if self.world.size == 1 else contextlib.nullcontext():
             micro_batches = [next(batches) for _ in range(self.accumulation)]
         self.waited += time.perf_counter() - before

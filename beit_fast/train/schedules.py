@@ -35,8 +35,8 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int, warmup_steps
 def run_length(config: RunConfig, num_samples: int) -> tuple[int, int, int]:
     """(steps per epoch, steps of the whole schedule, warm-up steps) for a data set of `num_samples`.
 
-    The last, incomplete batch of an epoch is dropped, as officially. A warm-up in epochs that is longer than a
-    short run is a tenth of it. ValueError where no step fits, or a warm-up in steps is longer than the run.
+    The last, incomplete batch of an epoch is dropped, as officially. A warm-up that is longer than a short
+    run is a tenth of it. ValueError where no step fits.
     """
     steps_per_epoch = num_samples // config.batch_size
     if steps_per_epoch == 0:
@@ -49,12 +49,8 @@ def run_length(config: RunConfig, num_samples: int) -> tuple[int, int, int]:
     warmup = config.optim.warmup_steps
     if warmup is None:
         warmup = round(config.optim.warmup_epochs * steps_per_epoch)
-        if warmup > total:
-            warmup = total // 10
-    elif warmup > total:
-        raise ValueError(
-            f"the warm-up of {warmup} steps is longer than the run of {total} steps; lower --optim.warmup-steps"
-        )
+    if warmup > total:
+        warmup = total // 10
     return steps_per_epoch, total, warmup
 
 

@@ -76,6 +76,10 @@ class Task:
         """What was found in the data, by what it is for (`training`, ...); asked after `build`."""
         return {}
 
+    def frozen(self) -> list[nn.Module]:
+        """What is held beside the module but not trained: a tokenizer, a backbone; asked after `build`."""
+        return []
+
     def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
         """One batch per request, in order, on the device. Read ahead at will; `requests` ends with the run."""
         raise NotImplementedError

@@ -58,7 +58,6 @@ def test_wrong_options(command, arguments, message):
         (["--batch-size", 64], "less than one batch of 64"),
         (["--checkpoint.keep", 1], "at least 2"),
         (["--max-steps", 0], "--max-steps is 0"),
-        (["--optim.warmup-steps", 90], "the warm-up of 90 steps is longer than the run of 12 steps"),
         (["--device", "tpu9"], "device 'tpu9' is not one of"),
     ],
 )
@@ -67,6 +66,13 @@ def test_impossible_values(command, arguments, message):
     assert code == 1
     assert is_one_line(err)
     assert message in err
+
+
+@pytest.mark.parametrize(("arguments", "steps"), [((), 2), (("--optim.warmup-steps", 90), 1), (("--steps", 45), 2)])
+def test_the_warm_up_of_a_short_run_is_a_tenth_and_is_said(command, arguments, steps):
+    code, out, _ = command("--max-steps", 1, "--log.progress", "lines", *arguments)
+    assert code == 0
+    assert f"warm-up {steps} steps" in out
 
 
 def test_every_field_is_an_option(tiny, command, capsys):

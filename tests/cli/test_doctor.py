@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from beit_fast import kernels
-from beit_fast.cli import self_test
 from beit_fast.cli.doctor import report
+from beit_fast.kernels import self_test
 
 
 def test_every_op_is_tested_against_its_definition():

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from beit_fast.cli.embed import EmbedOptions
 from beit_fast.cli.options import output_names, parse
+from beit_fast.cli.predict import PredictOptions
 from beit_fast.train.config import expand_home
 
 
@@ -73,3 +75,27 @@ def test_outputs_get_names_of_their_own():
     assert output_names([Path("x/1.jpg"), Path("/y/1.jpg")])[1] == "y_1.jpg"
     with pytest.raises(ValueError, match=r"a/b_1\.jpg and a/b/1\.jpg would both be written as b_1\.jpg"):
         output_names([Path("a/b_1.jpg"), Path("a/b_1.png"), Path("a/b/1.jpg"), Path("a/1.jpg")])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RUN a b --top 3 c",
+        "--top 3 RUN a b c",
+        "RUN --top 3 a b c",
+        "RUN a --device cpu b --top 3 c",
+        "RUN a b c --top=3",
+    ],
+)
+def test_options_stand_anywhere_among_positionals(words):
+    chosen = parse(PredictOptions(), words.split())
+    assert (chosen.checkpoint, [str(path) for path in chosen.images], chosen.top) == ("RUN", ["a", "b", "c"], 3)
+
+
+def test_help_names_what_a_command_takes_after_its_example(capsys):
+    with pytest.raises(SystemExit):
+        parse(EmbedOptions(), ["--help"], "beit-fast embed")
+    out = capsys.readouterr().out
+    usage, rest = out.split("\n\n", 1)
+    assert usage == "usage: beit-fast embed [-h] [OPTIONS] MODEL IMAGES OUTPUT"
+    assert rest.index("beit-fast embed runs/") < rest.index("--device")

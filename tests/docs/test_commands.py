@@ -83,7 +83,7 @@ def known_options():
 
 
 OTHER_OPTIONS = {"--master-port", "--tokens", "--block", "--ratios", "--flip", "--image-size", "--check", "--help",
-                 "--record", "--channels"}  # fmt: skip
+                 "--record", "--channels", "--json"}  # fmt: skip
 """Options of commands other than recipes that sentences name."""
 
 

@@ -15,6 +15,8 @@ from beit_fast.data.arrays.statistics import normalization_of
 from beit_fast.data.classification import default_crop_share
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.models.checkpoints import load_checkpoint
+from beit_fast.models.create import list_models, published_as
+from beit_fast.models.hub import config_at, weights_at
 from beit_fast.models.key_names import to_official
 from beit_fast.models.reading import CheckpointError, read_state_dict
 
@@ -39,9 +41,25 @@ class Classifier:
     """Values of pixels that are black and white, where its images have a range."""
 
 
+def local_source(source: str | Path) -> Path:
+    """The local path of a model: a path as it is; a name of timm or of the hub fetched, with its `config.json`.
+
+    Raises:
+        CheckpointError: (a ValueError) it cannot be fetched.
+    """
+    name = str(source)
+    if not Path(name).exists() and name.partition(".")[0] in list_models():
+        name = published_as(name)
+    if not name.startswith("hf-hub:"):
+        return Path(source)
+    config_at(name)
+    return weights_at(name).parent
+
+
 def open_classifier(path: str | Path, image_size: int | None = None) -> Classifier:
     """The classifier of a fine-tuning run, of a folder with a `config.json` (ours, timm's, transformers'), or of a file
-    of any of them or of the official code, whose architecture is then read off its tensors.
+    of any of them or of the official code, whose architecture is then read off its tensors; or a name that is fetched,
+    of timm or "hf-hub:owner/name".
 
     Args:
         image_size: pixels, in place of the file's own; position tables are resized.
@@ -49,7 +67,7 @@ def open_classifier(path: str | Path, image_size: int | None = None) -> Classifi
     Raises:
         CheckpointError: (a ValueError) it cannot be read, or holds no classifier.
     """
-    root = Path(path)
+    root = local_source(path)
     if (root / "model" / "preprocessing.json").is_file():
         root = root / "model"
     elif (root / "checkpoints").is_dir():

@@ -9,7 +9,7 @@ from beit_fast.data.loader import NORMALIZATION
 from beit_fast.models import BeitForSemanticSegmentation, CheckpointError, SegmentationConfig, load_checkpoint
 from beit_fast.models.key_names import to_official
 from beit_fast.models.reading import read_state_dict
-from beit_fast.train.evaluation.classifiers import architecture_of, read_description
+from beit_fast.train.evaluation.classifiers import architecture_of, local_source, read_description
 from beit_fast.train.evaluation.segmentation import Inference
 
 
@@ -32,7 +32,7 @@ def open_segmentor(path: str | Path) -> Segmentor:
     Raises:
         CheckpointError: (a ValueError) it cannot be read, or holds no segmentation model for square crops.
     """
-    root = Path(path)
+    root = local_source(path)
     if (root / "model" / "preprocessing.json").is_file():
         root = root / "model"
     elif (root / "checkpoints").is_dir():
@@ -58,7 +58,7 @@ def open_segmentor(path: str | Path) -> Segmentor:
 
 def is_segmentor(path: str | Path) -> bool:
     """Whether a run, a folder or a file holds a segmentation model; False too where it cannot be read."""
-    root = Path(path)
+    root = local_source(path)
     root = root / "model" if (root / "model" / "config.json").is_file() else root
     if root.is_dir() and "stride" in read_description(root):
         return True

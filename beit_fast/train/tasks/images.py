@@ -86,7 +86,7 @@ class WeightsConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights is None and not self.scratch and self.data.path is not None:
+        if self.weights is None and not self.scratch and self.data.path is not None and not self.dry_run:
             raise ValueError(f"--weights is missing: {self.without_weights}")
         if self.weights is not None and self.scratch:
             raise ValueError("--weights and --scratch contradict each other; give one of them")

@@ -21,6 +21,7 @@ from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.mim import pretrained_backbone
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
+from beit_fast.tokenizers.load import untrained_dalle
 from beit_fast.train.config import RunConfig, at_least_1, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation import held_out
@@ -221,9 +222,12 @@ class MaskedImageModeling(ImageTask):
         c, self.world = self.config, world
         if c.objective.target == "visual_tokens":
             dtype = c.tokenizer.dtype(world.device)
-            self.tokenizer = load_tokenizer(
-                c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=dtype, decoder=decoder
-            )
+            if c.dry_run and c.tokenizer.name == "dalle":
+                self.tokenizer = untrained_dalle(world.device, dtype)
+            else:
+                self.tokenizer = load_tokenizer(
+                    c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=dtype, decoder=decoder
+                )
             check_channels(self.tokenizer, c.data.in_chans, c.tokenizer.name)
         return c.masking.of(c.model.grid)
 
@@ -294,6 +298,9 @@ class MaskedImageModeling(ImageTask):
             token_image_size=self._token_image_size(masking), bad_images=bad_images, view_cycle=view_cycle,
             token_store=store, **data.loader_options(self.world.device),
         )  # fmt: skip
+
+    def frozen(self) -> list[nn.Module]:
+        return [] if self.tokenizer is None else [self.tokenizer]
 
     def identity(self) -> dict[str, Any]:
         tokenizer = {} if self.tokenizer is None else {"tokenizer_sha256": self.tokenizer.sha256}

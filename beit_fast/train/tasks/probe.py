@@ -4,6 +4,7 @@ One linear classifier per block on that block's frozen output: CLS and mean patc
 added, which trains them independently. Without augmentation the features are computed once and kept.
 """
 
+import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from beit_fast.data.classification import Augmentation, ClassificationLoader, EvaluationLoader, LabelledBatch
@@ -205,6 +207,9 @@ class LinearProbe(ImageTask):
         probes.mean.copy_(moments[0])
         probes.std.copy_(moments[1].clamp_min(1e-6))
 
+    def frozen(self) -> list[nn.Module]:
+        return [self.backbone]
+
     def num_samples(self) -> int:
         return len(self.training) if self.cache is None else len(self.used)
 
@@ -279,6 +284,9 @@ class LinearProbe(ImageTask):
             yield FeatureBatch(features.to(self.world.device), labels.to(self.world.device))
 
     def finish(self, model: nn.Module, folder: Path) -> None:
+        described = {"features": self.config.features, "weights": str(self.config.weights), "classes": self.classes}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, folder / "probes.safetensors", metadata={"probe": json.dumps(described)})
         rows = [f"{name[5:7]}\t{value:.2f}" for name, value in self.measured.items() if name.startswith("layer")]
         if rows:
             write_text(folder / "layers.tsv", "\n".join(["layer\ttop1_percent", *rows]) + "\n")
