@@ -69,7 +69,7 @@ class ArrayDecoder:
 
     def _dali_output(self, header: Header) -> tuple[str, str] | None:
         """The colours and the type that DALI is asked for; None where it is not asked."""
-        if header.format == "png" and header.depth == "uint16":
+        if header.format == "png" and header.depth == "uint16" and header.channels != 2:
             return ("ANY_DATA", "UINT16") if self.name == "dali" or header.channels > 1 else None
         if self.name == "dali" and header.depth == "uint8" and header.decoder == "any" and header.format != "tiff":
             return {1: ("GRAY", "UINT8"), 3: ("RGB", "UINT8")}.get(header.channels)
@@ -83,6 +83,8 @@ class ArrayDecoder:
         return self._pipelines[output]
 
     def _decode_here(self, data: bytes, header: Header, window: NDArray[np.int32]) -> FloatCrop | Rejection:
+        if header.format == "png" and header.depth == "uint16" and header.channels == 2:
+            return Rejection("16-bit grey PNG with transparency; save it as TIFF or .npy")
         try:
             pixels = self._pixels(data, header)
         except UnsupportedTiff as error:
