@@ -23,16 +23,9 @@ import torch
 
 from benchmarks.machine import ROOT, environment
 from benchmarks.record import record_path
-from benchmarks.records import FOLDER
 
 COSTS = ("steps_lost", "seconds_to_the_end", "artefacts_missing")
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
-
-
-def newest_faults(folder: Path = FOLDER) -> tuple[Path, dict[str, Any]] | None:
-    """The last record of the faults; None where there is none."""
-    paths = sorted(folder.glob("*_faults.json"))
-    return (paths[-1], json.loads(paths[-1].read_text())) if paths else None
 
 
 def merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,21 +56,26 @@ def table(faults: list[dict[str, Any]]) -> list[str]:
 
 
 def section(folder: Path, page: Path) -> str:
-    """The table of the newest record for `page`, and its conditions."""
-    found = newest_faults(folder)
-    if found is None:
+    """The table for `page`, of each test what the newest record that has it says; and the records' conditions."""
+    newest: dict[str, Path] = {}
+    records = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*_faults.json"))}
+    if not records:
         return "No record of the faults exists yet: `make test-faults`."
-    path, record = found
-    e = record["environment"]
-    place = os.path.relpath(path, page.parent)
-    return "\n".join(
-        [
-            *table(record["faults"]),
-            "",
-            f"{path.name[:10]}, {path.stem.split('_')[1]}, {record['seconds'] / 60:.0f} minutes; `make test-faults`; "
-            f"commit `{e['commit']}`; torch {e['versions'].get('torch', '?')}; record [`{path.name}`]({place}).",
-        ]
-    )
+    for path, record in records.items():
+        newest |= {fault["test"]: path for fault in record["faults"]}
+    rows = [f for path, record in records.items() for f in record["faults"] if newest[f["test"]] == path]
+    lines = [*table(rows), ""]
+    for path, record in records.items():
+        tests = sorted((test for test in newest if newest[test] == path), key=lambda test: int(test[1:]))
+        if tests:
+            e, place = record["environment"], os.path.relpath(path, page.parent)
+            lines.append(
+                f"{', '.join(tests)}: {path.name[:10]}, {path.stem.split('_')[1]}, {record['seconds'] / 60:.0f} "
+                f"minutes; `make test-faults`; commit `{e['commit']}`; torch {e['versions'].get('torch', '?')}; "
+                f"record [`{path.name}`]({place})."
+            )
+            lines.append("")
+    return "\n".join(lines[:-1])
 
 
 def run_tests(options: list[str], counts: Path) -> int:

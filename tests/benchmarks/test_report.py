@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import machine, plots, record, remarks, report
+from benchmarks import faults, machine, plots, record, remarks, report
 from benchmarks.records import newest, read, read_all
 
 
@@ -155,6 +155,26 @@ def pages(tmp_path, monkeypatch):
     records.mkdir()
     write(records, "2026-11-21", step(0.75, (1.5, 1.4, 1.6)))
     return tmp_path
+
+
+def test_faults_show_the_newest_record_of_each_test_and_what_it_cost(tmp_path):
+    environment = {"commit": "c0ffee", "versions": {"torch": "2.13.0"}}
+    row = {"what": "kill | head", "trials": 2, "passed": 2, "target": "all", "note": "", "seconds": 1.0}
+    cost = {"steps_lost": 3, "seconds_to_the_end": 1.5, "artefacts_missing": 0}
+    costly = row | {"test": "R15"} | cost
+    days = {
+        "2026-11-25": [row | {"test": "R2"}, row | {"test": "R15"}],
+        "2026-11-26": faults.merged([costly, costly | {"steps_lost": 5}]),
+    }
+    for day, rows in days.items():
+        record = {"environment": environment, "seconds": 60, "faults": rows}
+        (tmp_path / f"{day}_box_faults.json").write_text(json.dumps(record))
+    lines = faults.section(tmp_path, tmp_path / "page.md").splitlines()
+    assert lines[2:4] == [
+        r"| R2 | kill \| head | 2 of 2 | all |  |",
+        r"| R15 | kill \| head | 4 of 4 | all | at most 5 steps lost, 1.5 s to the end, 0 artefacts missing |",
+    ]
+    assert [line.split(",")[0] for line in lines[5::2]] == ["R2: 2026-11-25", "R15: 2026-11-26"]
 
 
 def test_check_fails_until_the_tables_are_written(pages, capsys):
