@@ -48,7 +48,9 @@ def check(ranks, tmp_path, cases, monkeypatch, hostile):
     pickle.loads(pickle.dumps(hostile.Runs()))
     assert mark.exists(), "the payload is live"
     os.unlink(mark)
-    return len(cases) - len(failures), f"{refused} refused, {len(cases) - refused} read; longest {longest:.1f} s"
+    return len(cases) - len(
+        failures
+    ), f"{refused} refused, {len(cases) - refused} read; longest {longest:.1f} s of a core"
 
 
 def test_some_hostile_files(ranks, tmp_path, monkeypatch, hostile):
