@@ -261,7 +261,7 @@ def read_as_told(reader, folder):
 
 
 def read_hostile(job):
-    """In a child with `limit_mib` of memory beyond what it has: what became of the file, in how many seconds of a core."""
+    """In a child with `limit_mib` of memory beyond what it has: what became of the file, and seconds of a core."""
     began = time.monotonic()
     reading, writing = os.pipe()
     child = os.fork()
