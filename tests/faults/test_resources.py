@@ -332,7 +332,7 @@ def test_a_feature_cache_cut_off_under_the_run_is_an_error(tmp_path):
 
 def test_r20_truncation_under_a_cache(tmp_path, outcome):
     """At forty sizes each: what is read is what was written, or absent (tokens), or one line (features)."""
-    cache, rows, passed = features(tmp_path / "f", 40), np.arange(40), 0
+    cache, rows, passed = features(tmp_path / "f", 1000), np.arange(1000), 0
     path, expected = tmp_path / "f" / "features.npy", np.load(tmp_path / "f" / "features.npy")
     for size in np.linspace(path.stat().st_size - 1, 0, 40).astype(int).tolist():
         os.truncate(path, size)
@@ -342,15 +342,15 @@ def test_r20_truncation_under_a_cache(tmp_path, outcome):
             cache.take(rows)
         passed += right
     store, tokens = (
-        TokenStore(tmp_path / "s", num_samples=40, num_tokens=16, cycle=1, settings={}),
-        np.arange(40 * 16).reshape(40, 16),
+        TokenStore(tmp_path / "s", num_samples=1000, num_tokens=16, cycle=1, settings={}),
+        np.arange(1000 * 16).reshape(1000, 16),
     )
-    for size in np.linspace(HEADER_BYTES + 40 * 36 - 1, 0, 40).astype(int).tolist():
+    for size in np.linspace(HEADER_BYTES + 1000 * 36 - 1, 0, 40).astype(int).tolist():
         store.write(0, rows, tokens)
         os.truncate(tmp_path / "s", size)
         found, present = store.read(0, rows)
         whole = max(size - HEADER_BYTES, 0) // 36
-        passed += present.tolist() == [row < whole for row in range(40)] and np.array_equal(
+        passed += present.tolist() == [row < whole for row in range(1000)] and np.array_equal(
             found[:whole], tokens[:whole]
         )
     outcome("R20", "a feature or token cache cut off under the run, at 40 sizes each", 80, passed,
@@ -365,12 +365,13 @@ def test_a_feature_cache_on_a_full_disk_is_an_error(tmp_path):
 
 
 def test_a_token_store_cut_off_under_the_run_is_computed_again(tmp_path):
-    store = TokenStore(tmp_path / "s", num_samples=8, num_tokens=16, cycle=1, settings={})
-    tokens, rows = np.arange(8 * 16).reshape(8, 16), np.arange(8)
+    """By many pages, so that a memory map would end the process."""
+    store = TokenStore(tmp_path / "s", num_samples=1000, num_tokens=16, cycle=1, settings={})
+    tokens, rows = np.arange(1000 * 16).reshape(1000, 16), np.arange(1000)
     store.write(0, rows, tokens)
     os.truncate(tmp_path / "s", HEADER_BYTES + 3 * 36 + 5)
     found, present = store.read(0, rows)
-    assert present.tolist() == [True] * 3 + [False] * 5
+    assert present.tolist() == [True] * 3 + [False] * 997
     np.testing.assert_array_equal(found[:3], tokens[:3])
     store.write(0, rows[3:], tokens[3:])
     np.testing.assert_array_equal(store.read(0, rows)[0], tokens)
