@@ -241,11 +241,19 @@ class HalfPrecision(Scale):
     dtype = "bfloat16"
 
 
-SLOW = ("drop_in", "gelu", "mim_loss", "residual", "segmentation", "step_options")  # many cases, or compiled ones
+SLOW = (
+    "attention",
+    "drop_in",
+    "gelu",
+    "mim_loss",
+    "residual",
+    "segmentation",
+    "step_options",
+)  # many cases, or compiled ones
 
 
 @pytest.mark.parametrize(
-    "name", ["mim_step", "backbone", "attention", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", ["mim_step", "backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_in_bf16_everyone_is_within_the_relation_to_fp64(name):
     module = importlib.import_module(f"benchmarks.bench_{name}")
