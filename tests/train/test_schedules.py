@@ -73,13 +73,17 @@ def test_linear_and_constant():
     ("config", "samples", "message"),
     [
         (RunConfig(batch_size=8), 7, "lower --batch-size"),
-        (RunConfig(batch_size=8, epochs=1, optim=OptimConfig(warmup_steps=11)), 80, "warm-up"),
         (RunConfig(batch_size=8, epochs=0, optim=OptimConfig(warmup_steps=0)), 80, "--epochs"),
     ],
 )
 def test_impossible_lengths(config, samples, message):
     with pytest.raises(ValueError, match=message):
         run_length(config, samples)
+
+
+def test_a_warm_up_in_steps_is_as_short_in_a_short_run():
+    assert run_length(RunConfig(batch_size=8, epochs=1, optim=OptimConfig(warmup_steps=10)), 80) == (10, 10, 10)
+    assert run_length(RunConfig(batch_size=8, epochs=1, optim=OptimConfig(warmup_steps=11)), 80) == (10, 10, 1)
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(20.0, 100), (10.0, 100), (9.9, 9), (0.5, 0)])
