@@ -131,19 +131,23 @@ def _read(path: Path, demanded: set[str]) -> tuple[dict[str, Tensor], str]:
     data = _bytes_of(path)
     digest = hashlib.sha256(data).hexdigest()
     source = _record(digest + ".source") or digest
-    if not demanded:
-        _compare_with_first_use(path, digest)
-    elif not demanded & {digest, source}:
+    first_use = not demanded and _is_first_use(path, digest)
+    if demanded and not demanded & {digest, source}:
         raise TokenizerError(
             f"{path} has sha256 {digest}, not the demanded {', '.join(sorted(demanded))}: fetch it again"
         )
     if path.suffix != ".safetensors":
-        return read_tensors(path, data), source
-    try:
-        return load_safetensors(data), source
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise TokenizerError(f"{path} is not a readable safetensors file ({reason}). Fetch it again.") from error
+        tensors = read_tensors(path, data)
+    else:
+        try:
+            tensors = load_safetensors(data)
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise TokenizerError(f"{path} is not a readable safetensors file ({reason}). Fetch it again.") from error
+    if first_use:  # a file that could be read
+        kept = _keep_record(_first_use_record(path), digest, os.path.abspath(path))
+        print(f"tokenizer {path}: sha256 {digest} (first use, {'kept' if kept else 'not kept'})", file=sys.stderr)
+    return tensors, source
 
 
 def _record_path(name: str) -> Path:
@@ -172,10 +176,14 @@ def _keep_record(name: str, digest: str, about: str) -> bool:
     return True
 
 
-def _compare_with_first_use(path: Path, digest: str) -> None:
-    """Compare with the hash kept at first use, or shipped as `<file>.sha256`; both can only refuse. Keep the first."""
-    place = os.path.abspath(path)
-    name = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+def _first_use_record(path: Path) -> str:
+    """Name of the record of a file's hash at first use."""
+    return hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:32]
+
+
+def _is_first_use(path: Path, digest: str) -> bool:
+    """Whether no hash of the file is known; compares with what was kept at first use or shipped as `<file>.sha256`."""
+    name = _first_use_record(path)
     beside = path.with_name(f"{path.name}.sha256")
     shipped = next(iter(beside.read_text(errors="replace").split()), None) if beside.is_file() else None
     for kept_in, known in ((beside, shipped), (None, kept_before := _record(name))):
@@ -184,9 +192,7 @@ def _compare_with_first_use(path: Path, digest: str) -> None:
                 f"{path} has changed since its first use: sha256 {digest}, before {known}. "
                 f"If you replaced it on purpose, delete {kept_in or _record_path(name)}"
             )
-    if shipped is None and kept_before is None:
-        kept = _keep_record(name, digest, place)
-        print(f"tokenizer {path}: sha256 {digest} (first use, {'kept' if kept else 'not kept'})", file=sys.stderr)
+    return shipped is None and kept_before is None
 
 
 def _load_file(path: Path, sha256: str | None) -> DalleTokenizer | DiscreteVAE:
