@@ -61,7 +61,7 @@ def run_tests(
     began = time.monotonic()
     pid = os.fork()
     if pid == 0:
-        os.setsid()
+        os.setpgid(0, 0)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -131,7 +131,13 @@ def main() -> int:
         if result:
             sys.exit(f"error: without a mutant these tests fail: pytest {' '.join(settings['tests'])}")
         preload(imported)
-    _, seconds = run_tests(path, code, settings["tests"], None)
+    stages = [
+        (tests, run_tests(path, code, tests, None)) for tests in (settings["tests"], settings.get("also")) if tests
+    ]
+    for tests, (result, _) in stages[1:]:
+        if result:
+            sys.exit(f"error: without a mutant these tests fail: pytest {' '.join(tests)}")
+    seconds = stages[0][1][1]
     known = {mutant for module, mutant, _ in EQUIVALENT.findall(TABLE.read_text()) if module == options.module}
     mutants = mutants_of(code)
     print(f"{options.module}: {len(mutants)} mutants, tests take {seconds:.1f} s", flush=True)
@@ -139,7 +145,7 @@ def main() -> int:
     for mutant, changed in mutants.items():
         if mutant in known:
             equivalent += 1
-        elif run_tests(path, changed, settings["tests"], 10 * seconds + 30)[0]:
+        elif any(run_tests(path, changed, tests, 10 * took + 30)[0] for tests, (_, took) in stages):
             killed += 1
         else:
             survivors.append(mutant)

@@ -86,7 +86,7 @@ def test_a_warm_up_in_steps_is_as_short_in_a_short_run():
     assert run_length(RunConfig(batch_size=8, epochs=1, optim=OptimConfig(warmup_steps=11)), 80) == (10, 10, 1)
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [(20.0, 100), (10.0, 100), (9.9, 9), (0.5, 0)])
+@pytest.mark.parametrize(("epochs", "expected"), [(20.0, 100), (10.0, 100), (9.9, 9), (9.0, 9), (0.5, 0)])
 def test_a_short_run_has_a_short_warm_up(epochs, expected):
     """Ten epochs of warm-up in a run that is shorter: a tenth of the run, in place of a refusal."""
     config = RunConfig(epochs=epochs, batch_size=8, optim=OptimConfig(warmup_epochs=10.0))
