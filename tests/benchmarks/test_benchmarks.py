@@ -249,12 +249,11 @@ SLOW = (
     "residual",
     "segmentation",
     "step_options",
+    "mim_step",
 )  # many cases, or compiled ones
 
 
-@pytest.mark.parametrize(
-    "name", ["mim_step", "backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.parametrize("name", ["backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_in_bf16_everyone_is_within_the_relation_to_fp64(name):
     module = importlib.import_module(f"benchmarks.bench_{name}")
     compare = {"mim_step": "forward_backward"}.get(name, "compare")

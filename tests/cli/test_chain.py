@@ -133,7 +133,9 @@ def views(images):
     return torch.stack([torch.from_numpy(p.copy()).permute(2, 0, 1).float() / 127.5 - 1 for p in pixels])
 
 
-@pytest.mark.parametrize("target", ["timm", "transformers", "onnx", "torch-export", "safetensors"])
+@pytest.mark.parametrize(
+    "target", ["timm", "transformers", pytest.param("onnx", marks=pytest.mark.slow), "torch-export", "safetensors"]
+)
 def test_an_exported_classifier_gives_the_same_logits(runs, views, tmp_path, capsys, target):
     out = tmp_path / "exported"
     assert beit("export", runs / "finetune", out, "--to", target) == 0, capsys.readouterr().err

@@ -74,6 +74,7 @@ def test_the_list_of_members_is_kept_and_made_anew_when_a_shard_changes(server, 
     assert len(open_source(url)) == 4
 
 
+@pytest.mark.slow
 def test_a_member_larger_than_a_block_and_headers_across_blocks(server, monkeypatch):
     from beit_fast.data.sources import shards
 

@@ -50,6 +50,7 @@ def test_the_same_logits_before_and_after(index, images):
     torch.testing.assert_close(logits, getattr(expected, "logits", expected), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_official_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = beit_fast.BeitConfig.from_preset("base", depth=12)

@@ -238,6 +238,7 @@ def test_models_that_collect_hidden_states_compile_too(kind):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_before_and_restored_after():
     kind = "BeitForMaskedImageModeling"
     model = make(kind, "shared", num_hidden_layers=2)
