@@ -90,12 +90,12 @@ def _versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """What was typed, without the folder this happened to be in."""
+    """What was typed, without the folders of this machine: of an absolute path the last name stays."""
     first, *rest = sys.argv
     name = Path(first).name
     if name == "__main__.py":
         name = f"python -m {Path(first).parent.name}"
-    return " ".join([name, *(shlex.quote(word) for word in rest)])
+    return " ".join([name, *(shlex.quote(re.sub(r"(^|=)/(\S*/)?", r"\1", word)) for word in rest)])
 
 
 def commit() -> str:

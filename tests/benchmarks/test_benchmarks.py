@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
+from benchmarks import machine
 from benchmarks.baselines.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
 from benchmarks.clocks import RecordedClock
 from benchmarks.conftest import Scale
@@ -85,7 +86,7 @@ def test_in_half_precision_errors_against_fp64_are_judged_by_those_of_plain_oper
         measured(1.025, 1.0)
     with pytest.raises(Disagreement, match="other computes something else"):
         measured(1.0, 1.07)
-    eager["loss"] = torch.tensor(1.0)  # below the floor nobody is judged
+    eager["loss"] = torch.tensor(1.0)  # below the floor no error is judged
     assert measured(1.0019, 1.0019)
     with pytest.raises(Disagreement):
         measured(1.0, 1.0021)
@@ -263,3 +264,9 @@ def test_in_bf16_everyone_is_within_the_relation_to_fp64(name):
         measured = measure_interleaved(comparison, CPU, pairs=1, most_pairs=1, call_s=1e-9)
         assert OURS in measured.errors
         assert len(measured.errors) > 1
+
+
+def test_a_record_names_no_folder_of_the_machine(monkeypatch):
+    words = ["/a/b/other_checkout.py", "/home/me/base", "--json=/tmp/x.json", "records/y.json", "-k", "a or b", "/"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert machine.command() == "other_checkout.py base --json=x.json records/y.json -k 'a or b' ''"
