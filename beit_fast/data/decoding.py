@@ -170,7 +170,7 @@ class DaliPipeline:
         self._pipe.feed_input("shape", list(windows[:, 2:]))
         if self.device_id is None:
             return tuple(self._pipe.run())
-        # in the order of that stream, in which DALI also takes the memory of outputs back: nobody waits
+        # in the order of that stream, in which DALI also takes the memory of outputs back: no thread waits
         return tuple(self._pipe.run(torch.cuda.current_stream(self.device_id)))
 
     def run_undamaged(self, encoded: Sequence[bytes], windows: Windows) -> tuple[tuple[Any, ...], set[int]]:

@@ -92,7 +92,7 @@ def test_a_remark_stands_beside_its_number_and_must_have_one(tmp_path, monkeypat
     assert "transformers, SDPA (1) | 750 ms" in text
     assert "(1) it did more." in text
     assert not remarks.unused(records)
-    monkeypatch.setitem(remarks.REMARKS, (path.name, "^pre-training", "timm"), "nobody measured it")
+    monkeypatch.setitem(remarks.REMARKS, (path.name, "^pre-training", "timm"), "it was not measured")
     assert "timm, which no record holds" in remarks.unused(records)[0]
 
 

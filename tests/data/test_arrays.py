@@ -171,7 +171,7 @@ def test_pixels_are_those_that_were_written(name, decoder):
 
 @pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
 def test_sixteen_bit_colours_in_a_png(kind, channels):
-    """Written by hand: Pillow keeps half of their bits. Grey with transparency nobody reads whole."""
+    """Written by hand: Pillow keeps half of their bits. Grey with transparency is read whole by neither."""
     array = pixels(8, 6, channels)
     raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
 

@@ -179,7 +179,7 @@ for number, line in enumerate(sys.stdin):
     path = pathlib.Path(line.rstrip())
     store = token_store.TokenStore(path, num_samples=400, num_tokens=TOKENS, cycle=CYCLE, settings={SETTINGS})
     order = np.random.default_rng(number)
-    end = time.monotonic() + 600  # should nobody kill it
+    end = time.monotonic() + 600  # should it not be killed
     while time.monotonic() < end:
         epoch, indices = int(order.integers(3)), order.integers(0, 400, 8)
         store.write(epoch, indices, np.stack([expected(epoch, int(i)) for i in indices]))

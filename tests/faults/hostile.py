@@ -1,4 +1,4 @@
-"""Files that a stranger might hand over: valid ones, mutated ones, and those made to take memory, time or control."""
+"""Untrusted files: valid ones, mutated ones, and those made to take memory, time or control."""
 
 import io
 import json

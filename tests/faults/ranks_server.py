@@ -240,7 +240,7 @@ def launcher(job):
 
 
 def read_as_told(reader, folder):
-    """Read what a stranger handed over, as a user would; returns what became of it."""
+    """Read an untrusted file as a user would; returns what became of it."""
     files = sorted(folder.iterdir())
     try:
         if reader == "weights":

@@ -119,10 +119,10 @@ def test_without_a_home_the_way_out_is_named(monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "BEIT_FAST_CACHE"):
         monkeypatch.delenv(name, raising=False)
 
-    def nobody(uid):
+    def no_entry(uid):
         raise KeyError(uid)
 
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
     for function in (default_cache_dir, download.default_cache_dir):
         with pytest.raises(ValueError, match="set BEIT_FAST_CACHE to a folder"):
             function()

@@ -104,7 +104,7 @@ def is_complete(folder):
     return saved[-1:] == ["step_00000012"] and (folder / "complete.json").exists()
 
 
-OUTPUT = "an output that nobody reads, that is full, or closed"
+OUTPUT = "an output without a reader, on a full disk, or closed"
 
 
 @pytest.mark.parametrize("redirection", ["| head -n 1", pytest.param(">&- 2>&-", marks=pytest.mark.slow)])

@@ -118,8 +118,8 @@ def test_places_that_cannot_be_reached_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="no such folder, and no repository owner/name"):
         Beit.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"https://huggingface\.co/nobody/nothing/resolve/main/config\.json"):
-        Beit.from_pretrained("nobody/nothing", cache_dir=tmp_path)
+    with pytest.raises(CheckpointError, match=r"https://huggingface\.co/missing/nothing/resolve/main/config\.json"):
+        Beit.from_pretrained("missing/nothing", cache_dir=tmp_path)
     with pytest.raises(CheckpointError, match=r"timm/beit_base_patch16_224\.in22k_ft_in22k/resolve/main/model"):
         beit_fast.create_model("beit_base_patch16_224.in22k_ft_in22k", pretrained=True, depth=1, cache_dir=tmp_path)
 

@@ -73,7 +73,7 @@ def make_parts(folder: Path, zipped: bool = True) -> tuple[DalleEncoder, DalleDe
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Hashes are kept here, not in the cache of whoever runs the tests."""
+    """Hashes are kept here, not in the cache of the user who runs the tests."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("BEIT_FAST_CACHE", str(cache))
     return cache

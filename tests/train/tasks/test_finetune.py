@@ -236,7 +236,7 @@ def test_evaluation_is_timms(classifier, cache):
 
 
 class Rank(World):
-    """Adds up what each rank hands over, in place of an all-reduce: the last of them sees the totals."""
+    """Adds up what each rank passes, in place of an all-reduce: the last of them sees the totals."""
 
     def __init__(self, rank, size, totals):
         super().__init__(rank, size, torch.device("cpu"))

@@ -206,7 +206,7 @@ def test_inference_is_its_parts():
 
 
 class Rank(World):
-    """Adds up what each rank hands over, in place of an all-reduce: the last of them sees the totals."""
+    """Adds up what each rank passes, in place of an all-reduce: the last of them sees the totals."""
 
     def __init__(self, rank, size, totals):
         super().__init__(rank, size, torch.device("cpu"))
