@@ -31,7 +31,7 @@ test-faults: $(VENV)/.dev  ## kills, damage, full disks, NaNs, restarts on two p
 	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 mutants: $(VENV)/.dev  ## small mistakes in a module, and whether its tests notice: MODULE=schedules (others in pyproject.toml)
-	$(BIN)/pip install --quiet --constraint constraints.txt cosmic-ray
+	$(BIN)/pip install --quiet --constraint constraints.txt cosmic-ray coverage
 	$(BIN)/python tests/mutants.py $(MODULE)
 
 coverage: $(VENV)/.dev  ## share of the branches of beit_fast and kernels that the default tests run through, by file
