@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"kernels", "nn", "network"},
     "integrations": {"kernels", "nn", "models"},
     "data": {"kernels", "_C"},
-    "tokenizers": {"kernels", "network"},
+    "tokenizers": {"kernels", "models", "network"},
     "visualize": {"kernels", "nn", "models", "tokenizers"},
     "train.values": {"data", "train.distributed"},
     "train.distributed": {"nn", "models", "train.values"},
@@ -53,6 +53,7 @@ LAZY = {
                            "beit_fast.kernels.tune"},
     "beit_fast.cli.train": {"beit_fast.cli.plan", "beit_fast.cli.replay"},
     "beit_fast.data.sampling": {"beit_fast._C"},
+    "beit_fast.tokenizers.load": {"beit_fast.tokenizers.vqkd"},
     "beit_fast.train.run_log": {"beit_fast.visualize.run_report"},
 }  # fmt: skip
 """Imports inside functions and under TYPE_CHECKING, which the layers count as any other."""

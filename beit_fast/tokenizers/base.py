@@ -54,6 +54,10 @@ class Tokenizer(nn.Module):
         """Give weight (V, C) and bias (V,) of the 1x1 output convolution."""
         raise NotImplementedError
 
+    def to_precision(self, dtype: torch.dtype) -> Self:
+        """Run the network in `dtype`, all but what decides between tokens, which stays float32."""
+        raise NotImplementedError
+
     def prepare(self) -> Self:
         """Prepare fast inference with the weights, the precision and the device as they are; their change undoes it.
 
@@ -136,10 +140,9 @@ class Tokenizer(nn.Module):
 
     def _ids(self, rows: Tensor) -> Tensor:
         """Give the tokens, int64 (P,), of rows (P, C) of `features`."""
-        logit_bytes = _LOGIT_BYTES.get(rows.device.type, 128 << 20)
         if self._exact_head is not None and rows.dtype == self._exact_head.half.dtype:
-            return exact_argmax(rows, self._exact_head, logit_bytes)
-        return _argmax_rows(rows, *self.head(), logit_bytes)
+            return exact_argmax(rows, self._exact_head, _logit_bytes(rows))
+        return argmax_rows(rows, *self.head())
 
     def multiply_adds(self, height: int, width: int, positions: int | None = None) -> int:
         """Count the multiply-adds of encoding one image, the output convolution at `positions` (all where None)."""
@@ -170,9 +173,16 @@ def as_colours(images: Tensor, tokenizer: Tokenizer) -> Tensor:
     return images.expand(-1, tokenizer.channels, -1, -1) if images.shape[1] == 1 < tokenizer.channels else images
 
 
-def _argmax_rows(rows: Tensor, weight: Tensor, bias: Tensor, logit_bytes: int) -> Tensor:
-    """argmax(rows @ weight.T + bias) for rows (P, C), weight (V, C): int64 (P,), through one reused buffer."""
-    rows = rows.to(weight.dtype)
+def _logit_bytes(rows: Tensor) -> int:
+    return _LOGIT_BYTES.get(rows.device.type, 128 << 20)
+
+
+def argmax_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """argmax(rows @ weight.T + bias) for rows (P, C), weight (V, C): int64 (P,), through one reused buffer.
+
+    Of equal ones the lowest index.
+    """
+    rows, logit_bytes = rows.to(weight.dtype), _logit_bytes(rows)
     count, vocab = rows.shape[0], weight.shape[0]
     chunk = min(max(1, count), max(1, logit_bytes // (vocab * weight.element_size())))
     buffer = torch.empty(chunk, vocab, dtype=weight.dtype, device=rows.device)

@@ -1,6 +1,7 @@
 """Find, verify and load a tokenizer: the demo, DALL-E's published files, or a file of the user's."""
 
 import hashlib
+import math
 import os
 import re
 import sys
@@ -36,6 +37,8 @@ MIRRORS: dict[str, tuple[str, ...]] = {
 }
 _DALLE_PARAMETERS = {"encoder": 53_786_240, "decoder": 43_829_766}
 _LARGEST = 4 << 30  # bytes
+_VQKD = "quantize.embedding.weight"
+"""A tensor that only the files of BEiT v2's tokenizer hold."""
 _SUFFIXES = (".safetensors", ".pkl", ".pth")
 
 
@@ -53,7 +56,8 @@ def load_tokenizer(
     Args:
         name_or_path: "demo", the small tokenizer that comes with beit_fast; "dalle", fetched into the cache at first
             use; "random", an untrained one, always the same; or a path: `.safetensors`, `encoder.pkl` / `decoder.pkl`
-            of DALL-E (each finds the other in its folder), `.pth` / `.bin` state dicts, a folder with such files.
+            of DALL-E (each finds the other in its folder), `.pth` / `.bin` state dicts, BEiT v2's tokenizer among them,
+            a folder with such files.
         sha256: the hash that the file must have; of encoder and decoder, separated by a comma, where both are read (a
             decoder that is not demanded is left out). For "dalle": of the published files. None: the hash is printed
             and kept in the cache at first use, and compared from then on.
@@ -65,7 +69,7 @@ def load_tokenizer(
 
     Returns:
         A `Tokenizer`: `encode` gives int64 ids (B, h, w), or (M,) at the positions of a mask; `decode` gives images
-        (B, 3, H, W) in [0, 1].
+        (B, 3, H, W) in [0, 1], where the tokens stand for pixels.
 
     Raises:
         TokenizerError: the tokenizer cannot be found, fetched, verified or read.
@@ -81,7 +85,7 @@ def load_tokenizer(
         torch.Size([2, 3, 112, 112])
     """
     name = str(name_or_path)
-    tokenizer: DalleTokenizer | DiscreteVAE
+    tokenizer: Tokenizer
     if name == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -195,12 +199,12 @@ def _is_first_use(path: Path, digest: str) -> bool:
     return shipped is None and kept_before is None
 
 
-def _load_file(path: Path, sha256: str | None) -> DalleTokenizer | DiscreteVAE:
+def _load_file(path: Path, sha256: str | None) -> Tokenizer:
     demanded = _demanded(sha256)
     tensors, digest = _read(path, demanded)
     model = _build(tensors, path)
-    if isinstance(model, DiscreteVAE):
-        tokenizer: DalleTokenizer | DiscreteVAE = model
+    if isinstance(model, Tokenizer):
+        tokenizer = model
     else:
         parts: list[nn.Module] = [model]
         other = "decoder" if isinstance(model, DalleEncoder) else "encoder"
@@ -240,7 +244,7 @@ def _load_dalle(
     decoder: bool,
     mirrors: dict[str, tuple[str, ...]] = MIRRORS,
     parameters: dict[str, int] = _DALLE_PARAMETERS,
-) -> DalleTokenizer | DiscreteVAE:
+) -> Tokenizer:
     with exclusive(folder):
         for part in ("encoder", "decoder") if decoder else ("encoder",):
             if not (folder / f"{part}.safetensors").is_file():
@@ -297,11 +301,13 @@ def _convert(source: Path, part: str, parameters: int, sha256: str | None) -> No
     os.replace(temporary, source.with_name(f"{part}.safetensors"))
 
 
-def _build(tensors: dict[str, Tensor], path: Path) -> DalleEncoder | DalleDecoder | DiscreteVAE:
+def _build(tensors: dict[str, Tensor], path: Path) -> DalleEncoder | DalleDecoder | Tokenizer:
     """The module these tensors belong to, loaded; sizes come from the shapes, all the rest is checked."""
     for prefix in ("module.", "encoder.", "decoder."):
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if _VQKD in tensors:  # a run of the official code keeps its teacher as well
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(("teacher", "scaling", "loss"))}
     try:
         with torch.device("meta"):
             model = _skeleton(tensors)
@@ -309,7 +315,9 @@ def _build(tensors: dict[str, Tensor], path: Path) -> DalleEncoder | DalleDecode
         raise TokenizerError(f"{path} is not a tokenizer beit_fast knows: a required tensor is malformed") from error
     if model is None:
         some = ", ".join(sorted(tensors)[:3])
-        raise TokenizerError(f"{path} holds neither DALL-E's dVAE nor a DiscreteVAE, but {some}, ...")
+        raise TokenizerError(
+            f"{path} holds neither DALL-E's dVAE nor a DiscreteVAE nor BEiT v2's tokenizer, but {some}, ..."
+        )
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problem = next(_problems(expected, tensors), None)
     if problem is not None:
@@ -332,7 +340,17 @@ def _problems(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]) 
             yield f"{name} holds values that are not finite numbers"
 
 
-def _skeleton(tensors: dict[str, Tensor]) -> DalleEncoder | DalleDecoder | DiscreteVAE | None:
+def _skeleton(tensors: dict[str, Tensor]) -> DalleEncoder | DalleDecoder | Tokenizer | None:
+    if _VQKD in tensors:
+        from beit_fast.tokenizers.vqkd import VqkdTokenizer  # with its Transformers: not for those who do not use it
+
+        depths = {name.split(".")[0] + name.split(".")[2] for name in tensors if name.endswith(".attn.qkv.weight")}
+        depth, decoder_depth = (sum(name.startswith(part) for name in depths) for part in ("encoder", "decoder"))
+        width, _, patch_size, _ = tensors["encoder.patch_embed.proj.weight"].shape
+        grid = math.isqrt(tensors["encoder.pos_embed"].shape[1] - 1)
+        teacher_dim = len(tensors["decode_task_layer.2.bias"])
+        vocab_size, code_dim = tensors[_VQKD].shape
+        return VqkdTokenizer(vocab_size, code_dim, teacher_dim, width, depth, decoder_depth, grid, patch_size)
     if "codebook.weight" in tensors:
         vocab, dim = tensors["codebook.weight"].shape
         layers = sum(re.fullmatch(r"encoder\.\d+\.0\.weight", name) is not None for name in tensors)

@@ -5,8 +5,8 @@ import torch
 from scipy.cluster.vq import kmeans2
 
 from beit_fast.tokenizers import Tokenizer
+from beit_fast.tokenizers.vector_quantizer import QuantizedAutoencoder, VectorQuantizer
 from beit_fast.train.tasks.tokenizer import reconstruction_metrics
-from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder, VectorQuantizer
 
 
 def test_nearest_is_the_smallest_distance() -> None:

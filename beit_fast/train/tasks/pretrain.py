@@ -24,11 +24,10 @@ from beit_fast.tokenizers import Tokenizer, load_tokenizer
 from beit_fast.tokenizers.load import untrained_dalle
 from beit_fast.train.config import RunConfig, at_least_1, free, local
 from beit_fast.train.distributed.world import World
-from beit_fast.train.evaluation import held_out
+from beit_fast.train.evaluation import held_out, run_pictures
 from beit_fast.train.evaluation.knn import KnnEvaluation
 from beit_fast.train.optim import decay_groups
 from beit_fast.train.task import StepOutput
-from beit_fast.train.tasks import run_pictures
 from beit_fast.train.tasks.adapters import LoraConfig, add_lora, freeze, merged
 from beit_fast.train.tasks.images import ImageDataConfig, ImageTask
 from beit_fast.train.tasks.model import MaskingConfig, ModelConfig, multiply_adds

@@ -28,12 +28,12 @@ from beit_fast.data.sources import ImageSource, open_training_source
 from beit_fast.data.sources.writing import naming
 from beit_fast.models.hub import write_weights
 from beit_fast.tokenizers import Tokenizer
+from beit_fast.tokenizers.vector_quantizer import QuantizedAutoencoder
 from beit_fast.train.config import RunConfig, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.schedules import run_length
 from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks.images import ImageTask
-from beit_fast.train.tasks.vector_quantizer import QuantizedAutoencoder
 from beit_fast.visualize import pictures
 
 HELD_OUT_SEED = 1_000_003

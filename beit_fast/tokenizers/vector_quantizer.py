@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit_fast.tokenizers import DiscreteVAE
+from beit_fast.tokenizers.discrete_vae import DiscreteVAE
 
 _NEVER = -1e4  # logit bias of vocabulary entries without a code: they never win
 
