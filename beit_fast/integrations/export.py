@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict
 from beit_fast.models.hub import write_weights
-from beit_fast.models.mim import pretrained_backbone
+from beit_fast.models.mim import pretrained_backbone, without_extra_head
 
 Target = Literal["timm", "transformers", "onnx", "safetensors", "torch-export"]
 _RATES = ("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path_rate")
@@ -99,6 +99,9 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, BeitForMaskedImageModeling) and target not in ("safetensors", "transformers"):
         model = pretrained_backbone(model)
+    elif isinstance(model, BeitForMaskedImageModeling) and model.config.head_layers:
+        print(f"the {model.config.head_layers} extra blocks of the head that only pre-training has are left out")
+        model = without_extra_head(model)
     ours = _Traced(model)
     if target == "safetensors":
         return ours, _safetensors(model, folder, preprocessing)

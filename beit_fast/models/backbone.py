@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -95,7 +95,7 @@ class BeitBackbone(nn.Module):
         if queries is not None and queries.numel() and not 0 <= int(queries.min()) <= int(queries.max()) < tokens:
             raise ValueError(f"queries must lie in [0, {tokens}), got {int(queries.min())} to {int(queries.max())}")
         _, normed = self._run_blocks(
-            self._embed(images), self._attention_biases(images), None, block, layers[block].norm1
+            self._embed(images), self._attention_biases(images), None, layers[:block], layers[block].norm1
         )
         assert normed is not None
         attn = layers[block].attn
@@ -142,8 +142,10 @@ class BeitBackbone(nn.Module):
             x = x + positions
         return self.pos_drop(x)
 
-    def _attention_biases(self, images: Tensor) -> Callable[[int], Bias]:
+    def _attention_biases(self, images: Tensor, layers: Sequence[Block] | None = None) -> Callable[[int], Bias]:
         """A function that makes the bias of block i for this input size, prepared for the kernel.
+
+        Of the model's blocks, or of other `layers` that see the same tokens.
 
         Only when called, because at 1024 x 1024 each is 0.8 GB in a base model; a shared one is made once.
         """
@@ -152,7 +154,8 @@ class BeitBackbone(nn.Module):
         if not symbolic and images.device.type != "meta" and torch.is_autocast_enabled(images.device.type):
             dtype = torch.get_autocast_dtype(images.device.type)
 
-        own_grid, layers, shared_table = self.config.grid, self.layers(), self.rel_pos_bias
+        own_grid, shared_table = self.config.grid, self.rel_pos_bias
+        layers = self.layers() if layers is None else layers
 
         def bias_of(index: int) -> Bias:
             holder = layers[index].attn if shared_table is None else shared_table
@@ -172,11 +175,11 @@ class BeitBackbone(nn.Module):
         x: Tensor,
         bias_of: Callable[[int], Bias],
         drop_path: Tensor | None,
-        count: int,
+        layers: Sequence[Block],
         final_norm: nn.Module | None,
         outputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Runs the first `count` blocks, each passing its successor the LayerNorm that this one reads first.
+        """Runs `layers`, each passing its successor the LayerNorm that this one reads first.
 
         Args:
             final_norm: what reads the output of the last of them (None: nothing does).
@@ -185,7 +188,6 @@ class BeitBackbone(nn.Module):
         Returns:
             The residual stream after the last block, and its `final_norm`.
         """
-        layers = self.layers()[:count]
         # a symbolic trace shows every module
         fused = [not isinstance(x, torch.fx.Proxy) and block.can_fuse() for block in layers]
         # the norm that each block computes for its successor, where that one does not have to call it itself

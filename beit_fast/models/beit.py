@@ -149,7 +149,8 @@ class Beit(HubMethods, BeitBackbone):
             else None
         )
         final_norm = self.norm if count == len(self.blocks) else None
-        x, normed = self._run_blocks(self._embed(images), biases, drop_path, count, final_norm, outputs)
+        layers = self.layers()[:count]
+        x, normed = self._run_blocks(self._embed(images), biases, drop_path, layers, final_norm, outputs)
         return x if normed is None else normed
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

@@ -18,7 +18,8 @@ from beit_fast.models.resize import resize_position_embedding, resize_relative_p
 
 # What comes and goes with the task: fresh where the file has none, ignored where the model has none.
 _TASK_SPECIFIC = (
-    "head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "fpn1.", "fpn2.", "decode_head.", "auxiliary_"
+    "head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "cls_pt_layers.", "fpn1.", "fpn2.", "decode_head.",
+    "auxiliary_",
 )  # fmt: skip
 _SHARED = "rel_pos_bias.relative_position_bias_table"
 _TABLE = "relative_position_bias_table"
@@ -229,7 +230,8 @@ class _Fit:
                 raise CheckpointError(
                     f"{name!r} {tuple(tensor.shape)} has no place in the model: the file holds another architecture"
                 )
-            self.report.ignored[name] = "belongs to another task"
+            extra = name.startswith("cls_pt_layers.")
+            self.report.ignored[name] = "extra head of pre-training" if extra else "belongs to another task"
         for name in unknown:
             index = name.endswith("relative_position_index")
             self.report.ignored[name] = "computed from the image size" if index else "no parameter of a BEiT"

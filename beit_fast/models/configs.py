@@ -86,6 +86,10 @@ class BeitConfig:
     """V, the number of visual tokens."""
     mim_target: Literal["visual_tokens", "pixels"] = "visual_tokens"
     """What masked image modelling predicts: visual tokens, or the pixels of a patch (an ablation of table 4)."""
+    head_layers: int = 0
+    """Extra blocks of BEiT v2's second head in masked image modelling, which make CLS a summary; 0: there is none."""
+    early_layers: int = 0
+    """Blocks after which that head takes the patch tokens: 9 of 12 in the base model, 21 of 24 in the large one."""
     num_classes: int = 1000
     """Outputs of the classifier; 0 leaves its head out."""
     global_pool: Literal["avg", "token", ""] = "avg"
@@ -107,6 +111,13 @@ class BeitConfig:
             raise ValueError(f"image_size {height}x{width} is not a multiple of patch_size {self.patch_size}")
         if self.mim_target not in ("visual_tokens", "pixels"):
             raise ValueError(f"mim_target must be visual_tokens or pixels, got {self.mim_target!r}")
+        if self.head_layers and not 0 < self.early_layers < self.depth:
+            raise ValueError(
+                f"early_layers must lie between 1 and {self.depth - 1}, one less than the blocks, with head_layers "
+                f"{self.head_layers}; got {self.early_layers}"
+            )
+        if self.head_layers and self.mim_target == "pixels":
+            raise ValueError("head_layers needs mim_target visual_tokens: BEiT v2's extra head predicts tokens")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if not isinstance(self.mlp_ratio, int | float) or self.mlp_ratio <= 0:
@@ -175,9 +186,9 @@ class BeitConfig:
         return BeitConfig(**{**values, **overrides})
 
     def for_classification(self, num_classes: int = 1000, **overrides: Any) -> BeitConfig:
-        """The same architecture as it is fine-tuned: a shared table becomes one table for each block."""
+        """The same architecture as it is fine-tuned: a table for each block, without an extra head."""
         tables = "per_block" if self.relative_position_bias == "shared" else self.relative_position_bias
-        values: dict[str, Any] = {"num_classes": num_classes, "relative_position_bias": tables}
+        values: dict[str, Any] = {"num_classes": num_classes, "relative_position_bias": tables, "head_layers": 0}
         return replace(self, **{**values, **overrides})
 
 

@@ -246,7 +246,7 @@ def _read_config(file: Path, classifier: bool) -> BeitConfig:
             raise ValueError("it is none of beit_fast, timm or transformers")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{file}: describes no BEiT ({error})") from error
-    if classifier and config.relative_position_bias == "shared":
+    if classifier and (config.relative_position_bias == "shared" or config.head_layers):
         return config.for_classification(config.num_classes)
     if not classifier and config.relative_position_bias == "per_block":
         raise CheckpointError(f"{file}: a classifier, with a table for each block; open it with Beit.from_pretrained")

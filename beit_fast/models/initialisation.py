@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from beit_fast.models.backbone import BeitBackbone
+from beit_fast.nn import Block
 
 
-def _rescale_outputs(backbone: BeitBackbone) -> None:
-    """Divides the output matrices of block l by sqrt(2l), which keeps deep pre-training stable (paper section 2.5)."""
+def rescale_outputs(blocks: Sequence[Block], first: int = 1) -> None:
+    """Divides the output matrices of block l by sqrt(2l), which keeps deep pre-training stable (paper section 2.5).
+
+    Args:
+        first: number l of the first of the blocks.
+    """
     with torch.no_grad():
-        for index, block in enumerate(backbone.layers(), start=1):
+        for index, block in enumerate(blocks, start=first):
             block.attn.proj.weight.div_(math.sqrt(2.0 * index))
             block.mlp.fc2.weight.div_(math.sqrt(2.0 * index))
 
@@ -39,13 +45,13 @@ def init_for_pretraining(backbone: BeitBackbone, mask_token: Tensor) -> None:
     std = backbone.config.init_std
     _init_matrices(backbone, std, bound=std, patch_embed=True)
     _truncated_normal(mask_token, std, std)
-    _rescale_outputs(backbone)
+    rescale_outputs(backbone.layers())
 
 
 def init_for_fine_tuning(backbone: BeitBackbone) -> None:
     """The official initialisation of fine-tuning: normal, truncated at +-2."""
     _init_matrices(backbone, backbone.config.init_std, bound=2.0, patch_embed=False)
-    _rescale_outputs(backbone)
+    rescale_outputs(backbone.layers())
 
 
 def init_head(head: nn.Linear, std: float, scale: float) -> None:

@@ -97,13 +97,18 @@ class _Translation:
 
 _MASKED_NORM = ("layernorm.{s}", "norm.{s}")  # in a masked image model the final norm lies outside the backbone
 _FROM_TRANSFORMERS = _Translation([(name, o) for o, *names in _ROWS for name in names] + [_MASKED_NORM])
-_KNOWN = _Translation([(o, o) for o, *_ in _ROWS] + [("blocks.{i}.attn.qkv.weight",) * 2])
+_KNOWN = _Translation(
+    [(o, o) for o, *_ in _ROWS]
+    + [(f"{blocks}.{{i}}.attn.qkv.weight",) * 2 for blocks in ("blocks", "cls_pt_layers")]
+    + [(f"cls_pt_layers.{{i}}.{row[0]}",) * 2 for row in _BLOCK]  # of BEiT v2's extra head; others have no such blocks
+)
 # SETR-PUP has no counterpart in transformers.
 _SETR = re.compile(r"(decode_head|auxiliary_head\.\d+)\.(norm\.\w+|up_convs\.\d+\.0\.(conv|bn)\.\w+|conv_seg\.\w+)")
 _TO = {
     "transformers": _Translation([(o, v5) for o, v5, _ in _ROWS]),
     "transformers_v4": _Translation([(o, v4) for o, _, v4 in _ROWS]),
 }
+_PRETRAINING = ("mask_token", "lm_head.", "cls_pt_layers.")
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
@@ -187,7 +192,7 @@ def convert_state_dict(state: Mapping[str, Tensor], to: Naming) -> dict[str, Ten
     if unknown:
         raise ValueError(f"{unknown[0]!r} (of {len(unknown)}) is no parameter of a BEiT: leave it out to convert")
     if to == "timm":
-        return {name: t for name, t in official.items() if name != "mask_token" and not name.startswith("lm_head.")}
+        return {name: t for name, t in official.items() if not name.startswith(_PRETRAINING)}
     if to == "official":
         if not any(name.startswith("decode_head.") for name in official):
             return official

@@ -112,7 +112,7 @@ class SegmentationBackbone(BeitBackbone):
             if self.training and self.drop_path.rate
             else None
         )
-        self._run_blocks(self._embed(images), biases, drop_path, len(self.blocks), None, outputs)
+        self._run_blocks(self._embed(images), biases, drop_path, self.layers(), None, outputs)
         grid = self._grid_of(images)
         # Not made contiguous: channels come last in memory, which is how convolutions run fastest.
         maps = [outputs[tap][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in self.taps]

@@ -52,23 +52,36 @@ def drop_path_scales(rates: Tensor, sample_keys: Tensor | None, batch_size: int)
 class DropPathRates(torch.nn.Module):
     """The linear ramp of drop rates over the blocks, `linspace(0, rate, depth)` (spec of Huang et al. as BEiT uses it).
 
+    Args:
+        rate: of the last block.
+        depth: number of blocks.
+        extra, early: number of extra blocks, whose rates are those of layers `early`, `early` + 1, ... of a ramp that
+            is as long as it has to be.
+
     Raises:
         ValueError: rate outside [0, 1).
     """
 
-    def __init__(self, rate: float, depth: int) -> None:
+    def __init__(self, rate: float, depth: int, extra: int = 0, early: int = 0) -> None:
         super().__init__()
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {rate}")
-        self.rate, self.depth = rate, depth
+        self.rate, self.depth, self.extra, self.early = rate, depth, extra, early
         # no buffer, which `to_empty` would leave uninitialised and `bfloat16` round
-        self.rates = torch.linspace(0.0, rate, depth, device="cpu")
+        self.rates = self._ramps()
+
+    def _ramps(self) -> Tensor:
+        ramp = torch.linspace(0.0, self.rate, self.depth, device="cpu")
+        if not self.extra:
+            return ramp
+        end = self.early + self.extra
+        return torch.cat((ramp, torch.linspace(0.0, self.rate, max(self.depth, end), device="cpu")[self.early : end]))
 
     def forward(self, batch_size: int, sample_keys: Tensor | None, device: torch.device) -> Tensor:
-        """(L, 2, B) factors of a training step; see `drop_path_scales`."""
+        """(L, 2, B) factors of a training step, those of extra blocks last; see `drop_path_scales`."""
         if not isinstance(device, torch.fx.Proxy) and self.rates.device != device:
             with torch.inference_mode(False):
-                self.rates = torch.linspace(0.0, self.rate, self.depth, device="cpu").to(device)
+                self.rates = self._ramps().to(device)
         return drop_path_scales(self.rates, sample_keys, batch_size)
 
     def extra_repr(self) -> str:

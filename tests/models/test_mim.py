@@ -1,15 +1,18 @@
 """The masked image modelling loss against a plain formulation of the whole model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
+from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling, convert_state_dict, load_checkpoint
+from beit_fast.models.mim import without_extra_head
 from beit_fast.nn import drop_path_scales
 
 
 def plain_loss(model, images, mask, tokens, keys=None):
-    """The model again, in ordinary torch and float64, over all tokens of all blocks."""
+    """The model again, in ordinary torch and float64, over all tokens of all blocks; with an extra head both losses."""
     w = {name: p.double() for name, p in model.named_parameters()}
     config = model.config
     D, H = config.width, config.num_heads
@@ -22,9 +25,9 @@ def plain_loss(model, images, mask, tokens, keys=None):
     if "pos_embed" in w:
         x = x + w["pos_embed"]
     B, N, _ = x.shape
-    bias = torch.zeros(H, N, N, dtype=torch.float64)
-    if model.rel_pos_bias is not None:
-        table = w["rel_pos_bias.relative_position_bias_table"]
+
+    def block_bias(table):
+        bias = torch.zeros(H, N, N, dtype=torch.float64)
         for i in range(N):
             for j in range(N):
                 if i and j:
@@ -33,11 +36,23 @@ def plain_loss(model, images, mask, tokens, keys=None):
                 else:
                     row = len(table) - (1 if i == j == 0 else 3 if i == 0 else 2)
                 bias[:, i, j] = table[row]
-    factors = torch.ones(config.depth, 2, B, dtype=torch.float64)
+        return bias
+
+    bias = torch.zeros(H, N, N, dtype=torch.float64)
+    if model.rel_pos_bias is not None:
+        bias = block_bias(w["rel_pos_bias.relative_position_bias_table"])
+    factors = torch.ones(config.depth + config.head_layers, 2, B, dtype=torch.float64)
     if keys is not None:
         factors = drop_path_scales(model.drop_path.rates, keys, B).double()
-    for i in range(config.depth):
-        p = {name.split(".", 2)[2]: v for name, v in w.items() if name.startswith(f"blocks.{i}.")}
+    early = None
+    stack = [f"blocks.{i}." for i in range(config.depth)] + [f"cls_pt_layers.{i}." for i in range(config.head_layers)]
+    ends = []
+    for i, prefix in enumerate(stack):
+        if i == config.depth:
+            ends.append(x)
+            x = torch.cat((x[:, :1], early[:, 1:]), 1)
+        p = {name.removeprefix(prefix): v for name, v in w.items() if name.startswith(prefix)}
+        bias = block_bias(p["attn.relative_position_bias_table"]) if "attn.relative_position_bias_table" in p else bias
         y = F.layer_norm(x, (D,), p["norm1.weight"], p["norm1.bias"], 1e-6)
         qkv_bias = torch.cat((p["attn.q_bias"], torch.zeros(D, dtype=torch.float64), p["attn.v_bias"]))
         q, k, v = F.linear(y, p["attn.qkv.weight"], qkv_bias).reshape(B, N, 3, H, D // H).permute(2, 0, 3, 1, 4)
@@ -48,10 +63,14 @@ def plain_loss(model, images, mask, tokens, keys=None):
         y = F.gelu(F.linear(y, p["mlp.fc1.weight"], p["mlp.fc1.bias"]))
         y = F.linear(y, p["mlp.fc2.weight"], p["mlp.fc2.bias"])
         x = x + factors[i, 1].view(-1, 1, 1) * p.get("gamma_2", torch.ones(D)) * y
-    x = F.layer_norm(x, (D,), w["norm.weight"], w["norm.bias"], 1e-6)[:, 1:]
-    logits = F.linear(x[mask.flatten(1)], w["lm_head.weight"], w["lm_head.bias"])
+        early = x if i + 1 == config.early_layers else early
     labels = tokens.flatten(1)[mask.flatten(1)]
-    return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()
+    results = []
+    for end in (*ends, x):
+        x = F.layer_norm(end, (D,), w["norm.weight"], w["norm.bias"], 1e-6)[:, 1:]
+        logits = F.linear(x[mask.flatten(1)], w["lm_head.weight"], w["lm_head.bias"])
+        results += [F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum()]
+    return tuple(results)
 
 
 def make(preset, depth=3, **overrides):
@@ -86,6 +105,112 @@ def test_loss_and_every_gradient_equal_the_plain_model(preset, depth):
     theirs = torch.autograd.grad(loss, list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
         assert (a - b).norm() <= 2e-5 * b.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize(("tables", "early", "extra"), [("shared", 2, 2), ("per_block", 1, 2), ("none", 1, 1)])
+def test_the_extra_head_equals_the_plain_model(tables, early, extra):
+    """BEiT v2: both losses, their sum's every gradient, drop path of the extra blocks included."""
+    model, images, mask, tokens = make(
+        "plain" if tables == "none" else "plus", 3, drop_path_rate=0.4, head_layers=extra, early_layers=early,
+        relative_position_bias=tables,
+    )  # fmt: skip
+    keys = torch.tensor([5, 17, 99])
+    expected = torch.linspace(0, 0.4, max(3, early + extra))[early : early + extra]
+    assert torch.equal(model.drop_path.rates, torch.cat((torch.linspace(0, 0.4, 3), expected)))
+    output = model.train()(images, mask, tokens, sample_keys=keys)
+    loss, correct, extra_loss, extra_correct = plain_loss(model, images, mask, tokens, keys)
+    torch.testing.assert_close(output.loss.double(), loss + extra_loss, rtol=1e-6, atol=1e-6)
+    assert (output.num_correct, output.extra_num_correct) == (correct, extra_correct)
+    ours = torch.autograd.grad(output.loss, list(model.parameters()))
+    theirs = torch.autograd.grad(loss + extra_loss, list(model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-8, name
+    assert all(layer.attn.relative_position_bias_table is None for layer in model.extra_layers()) == (
+        tables != "per_block"
+    )
+
+    alone = model.eval()(images, mask, tokens)
+    torch.testing.assert_close(alone.loss.double(), plain_loss(model, images, mask, tokens)[0], rtol=1e-6, atol=1e-6)
+    assert alone.extra_num_correct is None
+    model.blocks[-1].attn.proj = type("Linear", (torch.nn.Linear,), {})(32, 32)  # replaced parts: nothing is fused
+    model.cls_pt_layers[-1].mlp.fc1 = type("Linear", (torch.nn.Linear,), {})(32, 128)
+    both = model.train()(images, mask, tokens, sample_keys=keys).loss
+    plain = plain_loss(model, images, mask, tokens, keys)
+    torch.testing.assert_close(both.double(), plain[0] + plain[2], rtol=1e-5, atol=1e-6)
+
+
+def test_the_extra_head_starts_as_in_the_official_code():
+    """Its matrices are torch's own, those of layer early + i + 1 rescaled; everything else is as without it."""
+    torch.manual_seed(0)
+    config = BeitConfig.from_preset("tiny", depth=4, vocab_size=64, head_layers=3, early_layers=2)
+    model = BeitForMaskedImageModeling(config)
+    with torch.no_grad():
+        for index, block in enumerate(model.cls_pt_layers):
+            divisor = (2 * (2 + index + 1)) ** 0.5
+            for layer, by in (
+                (block.attn.qkv, 1),
+                (block.attn.proj, divisor),
+                (block.mlp.fc1, 1),
+                (block.mlp.fc2, divisor),
+            ):
+                bound = layer.in_features**-0.5
+                assert float(layer.weight.abs().max()) * by == pytest.approx(bound, rel=0.01)
+                assert float(layer.weight.std()) * by == pytest.approx(bound / 3**0.5, rel=0.02)
+    torch.manual_seed(0)
+    v1 = BeitForMaskedImageModeling(replace(config, head_layers=0))
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in v1.state_dict().items())
+    assert {name for name in state if name not in v1.state_dict()} == {
+        f"cls_pt_layers.{i}.{name.removeprefix('blocks.0.')}"
+        for i in range(3) for name in state if name.startswith("blocks.0.")
+    }  # fmt: skip
+
+
+def test_parameters_of_the_base_model():
+    """By hand, from the published layout: 14 blocks with LayerScale, one table."""
+    with torch.device("meta"):
+        model = BeitForMaskedImageModeling(BeitConfig.from_preset("base", head_layers=2, early_layers=9))
+    block = 4 * 768 + 3 * 768 * 768 + 2 * 768 + 768 * 768 + 768 + 8 * 768 * 768 + 3072 + 768 + 2 * 768
+    rest = 768 * 768 + 768 + 768 + 768 + (27 * 27 + 3) * 12 + 2 * 768 + 768 * 8192 + 8192
+    assert sum(p.numel() for p in model.parameters()) == 14 * block + rest == 106_143_056
+
+
+def test_weights_of_both_heads_load_and_only_the_backbone_goes_on(tmp_path):
+    model, images, mask, tokens = make("plus", 3, head_layers=2, early_layers=1)
+    torch.save({"model": model.state_dict()}, tmp_path / "beitv2_pt.pth")
+    torch.manual_seed(1)
+    again = BeitForMaskedImageModeling(model.config)
+    report = load_checkpoint(again, tmp_path / "beitv2_pt.pth", verbose=False)
+    assert (report.missing, report.ignored) == ([], {})
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in again.state_dict().items())
+    model.save_pretrained(tmp_path / "model")
+    opened = BeitForMaskedImageModeling.from_pretrained(tmp_path / "model").train()
+    assert torch.equal(opened(images, mask, tokens).loss, model.train()(images, mask, tokens).loss)
+
+    classifier = Beit.from_pretrained(tmp_path / "model", num_classes=3)
+    assert classifier.config.head_layers == 0
+    report = load_checkpoint(Beit(model.config.for_classification(3)), tmp_path / "beitv2_pt.pth", verbose=False)
+    dropped = {name for name in model.state_dict() if name.startswith("cls_pt_layers.")}
+    assert dropped < set(report.ignored)
+    assert "ignored (extra head of pre-training): cls_pt_layers.0.gamma_1" in str(report)
+    v1 = without_extra_head(model)
+    assert v1.config.head_layers == 0
+    assert torch.equal(v1(images, mask, tokens).loss, model.eval()(images, mask, tokens).loss)
+    names = convert_state_dict(model.state_dict(), to="timm")
+    assert not [name for name in names if name.startswith(("cls_pt_layers", "lm_head", "mask_token"))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_layers": 2}, "early_layers must lie between 1 and 2"),
+        ({"head_layers": 1, "early_layers": 3}, "early_layers must lie between 1 and 2"),
+        ({"head_layers": 1, "early_layers": 1, "mim_target": "pixels"}, "head_layers needs mim_target visual_tokens"),
+    ],
+)
+def test_an_extra_head_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        BeitConfig(depth=3, **changes)
 
 
 def test_tokens_of_all_patches_or_of_masked_ones_alone():

@@ -66,7 +66,7 @@ def test_they_are_those_of_the_fused_kernel_at_any_size(kind, size):
     with torch.no_grad():
         bias_of = model._attention_biases(images)
         layer = model.blocks[1]
-        _, normed = model._run_blocks(model._embed(images), bias_of, None, 1, layer.norm1)
+        _, normed = model._run_blocks(model._embed(images), bias_of, None, model.layers()[:1], layer.norm1)
         v = F.linear(normed, layer.attn.qkv.weight, layer.attn.qkv_bias()).chunk(3, -1)[2].unflatten(-1, (3, 16))
         mixed = torch.einsum("bhqn,bnhk->bqhk", model.attention_probabilities(images, 1), v).flatten(2)
         torch.testing.assert_close(mixed, layer.attn.attend(normed, bias_of(1)), atol=1e-5, rtol=1e-5)
