@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests" / "mutants.md"
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
 EQUIVALENT = re.compile(r"^- (\S+): `(.+)` : (.+)$", re.MULTILINE)
-"""A line of the table's second part: module, mutant, why no test can tell it from the original."""
+LEFT = re.compile(r"^- (\S+): `(.+)`$", re.MULTILINE)
+"""Lines of the table's second and third part: module, mutant, why no test can tell it from the original."""
 
 
 def preload(imported: list[str]) -> None:
@@ -55,7 +56,7 @@ def write_row(module: str, counts: tuple[int, int, int], survivors: list[str]) -
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", choices=sorted(SETTINGS["modules"]))
-    parser.add_argument("--only", default="", help="a part of the mutants' names; the table is left alone")
+    parser.add_argument("--again", action="store_true", help="only those that the table lists as left")
     options = parser.parse_args()
     settings = SETTINGS["modules"][options.module]
     for needed in ("cosmic_ray", "coverage"):
@@ -64,9 +65,11 @@ def main() -> int:
     torch.set_num_threads(1)
     os.chdir(ROOT)
     path = (ROOT / settings["file"]).resolve()
-    known = {mutant for module, mutant, _ in EQUIVALENT.findall(TABLE.read_text()) if module == options.module}
-    everything = [m for m in mutants_of(path.read_text(), SETTINGS["operators"]) if options.only in m.name]
-    mutants = [mutant for mutant in everything if mutant.name not in known]
+    table = TABLE.read_text()
+    known, left = ({m[1] for m in kind.findall(table) if m[0] == options.module} for kind in (EQUIVALENT, LEFT))
+    everything = mutants_of(path.read_text(), SETTINGS["operators"])
+    different = [mutant for mutant in everything if mutant.name not in known]
+    mutants = [mutant for mutant in different if mutant.name in left] if options.again else different
     survivors: list[str] = []
     with os.fdopen(os.dup(1), "w") as output, tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
@@ -87,10 +90,9 @@ def main() -> int:
                 print(f"survived ({tried} tried): {mutant.name}", file=output, flush=True)
 
         run.run(mutants, report)
-        equivalent, killed = len(everything) - len(mutants), len(mutants) - len(survivors)
-        print(f"{killed} of {len(mutants)} killed, {equivalent} equivalent", file=output)
-    if not options.only:
-        write_row(options.module, (len(everything), killed, equivalent), survivors)
+        killed = len(different) - len(survivors)
+        print(f"{killed} of {len(different)} killed", file=output)
+    write_row(options.module, (len(everything), killed, len(everything) - len(different)), survivors)
     return 0
 
 

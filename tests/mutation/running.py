@@ -21,6 +21,7 @@ ERROR = 99
 """Exit code of a forked process that failed outside the tests."""
 
 STARTUP = """
+import atexit
 import os
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -35,9 +36,20 @@ def get_code(self, name):
     return original(self, name)
 
 
+def trace(path, folder):
+    import coverage
+
+    test = (folder / "test").read_text()
+    found = coverage.Coverage(folder / f"lines.{os.getpid()}", include=[path], context=test, config_file=False)
+    found.start()
+    atexit.register(lambda: (found.stop(), found.save()))
+
+
 SourceFileLoader.get_code = get_code
+if "TRACED_FILE" in os.environ:
+    trace(os.environ["TRACED_FILE"], Path(__file__).parent)
 """
-"""`sitecustomize` of every process that the tests start: importing the file gives the changed text."""
+"""`sitecustomize` of every process that the tests start: a mutant counts there too, and so do the lines it runs."""
 
 
 @dataclass
@@ -50,8 +62,6 @@ class Trace:
     """Lines that run when the tests are collected."""
     seconds: dict[str, float]
     """Processor time of each test."""
-    processes: set[str]
-    """Tests that start processes, in which any line may run."""
     imported: list[str]
     """Names of the modules that were imported."""
 
@@ -114,27 +124,23 @@ def run_items(items: list[pytest.Item]) -> int:
 class Tracing:
     """pytest's plugin: which lines each test runs, what a fixture runs counting for every test that uses it."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, folder: Path):
         import coverage
 
-        self.path = str(path)
+        self.path, self.folder = str(path), folder
         self.coverage = coverage.Coverage(data_file=None, include=[self.path], config_file=False)
         self.contexts: dict[str, set[str]] = {"": set()}
         self.seconds: dict[str, float] = {}
-        self.processes: set[str] = set()
         self.test = ""
-        sys.addaudithook(self.audit)
+        os.environ["TRACED_FILE"] = self.path
         self.coverage.start()
-
-    def audit(self, event: str, arguments: tuple) -> None:
-        if self.test and event in ("os.fork", "os.posix_spawn", "subprocess.Popen"):
-            self.processes.add(self.test)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item):
         fixtures = {f"fixture {id(f)}" for chain in item._fixtureinfo.name2fixturedefs.values() for f in chain}
         self.test, self.contexts[item.nodeid] = item.nodeid, fixtures
         self.coverage.switch_context(item.nodeid)
+        (self.folder / "test").write_text(item.nodeid)
         began = sum(os.times()[:4])
         result = yield
         self.seconds[item.nodeid] = sum(os.times()[:4]) - began
@@ -148,22 +154,29 @@ class Tracing:
         return result
 
     def result(self) -> Trace:
+        import coverage
+
         self.coverage.stop()
         users = defaultdict(set)
         for test, fixtures in self.contexts.items():
             for context in (test, *fixtures):
                 users[context].add(test)
-        found = self.coverage.get_data().contexts_by_lineno(self.path)
+        data = self.coverage.get_data()
+        for file in self.folder.glob("lines.*"):  # of other processes; what was killed has left none
+            other = coverage.CoverageData(str(file))
+            other.read()
+            data.update(other)
+        found = data.contexts_by_lineno(self.path)
         lines = {line: set().union(*(users[c] for c in contexts)) - {""} for line, contexts in found.items()}
         at_import = {line for line, contexts in found.items() if "" in contexts}
-        return Trace(lines, at_import, self.seconds, self.processes, list(sys.modules))
+        return Trace(lines, at_import, self.seconds, list(sys.modules))
 
 
 def traced(path: Path, tests: list[str], folder: Path) -> Trace:
     """Run the tests as they are, in another process."""
 
     def action() -> int:
-        tracing, results = Tracing(path), []
+        tracing, results = Tracing(path, folder), []
         code = Session(tests, folder, lambda session: results.append(run_items(session.items))).run(tracing)
         (folder / "trace").write_bytes(pickle.dumps(tracing.result()))
         return results[0] if results else code
@@ -184,10 +197,10 @@ class Run:
         """The tests that run what changed: all where it runs at import."""
         if mutant.functions is None or mutant.lines & self.trace.at_import:
             return set(self.trace.seconds)
-        return set().union(*(self.trace.lines.get(line, ()) for line in mutant.lines)) | self.trace.processes
+        return set().union(*(self.trace.lines.get(line, ()) for line in mutant.lines))
 
     def killed(self, mutant: Mutant, session: pytest.Session | None, existing: Functions) -> bool:
-        """Whether a test fails: those of the first file first, quick ones before slow ones, processes last.
+        """Whether a test fails: those of the first file first, quick ones before slow ones.
 
         Args:
             mutant: The change.
@@ -201,8 +214,8 @@ class Run:
         def loop(collected: pytest.Session) -> int:
             files = list(dict.fromkeys(item.path for item in collected.items))
             items = [item for item in collected.items if item.nodeid in names]
-            place = {item: (item.nodeid in self.trace.processes, files.index(item.path)) for item in items}
-            return run_items(sorted(items, key=lambda item: (*place[item], seconds[item.nodeid])))
+            cost = {item: seconds[item.nodeid] for item in items}
+            return run_items(sorted(items, key=lambda item: (cost[item] > 1, files.index(item.path), cost[item])))
 
         def action() -> int:
             os.environ.update(MUTATED_FILE=str(self.path), MUTATED_TEXT=str(text))
