@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from beit_fast.train.config import OptimConfig, RunConfig
-from beit_fast.train.schedules import accumulation, learning_rate, requests_of, run_length, seed_of
+from beit_fast.train.schedules import RunSchedule, accumulation, learning_rate, requests_of, run_length, seed_of
 
 PAPER = OptimConfig()
 IMAGENET = 1_281_167
@@ -102,6 +102,7 @@ def test_poly_with_every_number_different_from_zero_and_one():
         line = least + (base - least) * (10 - step) / 10 if step <= 10 else least
         by_hand.append(line * (0.25 + 0.75 * step / 4 if step < 4 else 1))
     assert [learning_rate(s, config, total, warmup) for s in range(13)] == pytest.approx(by_hand, rel=1e-12)
+    assert learning_rate(0, config, total, 0) == pytest.approx(base)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,22 @@ def test_micro_batches_are_the_epoch_in_order(batch, per_device, size, parts):
             lengths = [len(request.positions) for request in own]
             assert max(lengths) - min(lengths) <= 1
             assert max(lengths) <= per_device
+
+
+def test_a_run_whose_batch_size_was_changed_twice():
+    """40 samples: from 4 to 8 after step 20 (epoch 2), then to 20 after step 27 (epoch 2 + 7/5 = 3.4)."""
+    fresh = RunSchedule(RunConfig(batch_size=4, epochs=6), 40)
+    assert (fresh.schedule_offset, fresh.data_offset) == (0, 0)
+    with pytest.raises(AttributeError):
+        fresh.data_offset = 1
+    first = RunSchedule.after(RunConfig(batch_size=8, epochs=6), 40, 20, fresh.state(20))
+    assert first.state(27) == {"total_steps": 40, "epoch": 3, "batch_size": 8, "offsets": [-10, -10]}
+    second = RunSchedule.after(RunConfig(batch_size=20, epochs=6, eval_every=3), 40, 27, first.state(27))
+    assert (second.schedule_offset, second.data_offset) == (-20, -20)  # step 27 is the 7th of two a epoch, of 6.8
+    assert (second.epoch(27), second.samples_seen(27), second.last) == (3.5, 140, 32)
+    requests = list(second.requests(27, 29, 0, 1))
+    assert [(r.epoch, r.positions.tolist()) for r in requests] == [(3, [*range(20, 40)]), (4, [*range(20)])]
+    assert [step for step in range(40) if second.evaluates(step, 30)] == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]
 
 
 def test_seeds():
