@@ -96,7 +96,7 @@ def evaluate_classifier(
 ) -> Evaluation:  # fmt: skip
     """Run `model` (already in evaluation mode, under whatever autocast) over its share of `views` and add up all ranks.
 
-    `alive` is called for each batch.
+    Of equal logits that of the first class comes first. `alive` is called for each batch.
 
     Raises:
         ValueError: not one image could be used.
@@ -110,7 +110,7 @@ def evaluate_classifier(
         alive()
         logits = model(batch.images).float()
         loss += F.cross_entropy(logits, batch.labels, reduction="sum").double()
-        first = logits.topk(min(5, count), dim=1).indices
+        first = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
         hits = first == batch.labels[:, None]
         sums[0] += torch.bincount(batch.labels, minlength=count)
         sums[1] += torch.bincount(batch.labels, hits[:, 0].double(), minlength=count).long()

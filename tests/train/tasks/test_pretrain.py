@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import beit_fast
 from beit_fast.cli.train import main
 from beit_fast.data import builtin
-from beit_fast.models import BeitConfig
+from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.metrics import read_metrics
@@ -68,6 +70,30 @@ def test_multiply_adds_of_the_paper_models():
     large = multiply_adds(BeitConfig.from_preset("large"), 75)
     assert base / 1e9 == pytest.approx(18.03, abs=0.01)
     assert 6 * large / 1e9 == pytest.approx(373, abs=0.5)
+    # BEiT-B by hand: 197 tokens of 768; queries, keys, values and output, two products of attention, a fourfold MLP
+    block = 197 * 768 * (4 * 768 + 2 * 197 + 8 * 768)
+    assert base == 196 * 768 * 768 + 12 * block + 75 * 768 * 8192
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+def test_multiply_adds_are_those_that_torch_counts(size):
+    config = BeitConfig.from_preset(size).for_classification(1000)
+    with torch.device("meta"), torch.no_grad(), beit_fast.use_backend("reference"):
+        model, images = Beit(config).eval(), torch.empty(1, 3, 224, 224)
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+    assert counter.get_total_flops() == 2 * multiply_adds(config)
+
+
+def test_multiply_adds_of_pretraining_are_those_that_torch_counts():
+    """What the last block saves, output and MLP at the 10 of 17 tokens that are not masked, is not subtracted."""
+    config = BeitConfig.from_preset("tiny", image_size=32, patch_size=8, width=32, depth=3, num_heads=2, vocab_size=50)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[:, 5:12] = True
+    model = BeitForMaskedImageModeling(config).eval()
+    with torch.no_grad(), beit_fast.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 32, 32), mask, torch.zeros(1, 7, dtype=torch.long))
+    assert counter.get_total_flops() + 2 * 10 * 9 * 32 * 32 == 2 * multiply_adds(config, 7)
 
 
 def test_resume_is_bit_exact(config, weights, tmp_path):
