@@ -11,25 +11,16 @@ from PIL import Image
 from pyarrow import parquet
 
 import beit_fast
-from beit_fast.cli.main import main
-from beit_fast.data.builtin import render_labelled
 from beit_fast.models import BeitForSemanticSegmentation
 from beit_fast.tokenizers import load_tokenizer
 from beit_fast.train.evaluation.knn import knn_accuracy
 from benchmarks.baselines.libraries import make_torchvision_importable
+from tests.cli.typed import beit
+from tests.images import write_kinds
 
 LOADING = "--data.threads 1 --device cpu --log.progress none"
 ARCHITECTURE = "--model.size tiny --model.width 64 --model.depth 2 --model.num-heads 2 --model.image-size 64"
 SHORT = "--batch-size 8 --batch-per-device 8"
-
-
-def beit(*words):
-    """`beit-fast WORDS`; returns its exit code."""
-    arguments = [part for word in words for part in (word.split() if isinstance(word, str) else [str(word)])]
-    try:
-        return main(arguments)
-    except SystemExit as done:
-        return done.code or 0
 
 
 @pytest.fixture(autouse=True)
@@ -40,17 +31,7 @@ def torchvision():
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Class folders of JPEGs, under train and val: three classes of drawn scenes."""
-    root, counts = tmp_path_factory.mktemp("images"), {}
-    index = 0
-    while min(counts.values(), default=0) < 14 or len(counts) < 3:
-        pixels, label = render_labelled(index, 0, 80)
-        index += 1
-        if label < 3 and counts.get(label, 0) < 14:
-            number = counts[label] = counts.get(label, 0) + 1
-            folder = root / ("val" if number <= 4 else "train") / f"kind_{label}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=95)
-    return root
+    return write_kinds(tmp_path_factory.mktemp("images"), 14)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from beit_fast.data.builtin import render_labelled
 from tests.docs.toy import labelled
+from tests.images import write_kinds
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -23,17 +23,8 @@ STUBS = "from torchvision_stubs import make_torchvision_importable\nmake_torchvi
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Folders of JPEGs with classes, and with label maps."""
-    from PIL import Image
-
-    root, counts, index = tmp_path_factory.mktemp("data"), {}, 0
-    while min(counts.values(), default=0) < 12 or len(counts) < 3:
-        pixels, label = render_labelled(index, 0, 80)
-        index += 1
-        if label < 3 and counts.get(label, 0) < 12:
-            number = counts[label] = counts.get(label, 0) + 1
-            folder = root / "images" / ("val" if number <= 4 else "train") / f"kind_{label}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=95)
+    root = tmp_path_factory.mktemp("data")
+    write_kinds(root / "images", 12)
     labelled(root / "scenes", "train/images", "train/labels", "val/images", "val/labels")
     (root / "scenes" / "classes.txt").write_text("sky\ngrass\nwater\n")
     return root

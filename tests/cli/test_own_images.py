@@ -24,13 +24,14 @@ from PIL import Image
 
 import beit_fast
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
-from beit_fast.cli.main import main
 from beit_fast.data import BlockwiseMasking, CropSampler, PretrainLoader, Request, open_source
 from beit_fast.data.sources import files as files_module
 from beit_fast.train.evaluation.knn import knn_accuracy
 from beit_fast.train.metrics import read_metrics
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from tests.cli.typed import beit
 from tests.data.flaky_server import serving
+from tests.images import scan, write_scans
 
 SHORT = (
     "--batch-size 8 --batch-per-device 8 --tokenizer.name demo --data.threads 1 --device cpu --log.progress none "
@@ -39,32 +40,11 @@ SHORT = (
 TRAIN = "train pretrain_own_images --data.channels 1"
 
 
-def beit(*words):
-    """`beit-fast WORDS`; returns its exit code."""
-    arguments = [part for word in words for part in (word.split() if isinstance(word, str) else [str(word)])]
-    try:
-        return main(arguments)
-    except SystemExit as done:
-        return done.code or 0
-
-
-def scan(label, rng):
-    y, x = np.mgrid[:44, :52]
-    angle = rng.uniform(0, np.pi)
-    wave = np.sin((0.3, 1.0)[label] * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0, 6))
-    return (30_000 + 12_000 * wave + rng.normal(0, 2000, x.shape)).astype(np.uint16)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """200 grey scans of 16 bits (D), labelled ones, weights as the official code writes them, and the scans packed."""
     root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
-    folders = {"D": 200} | {f"labelled/{part}/{c}": n for part, n in (("train", 8), ("val", 5)) for c in "ab"}
-    for folder, count in folders.items():
-        (root / folder).mkdir(parents=True)
-        for number in range(count):
-            label = number % 2 if folder == "D" else "ab".index(folder[-1])
-            Image.fromarray(scan(label, rng)).save(root / folder / f"{number:03d}.tif")
+    write_scans(root, "D", 200, 8, 5, rng, lambda label, rng: scan(label, rng, (44, 52), 30_000, 12_000, 2000))
     torch.manual_seed(0)
     model = BeitForMaskedImageModeling(BeitConfig(image_size=32, patch_size=8, width=32, depth=2, num_heads=2))
     torch.save({"model": model.state_dict()}, root / "W.pth")

@@ -127,3 +127,10 @@ def test_images_that_are_not_there(by_clock, tmp_path, capsys):
     assert {name: numbers[name] for name in expected} == pytest.approx(expected)
     note = "steps per epoch (of the data that the recipe is for; built-in images stand in)"
     assert f"1,281,167 samples, 625 {note}" in capsys.readouterr().out
+
+
+def test_the_sizes_of_the_data_sets_that_recipes_are_for():
+    """ImageNet-1k, which pre-training without classes means too, ImageNet-22k, CIFAR-100 and ADE20K."""
+    images = {None: 1_281_167, 1000: 1_281_167, 21_841: 14_197_122, 100: 50_000, 150: 20_210}
+    assert images == planner.IMAGES
+    assert (planner.STANDING_IN, planner.MEASURED_ON_CPU) == (64, 2)

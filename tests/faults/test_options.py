@@ -6,6 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.images import write_scenes
+
 WORDS = st.sampled_from(["", "x", "1e400", "--", "0"])
 NUMBERS = st.one_of(st.integers(-3, 70), st.floats(allow_nan=True, width=32), WORDS)
 NAMES = st.sampled_from(
@@ -121,8 +123,7 @@ def test_bad_images(tmp_path, outcome):
     folder = tmp_path / "images"
     folder.mkdir()
     bad_images(folder, 40)
-    for index in range(58):
-        Image.fromarray(builtin.render(index, seed=5, size=48)).save(folder / f"good{index:02d}.jpg")
+    write_scenes(folder, 58, "good{:02d}.jpg")
     scene = Image.fromarray(builtin.render(58, seed=5, size=48))
     scene.convert("CMYK").save(folder / "cmyk.jpg")
     scene.convert("L").save(folder / "grey.png")

@@ -24,6 +24,7 @@ from beit_fast.train.checkpoint.format import list_checkpoints
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.tasks.feature_cache import FeatureCache
+from tests.images import write_scenes
 
 CPU = World(0, 1, torch.device("cpu"))
 
@@ -185,16 +186,12 @@ LOG = LogConfig(every_steps=2, progress="none")
 
 def make_pretrain(folder):
     """With repeated views, a token cache, a picture, and one image that cannot be used."""
-    from PIL import Image
 
-    from beit_fast.data import builtin
     from beit_fast.train.tasks import pretrain
 
     images = folder.parent / "images"
     if not images.exists():
-        images.mkdir()
-        for index in range(25):
-            Image.fromarray(builtin.render(index, seed=5, size=48)).save(images / f"{index:03d}.jpg")
+        write_scenes(images, 25)
         (images / "bad.jpg").write_bytes(b"no image")
     return pretrain.MaskedImageModeling(pretrain.PretrainConfig(
         output_dir=folder, steps=8, batch_size=6, batch_per_device=6, log=LOG,

@@ -86,7 +86,7 @@ def test_the_picture_is_the_shares_of_the_confusion(classes, tmp_path, monkeypat
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append((figure, path, dpi)))
     confusion = np.eye(classes, dtype=np.int64) * 3
     confusion[1] = 0
-    confusion[2, 0] = 1
+    confusion[2, 0] = confusion[3, 3] = 1
     images = confusion.sum(1)
     hits = confusion.diagonal().copy()
     found = Evaluation(tuple(f"c{n}" for n in range(classes)), images, hits, hits, 1.0, confusion)
@@ -104,4 +104,22 @@ def test_the_picture_is_the_shares_of_the_confusion(classes, tmp_path, monkeypat
     labels = [[text.get_text() for text in axis.get_ticklabels()] for axis in (axes.xaxis, axes.yaxis)]
     names = list(found.classes)
     assert (labels == [names, names]) == (classes == 40)
+    if classes == 40:
+        first = (axes.get_xticklabels()[0], axes.get_yticklabels()[0])
+        assert [(text.get_rotation(), text.get_size()) for text in first] == [(90, 7), (0, 7)]
     assert (path, dpi, tuple(figure.get_size_inches())) == (tmp_path / "confusion.png", 120, (8, 7))
+
+
+def test_the_table_begins_with_the_worst_class(tmp_path):
+    """Of one image, of which it is all; of four, three right and one taken for the first; of none, left out."""
+    confusion = np.array([[1, 0, 0, 0], [1, 3, 0, 0], [0, 0, 0, 0], [0, 2, 2, 0]])
+    images, right = np.array([1, 4, 0, 4]), np.array([1, 3, 0, 0])
+    found = Evaluation(("one", "four", "none", "lost"), images, right, images, 1.0, confusion)
+    with pytest.raises(AttributeError):
+        found.loss = 0.0
+    assert found.write(tmp_path)[0] == tmp_path / "per_class.tsv"
+    assert (tmp_path / "per_class.tsv").read_text() == (
+        "class\timages\ttop1_percent\ttop5_percent\tmost_often_taken_for\n"
+        "lost\t4\t0.00\t100.00\tfour (2)\nfour\t4\t75.00\t100.00\tone (1)\none\t1\t100.00\t100.00\t\n"
+    )
+    assert Evaluation(("one",), images[:1], right[:1], right[:1], 1.0, confusion[:1, :1])._taken_for(0) == ""

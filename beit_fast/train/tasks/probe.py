@@ -180,6 +180,7 @@ class LinearProbe(ImageTask):
             "image_size": c.model.image_size, "crop_share": loader.crop_share, "normalization": c.data.normalization,
             "precision": str(self.dtype), **({} if c.data.channels is None else c.data.description()),
             "value_range": c.data.value_range, "labels": zlib.crc32(images.labels.tobytes()),
+            "num_heads": self.backbone.config.num_heads,  # which a model without a table of biases does not show
         }  # fmt: skip
         cache = FeatureCache(c.output_dir / "features" / name, key, (len(images), *shape), self.world)
         if not cache.complete:

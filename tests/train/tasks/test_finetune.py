@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_fast.data.builtin import render_labelled
 from beit_fast.data.classification import EvaluationLoader
 from beit_fast.data.labelled import builtin_labelled
 from beit_fast.data.loader import Request
@@ -32,6 +31,7 @@ from beit_fast.train.tasks.finetune import (
 )
 from beit_fast.train.tasks.weights import load_weights, resolve_weights
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from tests.images import write_class_folders
 
 make_torchvision_importable()
 
@@ -287,13 +287,7 @@ def test_the_table_names_what_a_class_is_taken_for(tmp_path):
 
 
 def folders(root, classes):
-    for split, count in (("train", 4), ("val", 2)):
-        for place, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels, _ = render_labelled(10 * place + number, 5, 32)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.jpg")
-    return str(root)
+    return str(write_class_folders(root, classes, 4, 2))
 
 
 def test_folders_train_and_validate(config, tmp_path):

@@ -4,15 +4,13 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from beit_fast.cli.demo import demo_of
 from beit_fast.cli.train import main
-from beit_fast.data.builtin import render_labelled
 from beit_fast.train.tasks.finetune import Finetune
 from beit_fast.train.tasks.probe import LinearProbe
+from tests.images import write_class_folders
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 FINETUNE = (
@@ -59,12 +57,7 @@ def test_the_probes_demo_runs_to_its_end(cache, tmp_path):
 
 
 def test_the_full_recipe_can_be_planned(cache, tmp_path, capsys):
-    for split, count in (("train", 8), ("val", 2)):
-        for name in ("ant", "bee"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels, _ = render_labelled(number, 0, 48)
-                Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "data" / split / name / f"{number}.png")
+    write_class_folders(tmp_path / "data", ("ant", "bee"), 8, 2)
     arguments = "--data.num-classes 2 --batch-size 8 --batch-per-device 4 --model.image-size 32 --dry-run --scratch"
     code = run(load("finetune_imagenet_base"), Finetune, cache, tmp_path / "run",
                "--data.path", str(tmp_path / "data"), *arguments.split())  # fmt: skip

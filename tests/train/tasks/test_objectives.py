@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from beit_fast.data import builtin
 from beit_fast.models import Beit
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
@@ -23,18 +22,14 @@ from beit_fast.train.tasks.pretrain import (
     TokenizerConfig,
 )
 from beit_fast.train.tasks.weights import load_weights
+from tests.images import write_scenes
 
 MODEL = {"width": 32, "depth": 2, "num_heads": 2, "image_size": 32, "patch_size": 8, "drop_path_rate": 0.0}
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(12):
-        Image.fromarray(builtin.render(index, seed=5, size=48)).save(folder / f"{index:03d}.jpg")
-    return folder
+    return write_scenes(tmp_path_factory.mktemp("images"), 12)
 
 
 @pytest.fixture

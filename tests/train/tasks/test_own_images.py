@@ -22,6 +22,7 @@ from beit_fast.train.tasks import finetune, pretrain, tokenizer
 from beit_fast.train.tasks.adapters import LoraConfig, add_lora, merged
 from beit_fast.train.tasks.start import StartingWeights, defaults_for, with_images_seen
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from tests import images
 
 make_torchvision_importable()  # peft imports transformers, which imports it
 
@@ -29,23 +30,16 @@ ARCHITECTURE = BeitConfig(image_size=32, patch_size=8, width=32, depth=2, num_he
 CPU = World(0, 1, torch.device("cpu"))
 
 
-def scan(label, rng, shape=(40, 48)):
-    y, x = np.mgrid[: shape[0], : shape[1]]
-    angle = rng.uniform(0, np.pi)
-    wave = np.sin((0.3, 1.0)[label] * (np.cos(angle) * x + np.sin(angle) * y))
-    return np.clip(2000 + 900 * wave + rng.normal(0, 100, shape), 0, 4095).astype(np.uint16)
+def scan(label, rng):
+    """12 bits in 16."""
+    return images.scan(label, rng, (40, 48), 2000, 900, 100, most=4095)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Scans of 12 bits in 16-bit TIFFs, labelled ones, and weights of the released form."""
     root, rng = tmp_path_factory.mktemp("own"), np.random.default_rng(0)
-    folders = {"scans": 16} | {f"labelled/{part}/{c}": n for part, n in (("train", 6), ("val", 4)) for c in "ab"}
-    for folder, count in folders.items():
-        (root / folder).mkdir(parents=True)
-        for number in range(count):
-            label = number % 2 if folder == "scans" else "ab".index(folder[-1])
-            Image.fromarray(scan(label, rng)).save(root / folder / f"{number:02d}.tif")
+    images.write_scans(root, "scans", 16, 6, 4, rng, scan)
     torch.manual_seed(0)
     model = BeitForMaskedImageModeling(ARCHITECTURE)
     torch.save({"model": model.state_dict()}, root / "pt22k.pth")

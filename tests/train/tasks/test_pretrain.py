@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import beit_fast
 from beit_fast.cli.train import main
-from beit_fast.data import builtin
 from beit_fast.models import Beit, BeitConfig, BeitForMaskedImageModeling
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
@@ -26,17 +25,13 @@ from beit_fast.train.tasks.pretrain import (
     TokenizerConfig,
     multiply_adds,
 )
+from tests.images import write_scenes
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A flat folder of 24 small JPEG files."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(24):
-        Image.fromarray(builtin.render(index, seed=5, size=48)).save(folder / f"{index:03d}.jpg")
-    return folder
+    return write_scenes(tmp_path_factory.mktemp("images"), 24)
 
 
 @pytest.fixture

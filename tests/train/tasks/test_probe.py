@@ -6,10 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors import safe_open
 from torch import nn
 
-from beit_fast.data.builtin import render_labelled
 from beit_fast.data.sampling import epoch_order
 from beit_fast.models import Beit, convert_state_dict
 from beit_fast.train import engine
@@ -18,8 +17,9 @@ from beit_fast.train.config import LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
 from beit_fast.train.schedules import learning_rate, requests_of
 from beit_fast.train.tasks.finetune import ClassifierModelConfig, LabelledDataConfig
-from beit_fast.train.tasks.probe import LayerProbes, LinearProbe, ProbeConfig, block_features
+from beit_fast.train.tasks.probe import FeatureBatch, LayerProbes, LinearProbe, ProbeConfig, block_features
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
+from tests.images import write_class_folders
 
 make_torchvision_importable()
 
@@ -126,6 +126,52 @@ def test_each_probe_is_trained_as_if_alone(config, standardise):
         torch.testing.assert_close(weights["weight"][layer].double(), linear.weight.T.detach(), rtol=2e-3, atol=2e-4)
 
 
+def test_the_best_layer_is_recomputed_image_by_image(config, tmp_path):
+    """Logits that are the features themselves, in batches of 3; of layers that are equally good the first is best."""
+    task, model = LinearProbe(config), LayerProbes(3, 4, 4)
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(4).expand(3, 4, 4))
+    generator = torch.Generator().manual_seed(1)
+    features = torch.rand(13, 3, 4, generator=generator)
+    labels = torch.randint(0, 4, (13,), generator=generator)
+    features[torch.arange(5), 1, labels[:5]] += 1  # so that the second layer is better
+    features[:, 2] = features[:, 1]
+    batches = [FeatureBatch(features[i : i + 3], labels[i : i + 3]) for i in range(0, 13, 3)]
+    right = [0, 0, 0]
+    for rows, label in zip(features.tolist(), labels.tolist(), strict=True):
+        for layer, row in enumerate(rows):
+            right[layer] += row.index(max(row)) == label
+    assert right[0] < right[1] == right[2] < 13
+    alive = []
+    task.world, task.alive, task.classes = CPU, lambda: alive.append(1), ["a", "b", "c", "d"]
+    task.validation_loader, task._validation_batches = object(), lambda loader: iter(batches)
+    percents = [100 * count / 13 for count in right]
+    names = [f"layer{layer:02d}_top1_percent" for layer in (1, 2, 3)]
+    expected = dict(zip(names, percents, strict=True)) | {"best_layer": 2, "best_top1_percent": percents[1]}
+    assert task.evaluate(model, 0) == expected | {"validation_images": 13}
+    assert len(alive) == len(batches)
+    sums, loss = {}, 0.0
+    for batch in batches:
+        output = task.loss(model, batch, torch.tensor(13.0))
+        loss += output.loss.item()
+        for name, value in output.sums.items():
+            sums[name] = sums.get(name, 0) + int(value)
+    assert sums == {"correct_1": right[0], "correct_2": right[1], "correct_3": right[2], "images": 13}
+    assert task.summarise(sums) == {"best_train_top1_percent": percents[1]}
+    by_hand = [(row.logsumexp(0) - row[label]) for rows, label in zip(features, labels, strict=True) for row in rows]
+    assert loss == pytest.approx(float(sum(by_hand)) / 13, rel=1e-5)
+    task.finish(model, tmp_path)
+    lines = "".join(f"{layer:02d}\t{value:.2f}\n" for layer, value in zip((1, 2, 3), percents, strict=True))
+    assert (tmp_path / "layers.tsv").read_text() == "layer\ttop1_percent\n" + lines
+    with safe_open(tmp_path / "probes.safetensors", "pt") as file:
+        described = {"features": "cls+mean", "weights": "None", "classes": ["a", "b", "c", "d"]}
+        assert json.loads(file.metadata()["probe"]) == described
+        assert torch.equal(file.get_tensor("weight"), model.weight)
+    task._validation_batches = lambda loader: iter(())
+    with pytest.raises(ValueError, match="not one validation image could be used; bad files are named above"):
+        task.evaluate(model, 0)
+
+
 def test_the_features_are_computed_once(config, capsys):
     run(config)
     assert capsys.readouterr().out.count("features: ") == 2
@@ -167,13 +213,7 @@ def test_with_augmentation_every_epoch_has_other_features(config):
 
 
 def test_unusable_images_are_left_out(config, tmp_path):
-    root = tmp_path / "data"
-    for split in ("train", "val"):
-        for place, name in enumerate(("ant", "bee")):
-            (root / split / name).mkdir(parents=True)
-            for number in range(6):
-                pixels, _ = render_labelled(10 * place + number, 9, 32)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.jpg")
+    root = write_class_folders(tmp_path / "data", ("ant", "bee"), 6, 6, seed=9)
     (root / "train" / "bee" / "3.jpg").write_bytes(b"no image")
     data = dataclasses.replace(config.data, path=str(root), max_bad_share=1.0)
     config = dataclasses.replace(config, data=data, batch_size=4, batch_per_device=4, steps=2)

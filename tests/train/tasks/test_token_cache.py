@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from beit_fast.cli.train import main
-from beit_fast.data import BlockwiseMasking, CropSampler, PretrainLoader, Request, builtin, open_source
+from beit_fast.data import BlockwiseMasking, CropSampler, PretrainLoader, Request, open_source
 from beit_fast.data.token_store import HEADER_BYTES, TokenStore
 from beit_fast.tokenizers import Tokenizer
 from beit_fast.train import engine
@@ -27,6 +27,7 @@ from beit_fast.train.tasks.pretrain import (
     PretrainConfig,
     TokenizerConfig,
 )
+from tests.images import write_scenes
 
 CYCLE, EPOCH, EPOCHS = 2, 4, 4  # epochs, steps, epochs
 
@@ -34,12 +35,7 @@ CYCLE, EPOCH, EPOCHS = 2, 4, 4  # epochs, steps, epochs
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A flat folder of 26 small JPEG files: batches of 6 leave two of them out of every epoch, others each time."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(26):
-        Image.fromarray(builtin.render(index, seed=5, size=48)).save(folder / f"{index:03d}.jpg")
-    return folder
+    return write_scenes(tmp_path_factory.mktemp("images"), 26)
 
 
 @pytest.fixture
