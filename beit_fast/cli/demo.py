@@ -12,6 +12,8 @@ from beit_fast.train.tasks.finetune import FinetuneConfig
 from beit_fast.train.tasks.pretrain import PretrainConfig, TokenizerConfig
 from beit_fast.train.tasks.probe import ProbeConfig
 from beit_fast.train.tasks.segment import SegmentConfig
+from beit_fast.train.tasks.teacher import TeacherConfig
+from beit_fast.train.tasks.vqkd import TrainVqkdConfig
 
 SEGMENTATION_CROP = 128
 """Pixels of a segmentation demo's crops: at 512 the head alone would take a CPU minutes per step."""
@@ -34,9 +36,20 @@ def _shortened(config: Any, **values: Any) -> Any:
 def _(config: PretrainConfig) -> RunConfig:
     """About three minutes on two CPU cores."""
     steps = 10 if config.model.size == "large" else 30
+    data = replace(config.data, one_view=False)  # the small tokenizer has tokens of 8 pixels
     return _shortened(
         config, steps=1000, max_steps=steps, batch_size=4, batch_per_device=4, tokenizer=TokenizerConfig(name="demo"),
-        optim=replace(config.optim, warmup_steps=5), checkpoint=CheckpointConfig(every_steps=min(steps // 2, 10)),
+        data=data, optim=replace(config.optim, warmup_steps=5),
+        checkpoint=CheckpointConfig(every_steps=min(steps // 2, 10)),
+    )  # fmt: skip
+
+
+@demo_of.register
+def _(config: TrainVqkdConfig) -> RunConfig:
+    return _shortened(
+        config, steps=4, batch_size=4, batch_per_device=4, teacher=TeacherConfig(name="random"),
+        data=replace(config.data, builtin_images=64), optim=replace(config.optim, warmup_steps=1),
+        evaluation=replace(config.evaluation, images=8),
     )  # fmt: skip
 
 
@@ -83,12 +96,18 @@ def banner(recipe: RunConfig, demo: RunConfig, command: str) -> str:
     if isinstance(demo, PretrainConfig):
         model, data = f"the real BEiT ({demo.model.size})", "imagenet/train"
         images, start = "images that are drawn on this machine", ", with the small tokenizer that comes along"
-        real += ", DALL-E's tokenizer fetched at first use"
+        assert isinstance(recipe, PretrainConfig)
+        owner = "BEiT v2" if recipe.tokenizer.name == "vqkd" else "DALL-E"
+        real += f", {owner}'s tokenizer fetched at first use"
         hint = f" To go on with this demo: --max-steps {10 * (steps or 1)}"
     elif isinstance(recipe, SegmentConfig) and isinstance(demo, SegmentConfig):
         model, data = f"{model} on crops of {demo.model.image_size} pixels", "ADEChallengeData2016 --weights WEIGHTS"
         images, peer = "scenes that are drawn on this machine with their label maps", "ADE20K"
         real = f"{recipe.steps:,} steps of {recipe.batch_size} crops of {recipe.model.image_size} pixels"
+    elif isinstance(recipe, TrainVqkdConfig):
+        model, data = "the real tokenizer", "imagenet/train"
+        images, start = "images that are drawn on this machine", ", with an untrained tiny BEiT as the teacher"
+        real += f", taught by {recipe.teacher.name}"
     elif getattr(recipe, "scratch", False):
         data = "imagenet"
     return f"""{LINE}

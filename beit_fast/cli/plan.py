@@ -29,6 +29,7 @@ from beit_fast.train.progress import duration
 from beit_fast.train.schedules import accumulation, requests_of, run_length
 from beit_fast.train.task import Task
 from beit_fast.train.tasks.finetune import LabelledDataConfig
+from beit_fast.train.tasks.model import ModelConfig
 from beit_fast.train.tasks.pretrain import PretrainConfig
 from beit_fast.train.tasks.segment import SegmentationDataConfig
 
@@ -225,12 +226,13 @@ def on_gpu(config: RunConfig, n: dict[str, float], noun: str) -> list[tuple[str,
     )
     split = count if config.parallel == "fsdp2" else 1
     fits = largest_micro_batch(gpu.memory_bytes, n["state_bytes"] / split, per_sample)
-    flops = n.get("flops_per_image", 0.0) + n.get("tokenizer_flops_per_image", 0.0)
+    flops = sum(n.get(f"{part}flops_per_image", 0.0) for part in ("", "tokenizer_", "teacher_"))
     if not flops:
         return [(f"on {count} x {gpu.name}", "no FLOPs are known of this task, so no time can be said")]
     work: Work = "pre-training" if n.get("tokenizer_flops_per_image") else "training"
     work = "inference" if n.get("forward_flops_per_image") == n.get("flops_per_image") else work
     model = getattr(config, "model", None)
+    model = model if isinstance(model, ModelConfig) else None
     usual = model is not None and (model.preset, model.image_size, model.width, model.depth) == (
         "plus",
         224,

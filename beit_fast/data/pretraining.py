@@ -66,7 +66,7 @@ class PretrainLoader(Loader):
         sampler: draws windows, flips and colours.
         seed: of everything that is random, together with epoch and sample.
         image_size: side of the model's view in pixels, or (height, width).
-        token_image_size: likewise of the tokenizer's view.
+        token_image_size: likewise of the tokenizer's view. None: it sees the model's view (bicubic), not normalised.
         mean, std: normalise the model's view.
         device: "cuda" gives batches on the GPU.
         decoder: "dali" (CPU), "dali-gpu" (nvJPEG; the resize is DALI's too; unverified), "pil", or "auto" = "dali-gpu"
@@ -86,7 +86,7 @@ class PretrainLoader(Loader):
 
     def __init__(
         self, source: ImageSource, masking: BlockwiseMasking, sampler: CropSampler, *,
-        seed: int, image_size: int | tuple[int, int] = 224, token_image_size: int | tuple[int, int] = 112,
+        seed: int, image_size: int | tuple[int, int] = 224, token_image_size: int | tuple[int, int] | None = 112,
         mean: Sequence[float] = (0.5, 0.5, 0.5), std: Sequence[float] = (0.5, 0.5, 0.5),
         device: str | torch.device = "cpu", decoder: Literal["auto", "dali", "dali-gpu", "pil"] = "auto",
         jitter_center: Literal["view", "image"] = "view", bad_images: BadImages | None = None,
@@ -94,7 +94,9 @@ class PretrainLoader(Loader):
         view_cycle: int | None = None, token_store: TokenStore | None = None,
         value_range: tuple[float, float] | None = None, channels: int | None = None,
     ) -> None:  # fmt: skip
-        for name, size in (("image_size", image_size), ("token_image_size", token_image_size)):
+        self.one_view = token_image_size is None
+        token_size = masking.grid if token_image_size is None else token_image_size  # of one view: made of nothing
+        for name, size in (("image_size", image_size), ("token_image_size", token_size)):
             sides = height_width(size)
             if min(sides) < 1 or any(side % patches for side, patches in zip(sides, masking.grid, strict=True)):
                 raise ValueError(f"{name} {size} is not a multiple of the mask's grid {masking.grid}")
@@ -125,7 +127,7 @@ class PretrainLoader(Loader):
         on_cpu = self.open_decoder("pil" if self.decoder == "dali-gpu" else self.decoder)
         whole = jitter_center == "image"
         self._resizer: Resizer
-        self._resizer = CpuResizer(on_cpu, self.workers, image_size, token_image_size, whole, channels)
+        self._resizer = CpuResizer(on_cpu, self.workers, image_size, token_size, whole, channels)
         if self.decoder == "dali-gpu":
             self._resizer = DaliResizer(self.device, self.threads, self._resizer)
         self._lock = threading.Lock()  # a decoder has one set of buffers
@@ -138,6 +140,7 @@ class PretrainLoader(Loader):
         tokens, known = None, np.zeros(len(samples), np.bool_)
         if self.token_store is not None:
             tokens, known = self.token_store.read(epoch, np.array([sample.index for sample in samples], np.int64))
+        skipped = np.ones_like(known) if self.one_view else known
         views = self._resizer.empty(len(samples))
         flips, factors = np.empty(len(samples), np.bool_), np.empty((len(samples), 3), np.float32)
 
@@ -145,7 +148,7 @@ class PretrainLoader(Loader):
             chosen = [samples[row] for row in rows]
             windows, flips[rows], factors[rows] = self.draw(self.sampler, self._view_epoch(epoch), chosen)
             with self._lock:
-                failed = self._resizer.resize_into(views, rows, chosen, windows, known)
+                failed = self._resizer.resize_into(views, rows, chosen, windows, skipped)
             known[list(failed)] = False
             return failed
 
@@ -154,8 +157,11 @@ class PretrainLoader(Loader):
         masked_indices = torch.from_numpy(np.flatnonzero(mask.numpy()))
         unknown = torch.from_numpy(np.flatnonzero(~known))
         rows = self.send(unknown)
-        token_images = self.send(views.token_images[rows if views.token_images.is_cuda else unknown])
         resized, flip, factor = (self.send(x) for x in (views.images, *map(torch.from_numpy, (flips, factors))))
+        if self.one_view:
+            token_images = resized if tokens is None else resized[rows]
+        else:
+            token_images = self.send(views.token_images[rows if views.token_images.is_cuda else unknown])
         # Both views share the centre of the contrast: they are one picture in two sizes.
         center = self.gray_means(resized) if views.centers is None else self.send(views.centers)
         images = self.transform(resized, flip, factor, center, self.mean, self.std)

@@ -35,6 +35,10 @@ MIRRORS: dict[str, tuple[str, ...]] = {
         "https://conversationhub.blob.core.windows.net/beit-share-public/dall-e_vae/decoder.pkl",
     ),
 }
+VQKD_URL = (
+    "https://github.com/addf400/files/releases/download/BEiT-v2/vqkd_encoder_base_decoder_3x768x12_clip-d5036aa7.pth"
+)
+"""The tokenizer of the released BEiT v2 models: decoder of 3 blocks, CLIP ViT-B/16 the teacher."""
 _DALLE_PARAMETERS = {"encoder": 53_786_240, "decoder": 43_829_766}
 _LARGEST = 4 << 30  # bytes
 _VQKD = "quantize.embedding.weight"
@@ -54,14 +58,14 @@ def load_tokenizer(
     """Load a tokenizer in evaluation mode, without gradients.
 
     Args:
-        name_or_path: "demo", the small tokenizer that comes with beit_fast; "dalle", fetched into the cache at first
-            use; "random", an untrained one, always the same; or a path: `.safetensors`, `encoder.pkl` / `decoder.pkl`
-            of DALL-E (each finds the other in its folder), `.pth` / `.bin` state dicts, BEiT v2's tokenizer among them,
-            a folder with such files.
+        name_or_path: "demo", the small tokenizer that comes with beit_fast; "dalle", and "vqkd", that of BEiT v2,
+            fetched into the cache at first use; "random", an untrained one, always the same; or a path:
+            `.safetensors`, `encoder.pkl` / `decoder.pkl` of DALL-E (each finds the other in its folder), `.pth` /
+            `.bin` state dicts, BEiT v2's tokenizer among them, a folder with such files.
         sha256: the hash that the file must have; of encoder and decoder, separated by a comma, where both are read (a
             decoder that is not demanded is left out). For "dalle": of the published files. None: the hash is printed
             and kept in the cache at first use, and compared from then on.
-        cache_dir: where "dalle" is kept; None: `$BEIT_FAST_CACHE` or `~/.cache/beit_fast`.
+        cache_dir: where "dalle" and "vqkd" are kept; None: `$BEIT_FAST_CACHE` or `~/.cache/beit_fast`.
         device: where the tokenizer runs.
         dtype: of the convolutions; the output convolution stays float32. None: float16 for DALL-E on a GPU, as in the
             original, else float32.
@@ -93,11 +97,14 @@ def load_tokenizer(
     elif name == "dalle":
         folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         tokenizer = _load_dalle(folder / "dalle", sha256, decoder)
+    elif name == "vqkd":
+        folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        tokenizer = _load_vqkd(folder / "vqkd", sha256)
     else:
         path = DEMO_PATH if name == "demo" else Path(name_or_path).expanduser()
         if not path.exists():
             raise TokenizerError(
-                f'tokenizer {name!r} not found: give "demo", "dalle", "random" or the path of an existing file'
+                f'tokenizer {name!r} not found: give "demo", "dalle", "vqkd", "random" or the path of an existing file'
             )
         tokenizer = _load_file(_file_in(path) if path.is_dir() else path, sha256)
     tokenizer.name = name
@@ -107,9 +114,15 @@ def load_tokenizer(
     return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False).prepare()
 
 
-def untrained_dalle(device: torch.device, dtype: torch.dtype) -> Tokenizer:
-    """DALL-E's encoder without its weights: as large and as fast, for plans."""
-    tokenizer = DalleTokenizer(DalleEncoder())
+def untrained(name: str, device: torch.device, dtype: torch.dtype) -> Tokenizer:
+    """The tokenizer "dalle" or "vqkd" without its weights: as large and as fast, for plans."""
+    tokenizer: Tokenizer
+    if name == "vqkd":
+        from beit_fast.tokenizers.vqkd import VqkdTokenizer
+
+        tokenizer = VqkdTokenizer()
+    else:
+        tokenizer = DalleTokenizer(DalleEncoder())
     return tokenizer.to_precision(dtype).to(device).eval().requires_grad_(False).prepare()
 
 
@@ -250,6 +263,25 @@ def _load_dalle(
             if not (folder / f"{part}.safetensors").is_file():
                 _provide(folder, part, mirrors[part], parameters[part], sha256)
     return _load_file(folder / "encoder.safetensors", sha256)
+
+
+def _load_vqkd(folder: Path, sha256: str | None, url: str = VQKD_URL) -> Tokenizer:
+    """BEiT v2's published tokenizer, fetched unless it is there; its name ends in the start of its hash."""
+    path = folder / url.rsplit("/", 1)[1]
+    by_hand = f"Without a network: put the file {url} at {path}"
+    with exclusive(folder):
+        if not path.is_file():
+            if not is_reachable(url):
+                raise TokenizerError(
+                    f"BEiT v2's tokenizer could not be fetched: its server cannot be reached. {by_hand}"
+                )
+            fetch(url, partial := path.with_suffix(".fetched"))
+            digest, start = hashlib.sha256(_bytes_of(partial)).hexdigest(), path.stem.rsplit("-", 1)[1]
+            if not digest.startswith(start):
+                partial.unlink()
+                raise TokenizerError(f"{url} has sha256 {digest}, which does not start with {start}. {by_hand}")
+            os.replace(partial, path)
+    return _load_file(path, sha256)
 
 
 def _provide(folder: Path, part: str, mirrors: tuple[str, ...], parameters: int, sha256: str | None) -> None:

@@ -101,8 +101,9 @@ class CosineQuantizer(nn.Module):
         """Hits of each code, int64 (V,), and the sums of their features in fixed point, int64 (V, d)."""
         counts = torch.zeros(len(self.codes), dtype=torch.int64, device=z.device)
         sums = torch.zeros(self.codes.shape, dtype=torch.int64, device=z.device)
-        fixed = (z.double() * _FIXED_POINT).round().long()
-        return counts.index_add_(0, ids, torch.ones_like(ids)), sums.index_add_(0, ids, fixed)
+        finite = z.isfinite().all(1)  # a step that overflowed is skipped, its features count for nothing
+        fixed = torch.where(finite[:, None], z.double() * _FIXED_POINT, 0.0).round().long()
+        return counts.index_add_(0, ids, finite.long()), sums.index_add_(0, ids, fixed)
 
     def _move(self, counts: Tensor, sums: Tensor, share: float) -> None:
         """Move the codes that were hit by `share` towards the normalised sums, back onto the sphere."""

@@ -23,6 +23,7 @@ from beit_fast.tokenizers import DalleTokenizer, DiscreteVAE, TokenizerError, lo
 from beit_fast.tokenizers.dalle import DalleDecoder, DalleEncoder
 from beit_fast.tokenizers.download import fetch
 from beit_fast.tokenizers.unpickle import read_tensors
+from beit_fast.tokenizers.vqkd import VqkdTokenizer
 
 SMALL = {"encoder": sum(p.numel() for p in DalleEncoder(8, 50).parameters())}
 SMALL["decoder"] = sum(p.numel() for p in DalleDecoder(12, 8, 50).parameters())
@@ -333,7 +334,7 @@ def test_thousands_of_views_of_one_storage_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_names_and_the_random_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r'"demo", "dalle", "random"'):
+    with pytest.raises(TokenizerError, match=r'"demo", "dalle", "vqkd", "random"'):
         load_tokenizer("dall-e")
     with pytest.raises(TokenizerError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
@@ -478,3 +479,20 @@ def test_offline_names_the_file_and_its_place(tmp_path: Path) -> None:
     tokenizer = load._load_dalle(tmp_path, None, True, mirrors | {"decoder": ()}, SMALL)
     assert tokenizer.decode(tokenizer.encode(torch.rand(1, 3, 16, 16))).shape == (1, 3, 16, 16)
     assert (tmp_path / "encoder.pkl").exists()
+
+
+def test_vqkd_is_fetched_and_checked_by_its_name(server: str, tmp_path: Path) -> None:
+    model = VqkdTokenizer(8, 4, 6, 64, 1, 1, 2, 8)
+    torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
+    data = (tmp_path / "file.pth").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    good, wrong = f"/vqkd-{digest[:8]}.pth", "/vqkd-00000000.pth"
+    Handler.files = {good: data, wrong: data}
+    tokenizer = load._load_vqkd(tmp_path / "cache", None, server + good)
+    assert (tokenizer.sha256, tokenizer.vocab_size) == (digest, 8)
+    Handler.files = {}
+    assert load._load_vqkd(tmp_path / "cache", digest, server + good).sha256 == digest, "kept"
+    Handler.files = {wrong: data}
+    with pytest.raises(TokenizerError, match=f"has sha256 {digest}, which does not start with 00000000. Without a net"):
+        load._load_vqkd(tmp_path / "cache", None, server + wrong)
+    assert [path.name for path in (tmp_path / "cache").glob("vqkd-*")] == [good[1:]]

@@ -11,6 +11,13 @@ from safetensors.torch import save_file
 from beit_fast.tokenizers import TokenizerError, load_tokenizer
 from beit_fast.tokenizers.vqkd import CosineQuantizer, VqkdTokenizer
 
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Hashes are kept here, not in the cache of the user who runs the tests."""
+    monkeypatch.setenv("BEIT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 D, K, P, GRID, CODE, TEACHER = 128, 64, 8, 3, 6, 10
 
 

@@ -32,6 +32,7 @@ RATES = {"optim.lr", "optim.min_lr", "optim.warmup_lr"}
 EARLIER_VALUES: dict[str, Any] = {
     "data.value_range": None, "data.channels": None, "weights": None, "fine_tuned_weights": False,
     "defaults_by_images_seen": False, "layer_decay": None, "frozen_blocks": 0, "lora.rank": 0, "lora.alpha": None,
+    "data.one_view": False, "objective.head_layers": 0, "objective.early_layers": 0,
 }  # fmt: skip
 """What runs did before a setting existed, by its dotted name: runs of then are continued so."""
 REPLAY_KEPT = 2

@@ -12,8 +12,8 @@ from beit_fast.train.optim import layer_of
 Model = TypeVar("Model", bound=nn.Module)
 
 _TARGETS = r"(.*\.)?blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
-_TRAINED = ("head.", "fc_norm.", "norm.", "lm_head.", "mask_token")
-"""Starts of the names of what learns as a whole: heads, the norm before them, the mask token."""
+_TRAINED = ("head.", "fc_norm.", "norm.", "lm_head.", "mask_token", "cls_pt_layers.")
+"""Starts of the names of what learns as a whole: heads, the norm before them, the mask token, extra blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,15 @@
-"""The BEiT of a run and the patches it hides: their options, and what a forward pass takes."""
+"""The BEiT of a run, the patches it hides and what it predicts there: options, and what a forward pass takes."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 from beit_fast.data.resizing import height_width
 from beit_fast.data.sampling import BlockwiseMasking
 from beit_fast.models import BeitConfig
 from beit_fast.models.configs import Preset, Size
-from beit_fast.train.config import free
+from beit_fast.train.config import free, local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,46 @@ class MaskingConfig:
         return BlockwiseMasking(grid, count, self.mode, smallest, None, self.min_aspect)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is predicted where; all but the defaults are ablations of table 4."""
+
+    target: Literal["visual_tokens", "pixels"] = "visual_tokens"
+    """`pixels`: regress the normalised pixels of patches by their mean squared error, without a tokenizer."""
+    recover: Literal["masked", "all"] = "masked"
+    """`all`: predict visible patches as well as hidden ones."""
+    head_layers: int = 0
+    """Extra blocks of BEiT v2's second head, which predicts the tokens from CLS and early patch tokens; 2 in the paper.
+    They are not part of the model that is fine-tuned."""
+    early_layers: int = 0
+    """Blocks after which that head takes the patch tokens: 9 of the 12 of a base model, 21 of the 24 of a large one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What turns images into visual tokens (paper, section 2.1)."""
+
+    name: str = local("dalle", free=False)
+    """`dalle`: OpenAI's dVAE, as in the paper (fetched at first use, or put there by hand). `vqkd`: BEiT v2's,
+    likewise. `demo`: the small one that comes along. Or a file: encoder.pkl, .safetensors, .pth, .bin."""
+    sha256: str | None = None
+    """Demand this hash of the file that is read; of encoder and decoder, separated by a comma, to read both."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of its convolutions, all but the output one, which is fp32 always. `auto`: fp32 on the CPU, fp16 on a GPU, as the
+    official code runs DALL-E's. Rounding moves a token where two are nearly equally probable; bf16 moves more of them
+    (of the demo tokenizer's on built-in images, 1.2 %)."""
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """What `precision` is on this device."""
+        return half_on_gpu(self.precision, device)
+
+
+def half_on_gpu(precision: str, device: torch.device) -> torch.dtype:
+    """The type that the name of a frozen network's precision stands for; `auto` is fp32 on the CPU, else fp16."""
+    name = ("fp32" if device.type == "cpu" else "fp16") if precision == "auto" else precision
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def multiply_adds(config: BeitConfig, num_masked: int | None = None) -> float:
     """Multiply-adds of one image's forward pass: patches, blocks on all tokens, and the head.
 
@@ -98,4 +140,5 @@ def multiply_adds(config: BeitConfig, num_masked: int | None = None) -> float:
     block = (4 + 2 * config.mlp_ratio) * n * d * d + 2 * n * n * d
     outputs = config.vocab_size if config.mim_target == "visual_tokens" else pixels
     head = d * config.num_classes if num_masked is None else num_masked * d * outputs
-    return config.num_patches * d * pixels + config.depth * block + head
+    heads = 2 if config.head_layers else 1
+    return config.num_patches * d * pixels + (config.depth + config.head_layers) * block + heads * head

@@ -21,7 +21,7 @@ from beit_fast.data.token_store import TokenStore, store_bytes
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
 from beit_fast.models.mim import pretrained_backbone
 from beit_fast.tokenizers import Tokenizer, load_tokenizer
-from beit_fast.tokenizers.load import untrained_dalle
+from beit_fast.tokenizers.load import untrained
 from beit_fast.train.config import RunConfig, at_least_1, free, local
 from beit_fast.train.distributed.world import World
 from beit_fast.train.evaluation import held_out, run_pictures
@@ -30,7 +30,7 @@ from beit_fast.train.optim import decay_groups
 from beit_fast.train.task import StepOutput
 from beit_fast.train.tasks.adapters import LoraConfig, add_lora, freeze, merged
 from beit_fast.train.tasks.images import ImageDataConfig, ImageTask
-from beit_fast.train.tasks.model import MaskingConfig, ModelConfig, multiply_adds
+from beit_fast.train.tasks.model import MaskingConfig, ModelConfig, ObjectiveConfig, TokenizerConfig, multiply_adds
 from beit_fast.train.tasks.start import StartingWeights, budget_lines, check_channels, plain_size
 from beit_fast.train.tasks.token_cache import TokenSource, open_store
 
@@ -63,6 +63,9 @@ class DataConfig(ImageDataConfig):
     as in the paper."""
     token_cache: str | None = local(None)
     """File of those tokens; None: tokens.cache in the run folder. `off` repeats the views and keeps no tokens."""
+    one_view: bool = False
+    """The tokenizer sees the pixels of the model's view, as in BEiT v2, not a view of its own; its tokens must be as
+    large as the model's patches."""
     decoder: Literal["auto", "dali", "dali-gpu", "pil"] = local("auto")  # type: ignore[assignment]
     """Who decodes JPEGs."""
 
@@ -71,38 +74,6 @@ class DataConfig(ImageDataConfig):
         if self.view_cycle is None and self.token_cache not in (None, "off"):
             raise ValueError("--data.token-cache needs --data.view-cycle: only views that repeat have tokens to keep")
         at_least_1("--data.view-cycle", self.view_cycle)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What is predicted where; all but the defaults are ablations of table 4."""
-
-    target: Literal["visual_tokens", "pixels"] = "visual_tokens"
-    """`pixels`: regress the normalised pixels of patches by their mean squared error, without a tokenizer."""
-    recover: Literal["masked", "all"] = "masked"
-    """`all`: predict visible patches as well as hidden ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """What turns images into visual tokens (paper, section 2.1)."""
-
-    name: str = local("dalle", free=False)
-    """`dalle`: OpenAI's dVAE, as in the paper (fetched at first use, or put there by hand). `demo`: the small one that
-    comes along. Or a file: encoder.pkl, .safetensors, .pth, .bin."""
-    sha256: str | None = None
-    """Demand this hash of the file that is read; of encoder and decoder, separated by a comma, to read both."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of its convolutions, all but the output one, which is fp32 always. `auto`: fp32 on the CPU, fp16 on a GPU, as the
-    official code runs DALL-E's. Rounding moves a token where two are nearly equally probable; bf16 moves more of them
-    (of the demo tokenizer's on built-in images, 1.2 %)."""
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """What `precision` is on this device."""
-        name = self.precision
-        if name == "auto":
-            name = "fp32" if device.type == "cpu" else "fp16"
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +192,18 @@ class MaskedImageModeling(ImageTask):
         c, self.world = self.config, world
         if c.objective.target == "visual_tokens":
             dtype = c.tokenizer.dtype(world.device)
-            if c.dry_run and c.tokenizer.name == "dalle":
-                self.tokenizer = untrained_dalle(world.device, dtype)
+            if c.dry_run and c.tokenizer.name in ("dalle", "vqkd"):
+                self.tokenizer = untrained(c.tokenizer.name, world.device, dtype)
             else:
                 self.tokenizer = load_tokenizer(
                     c.tokenizer.name, sha256=c.tokenizer.sha256, device=world.device, dtype=dtype, decoder=decoder
                 )
             check_channels(self.tokenizer, c.data.in_chans, c.tokenizer.name)
+            if c.data.one_view and self.tokenizer.stride != c.model.patch_size:
+                raise ValueError(
+                    f"--data.one-view: the tokens of {c.tokenizer.name} are {self.tokenizer.stride} pixels wide, the "
+                    f"patches {c.model.patch_size}; take a tokenizer of that size (`vqkd`: 16), or --no-data.one-view"
+                )
         return c.masking.of(c.model.grid)
 
     def open_token_store(self, tokenizer: Tokenizer, masking: BlockwiseMasking) -> TokenStore | None:
@@ -252,6 +228,8 @@ class MaskedImageModeling(ImageTask):
         }
         if c.tokenizer.dtype(self.world.device) != torch.float32:
             settings["tokenizer_precision"] = str(c.tokenizer.dtype(self.world.device)).removeprefix("torch.")
+        if data.one_view:
+            settings["one_view"] = True
         if data.value_range is not None:
             settings["value_range"] = data.value_range
         if data.channels is not None:
@@ -275,9 +253,10 @@ class MaskedImageModeling(ImageTask):
         """The model's configuration, once the tokenizer is open."""
         vocab_size = BeitConfig.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
         tables = {} if self.start is None else self.start.tables
+        objective = self.config.objective
         return self.config.model.architecture(
-            vocab_size, mim_target=self.config.objective.target, num_classes=0, in_chans=self.config.data.in_chans,
-            **tables,
+            vocab_size, mim_target=objective.target, num_classes=0, in_chans=self.config.data.in_chans,
+            head_layers=objective.head_layers, early_layers=objective.early_layers, **tables,
         )  # fmt: skip
 
     def _token_image_size(self, masking: BlockwiseMasking) -> tuple[int, int]:
@@ -294,9 +273,13 @@ class MaskedImageModeling(ImageTask):
         sampling = CropSampler(data.scale, ratio, data.flip_probability, jitter, jitter, jitter)
         return PretrainLoader(
             source, masking, sampling, seed=self.config.seed, image_size=self.config.model.image_size,
-            token_image_size=self._token_image_size(masking), bad_images=bad_images, view_cycle=view_cycle,
-            token_store=store, **data.loader_options(self.world.device),
+            token_image_size=None if data.one_view else self._token_image_size(masking), bad_images=bad_images,
+            view_cycle=view_cycle, token_store=store, **data.loader_options(self.world.device),
         )  # fmt: skip
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        assert isinstance(model, BeitForMaskedImageModeling)
+        return [*model.extra_layers()[:-1], *model.layers()]  # the last ones of both heads are read in two pieces
 
     def frozen(self) -> list[nn.Module]:
         return [] if self.tokenizer is None else [self.tokenizer]
@@ -323,10 +306,16 @@ class MaskedImageModeling(ImageTask):
             masked_indices=batch.masked_indices, predict_all=self.predict_all,
         )  # fmt: skip
         num_masked = torch.full((), output.num_masked, dtype=torch.float64, device=batch.images.device)
-        return StepOutput(output.loss, {"num_correct": output.num_correct, "num_masked": num_masked})
+        sums = {"num_correct": output.num_correct, "num_masked": num_masked}
+        if output.extra_num_correct is not None:
+            sums["extra_num_correct"] = output.extra_num_correct
+        return StepOutput(output.loss, sums)
 
     def summarise(self, sums: dict[str, float]) -> dict[str, float]:
-        return {} if self.tokenizer is None else {"accuracy": sums["num_correct"] / sums["num_masked"]}
+        if self.tokenizer is None:
+            return {}
+        names = {"accuracy": "num_correct", "extra_accuracy": "extra_num_correct"}
+        return {name: sums[count] / sums["num_masked"] for name, count in names.items() if count in sums}
 
     def counters(self) -> dict[str, float]:
         store = self.token_store

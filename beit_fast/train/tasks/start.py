@@ -28,7 +28,7 @@ class StartingWeights:
     def __init__(self, path: str, fine_tuned: bool = False) -> None:
         self.path = path
         with weights_file(path) as file:
-            tensors, self._unknown = to_official(read_state_dict(file))
+            tensors, _ = to_official(read_state_dict(file))
         self._tensors = tensors
         per_block = any(name.endswith("attn.relative_position_bias_table") for name in tensors)
         if ("head.weight" in tensors or per_block) and not fine_tuned:
@@ -51,7 +51,7 @@ class StartingWeights:
     def _speaks(self, tokenizer: Tokenizer | None) -> bool:
         """Whether the head predicts the tokens of this tokenizer; None stands for pixels.
 
-        Of a run the hash of its tokenizer tells; released heads are DALL-E's, but for those of BEiT v2.
+        Of a run the hash of its tokenizer tells; released heads are DALL-E's, those of BEiT v2 its own tokenizer's.
         """
         run = saved_config(self.path)
         if run:
@@ -60,8 +60,8 @@ class StartingWeights:
             return state.get("identity", {}).get("tokenizer_sha256") == (
                 None if tokenizer is None else tokenizer.sha256
             )
-        is_v2 = any(name.startswith("cls_pt_layers.") for name in self._unknown)
-        return tokenizer is not None and tokenizer.name == "dalle" and not is_v2
+        is_v2 = any(name.startswith("cls_pt_layers.") for name in self._tensors)
+        return tokenizer is not None and tokenizer.name == ("vqkd" if is_v2 else "dalle")
 
 
 def check_channels(tokenizer: Tokenizer, channels: int, name: str) -> None:
