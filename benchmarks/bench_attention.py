@@ -5,7 +5,8 @@
 All start from the packed output of one projection, (B, N, 3, H, K), and give (B, N, H, K); outputs and gradients are
 compared before anything is timed. `SDPA` gets the bias as its mask, written out for every head, as timm does; `eager`
 is the softmax by hand, as in the official code. cuDNN's graph API with a gradient of the bias and cuEquivariance's
-triangle attention, whose bias has this shape, take part where they are installed.
+triangle attention, whose bias has this shape, take part where they are installed. As a CUDA graph a call is its
+kernels alone.
 """
 
 import contextlib
@@ -24,10 +25,11 @@ from beit_fast import kernels
 from beit_fast.kernels.attention import backends
 from beit_fast.kernels.backend import xformers_obstacle
 from benchmarks.baselines.other_attention import cudnn_graph, triangle_attention
-from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable, captured
 
 KERNEL = "beit_fast, its own kernel"
-NAMES = [OURS, KERNEL, "SDPA", "SDPA, cuDNN", "eager", "xformers", "FlexAttention", "cuDNN graph", "cuEquivariance"]
+NAMES = [OURS, KERNEL, "SDPA", "SDPA, cuDNN", "eager", "xformers", "FlexAttention", "cuDNN graph", "cuEquivariance",
+         "beit_fast, CUDA graph", "SDPA, CUDA graph"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,20 +42,23 @@ class Case:
     batch_size: int
     dtype: str
     device: torch.device
+    compiled: bool
+    """Whether FlexAttention takes part: compiling it needs minutes on a CPU."""
     num_heads: int = 12
     head_dim: int = 64
 
 
 def cases(scale: Any) -> dict[str, Case]:
-    full = ((14, 128), (14, 256), (24, 64), (32, 16), (40, 8))
+    full = ((14, 8), (14, 64), (14, 256), (24, 64), (32, 16), (40, 8))
     sizes = scale.pick(
         tiny=((2, 2),), cpu=((14, 8),), gpu=((14, 256), (24, 32)),
         full=full if scale.device.type == "cuda" else ((14, 8), (14, 32), (24, 2)),
     )  # fmt: skip
+    compiled = scale.device.type == "cuda" or scale.name != "default"
     kinds = [("learned", True), ("learned", False), ("frozen", True), ("none", True), ("none", False)]
     return {
         f"{bias}-N={window**2 + 1}-B={batch}-{'training' if backward else 'inference'}": Case(
-            bias, backward, window, batch, scale.dtype, scale.device
+            bias, backward, window, batch, scale.dtype, scale.device, compiled
         )
         for window, batch in sizes
         for bias, backward in kinds
@@ -131,7 +136,13 @@ def compare(case: Case) -> Comparison:
     def flex() -> Implementation:
         if not on_gpu and case.backward:
             raise Unavailable("FlexAttention has no gradient on a CPU")
+        if not case.compiled:
+            raise Unavailable("compiling takes minutes on a CPU: --full")
         return implementation(from_parts(backends.flex))
+
+    def graph(attend: Any) -> Implementation:
+        replay = captured(lambda: results(attend))
+        return Implementation(replay, replay)
 
     by_hand = from_parts(eager)
     builders: tuple[Callable[[], Implementation], ...] = (
@@ -144,6 +155,8 @@ def compare(case: Case) -> Comparison:
         flex,
         lambda: only_on_gpu(from_parts(cudnn_graph())),
         lambda: only_on_gpu(from_parts(triangle_attention())),
+        lambda: graph(kernels.packed_attention),
+        lambda: graph(from_parts(backends.sdpa)),
     )
     what = {"learned": "a learned bias", "frozen": "a frozen bias", "none": "no bias"}[case.bias]
     values = 4 * B * N * H * K * (2 if case.backward else 1)

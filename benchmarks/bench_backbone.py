@@ -30,9 +30,9 @@ def cases(scale: Any) -> dict[str, ModelCase]:
         f"{name}-{'training' if training else 'inference'}": case
         for training in (False, True)
         for name, case in model_cases(
-            scale, tiny=[("tiny", "plus", 32, 2), ("tiny", "plain", 32, 2)], cpu=[("base", "plus", 224, 2)],
-            cpu_full=[("base", "plain", 224, 2), ("base", "plus", 384, 1), ("large", "plus", 224, 1),
-                      ("large", "plus", 384, 1)],
+            scale, tiny=[("tiny", "plus", 32, 2), ("tiny", "plain", 32, 2)], cpu=[("base", "plus", 224, 1)],
+            cpu_full=[("base", "plus", 224, 2), ("base", "plain", 224, 2), ("base", "plus", 384, 1),
+                      ("large", "plus", 224, 1), ("large", "plus", 384, 1)],
             gpu=[("base", "plus", 224, 256), ("large", "plus", 224, 128), ("base", "plus", 384, 64)],
             gpu_full=[("base", "plain", 224, 256), ("large", "plus", 384, 32)], training=training,
         ).items()

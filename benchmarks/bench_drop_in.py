@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import beit_fast
 from benchmarks.baselines.libraries import timm_beit, transformers_beit
-from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable, captured
 from benchmarks.models import CHECKED, TABLE, ModelCase, autocast, forward_flops, with_tables
 
 SEGMENTED = ("BeitBackbone", "BeitForSemanticSegmentation")
@@ -31,7 +31,7 @@ WAYS = ("", ", compiled", ", CUDA graph")
 def cases(scale: Any) -> dict[str, ModelCase]:
     gpu, full = scale.device.type == "cuda", scale.name == "full"
     few = MODELS if gpu or full else (MODELS[0], MODELS[2])
-    sizes = [(name, "base", 224, 256 if gpu else 2) for name in few]
+    sizes = [(name, "base", 224, 256 if gpu else 2 if full else 1) for name in few]
     if gpu or full:
         sizes += [(MODELS[0], "base", 224, 1)]
     if full:
@@ -120,19 +120,13 @@ def compare(case: ModelCase) -> Comparison:
             return Implementation(lambda: run(compiled), lambda: run(compiled, few))
         if case.device.type != "cuda" or case.batch_size > 1:
             raise Unavailable("CUDA graphs need a GPU, and are for one image")
-        graph = torch.cuda.CUDAGraph()
-        for _ in range(3):
-            run(changed)
-        with torch.cuda.graph(graph):
-            output = run(changed)
-        return Implementation(graph.replay, lambda: (graph.replay(), output)[1])
+        replay = captured(lambda: run(changed))
+        return Implementation(replay, replay)
 
     in_loss = int(mask.sum()) // case.batch_size if "labels" in inputs else 0
     what = "timm's Beit" if case.kind == "timm" else case.kind
-    name = "toy" if case.tiny else f"BEiT-{case.size}"
     return Comparison(
-        group=f"accelerate on {what}, {'training' if case.training else 'inference'}: {name}, {case.image_size} px, "
-        f"B={case.batch_size}, {case.scale.dtype}",
+        group=f"accelerate on {what}, {'training' if case.training else 'inference'}: {case.what}",
         implementations={
             who + way: functools.partial(side, change, way)
             for way in WAYS

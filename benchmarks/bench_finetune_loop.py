@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.models import CPU_BLOCKS
 
 NAMES = [OURS, "timm"]
 
@@ -34,14 +35,18 @@ class Case:
     steps: int
     """Steps of one call."""
     tiny: bool
+    cut: bool
+    """Whether the model has only `CPU_BLOCKS` blocks."""
     device: Any
     folder: Path
 
 
 def cases(scale: Any) -> dict[str, Any]:
-    quick, small, base = ("tiny", 224, 8, 12), ("tiny", 224, 16, 8), ("base", 224, 64, 16)
-    found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(quick,), gpu=(base,), full=(small, base))
-    return {f"{size}{px}": (size, px, batch, steps, scale.name == "tiny", scale.device)
+    quick, more, base = ("tiny", 224, 4, 12), ("tiny", 224, 8, 12), ("base", 224, 64, 16)
+    full = (base,) if scale.device.type == "cuda" else (more, ("tiny", 224, 16, 8))
+    found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(quick,), gpu=(base,), full=full)
+    cut = scale.name == "default" and scale.device.type == "cpu"
+    return {f"{size}{px}-B={batch}": (size, px, batch, steps, scale.name == "tiny", cut, scale.device)
             for size, px, batch, steps in found}  # fmt: skip
 
 
@@ -79,7 +84,9 @@ def run_steps(step: Any, batches: Iterator[Any], info: dict[str, Any], steps: in
 
 
 def shape(case: Case) -> dict[str, Any]:
-    return {"width": 32, "depth": 2, "num_heads": 2} if case.tiny else {}
+    if case.tiny:
+        return {"width": 32, "depth": 2, "num_heads": 2}
+    return {"depth": CPU_BLOCKS} if case.cut else {}
 
 
 def ours(case: Case) -> Implementation:
@@ -164,8 +171,9 @@ def timms(case: Case) -> Implementation:
 
 
 def comparison(case: Case) -> Comparison:
+    cut = f" cut to {CPU_BLOCKS} blocks" if case.cut else ""
     return Comparison(
-        group=f"fine-tuning, files to weights: BEiT-{case.size}, {case.image_size} px, batch {case.batch}",
+        group=f"fine-tuning, files to weights: BEiT-{case.size}{cut}, {case.image_size} px, batch {case.batch}",
         implementations={OURS: lambda: ours(case), "timm": lambda: timms(case)},
         shapes={"batch": case.batch, "image_size": case.image_size, "steps": case.steps},
         dtype="bfloat16" if torch.device(case.device).type == "cuda" else "float32",

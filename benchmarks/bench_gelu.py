@@ -36,7 +36,7 @@ def compare(case: PointwiseCase) -> Comparison:
         implementations={
             OURS: lambda: passes(case, lambda x, bias: (kernels.bias_gelu(x, bias),), inputs, grads),
             "plain torch": lambda: passes(case, plain, inputs, grads),
-            "torch.compile": lambda: passes(case, compiled(plain), inputs, grads),
+            "torch.compile": lambda: passes(case, compiled(case, plain), inputs, grads),
         },
         shapes={"B": B, "N": N, "D": D}, dtype=case.dtype, exact=exact_and_eager(case, plain, inputs, grads),
         bytes=(5 if case.backward else 2) * B * N * D * (2 if case.narrow != torch.float32 else 4),

@@ -1,11 +1,12 @@
-"""Two views and a mask per image: beit_fast's CPU path beside Pillow and DALI pipelines, by CPU time and by the clock.
+"""Two views and a mask per image: beit_fast beside Pillow and DALI pipelines, by CPU time and by the clock.
 
     pytest benchmarks/bench_input_pipeline.py --benchmark-only
 
 All run in one process on JPEG files of 500 x 375 pixels (quality 90; crops of the committed photographs: about half
 the bytes of an average ImageNet file, so decoding weighs less than there). By CPU time, what threads work ahead counts
 too, and the machine may be busy; by the clock, two threads for DALI and beit_fast, one for Pillow, after queues have
-been drained. Their random draws differ, so what is compared first is what a batch is: shapes, ranges, masks.
+been drained. On a GPU beit_fast decodes and resizes there, all cores work, and only the clock counts. Their random
+draws differ, so what is compared first is what a batch is: shapes, ranges, masks.
 """
 
 import itertools
@@ -23,27 +24,36 @@ from PIL import Image
 
 import beit_fast.data
 from beit_fast.data import BlockwiseMasking, CropSampler, PretrainLoader, Request, open_source
+from beit_fast.data.decoding import has_dali
 from benchmarks.baselines.input_pipelines import Batch, dali_pipeline, pil_pipeline
 from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
 
-THREADS = min(2, os.cpu_count() or 1)
 QUEUE = 3  # batches that any of them has made ahead at most
+ON_CPU = "beit_fast, decoded and resized on the CPU"
 LESS_WORK = "DALI, uint8 without colour (less work)"
 
 
 @dataclass(frozen=True)
 class Case:
     clock: str
+    device: torch.device
     batch_size: int
     files: int
-    batches: int = 4
+    batches: int
     """In one call."""
     budget_s: float = 20.0
 
+    @property
+    def threads(self) -> int:
+        cores = len(os.sched_getaffinity(0))
+        return cores if self.device.type == "cuda" else min(2, cores)
+
 
 def cases(scale: Any) -> dict[str, Case]:
-    size, files = scale.pick(tiny=(4, 8), cpu=(16, 256), gpu=(64, 512), full=(32, 256))
-    return {clock: Case(clock, size, files, budget_s=20.0) for clock in ("cpu", "wall")}
+    on_gpu = (128, 512, 8)
+    full, clocks = (on_gpu, ("wall",)) if scale.device.type == "cuda" else ((32, 256, 4), ("cpu", "wall"))
+    sizes = scale.pick(tiny=(4, 8, 4), cpu=(16, 128, 2), gpu=on_gpu, full=full)
+    return {clock: Case(clock, scale.device, *sizes) for clock in clocks}
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +75,16 @@ def write_files(folder: Path, count: int) -> list[str]:
     return sorted(str(path) for path in folder.iterdir())
 
 
-def ours(files: list[str], batch_size: int, jitter_center: Any) -> Callable[[], Batch]:
-    source = open_source(Path(files[0]).parent)
+def ours(files: list[str], case: Case, **options: Any) -> Callable[[], Batch]:
+    source, batch_size = open_source(Path(files[0]).parent), case.batch_size
     views = PretrainLoader(
-        source, BlockwiseMasking((14, 14), 75), CropSampler(), seed=0, threads=THREADS, jitter_center=jitter_center
+        source,
+        BlockwiseMasking((14, 14), 75),
+        CropSampler(),
+        seed=0,
+        threads=case.threads,
+        device=case.device,
+        **options,
     )
     batches = views.batches(
         Request(epoch, np.arange(start, start + batch_size))
@@ -83,20 +99,29 @@ def ours(files: list[str], batch_size: int, jitter_center: Any) -> Callable[[], 
     return batch
 
 
-def dali(files: list[str], batch_size: int, colour: bool) -> Callable[[], Batch]:
+def on_cpu(files: list[str], case: Case) -> Callable[[], Batch]:
+    if case.device.type != "cuda":
+        raise Unavailable("is what beit_fast does without a GPU")
+    return ours(files, case, decoder="dali")
+
+
+def dali(files: list[str], case: Case, colour: bool) -> Callable[[], Batch]:
     try:
-        return dali_pipeline(files, batch_size, THREADS, colour)
+        return dali_pipeline(files, case.batch_size, case.threads, colour)
     except ModuleNotFoundError:
         raise Unavailable("DALI is not installed") from None
 
 
-PIPELINES: dict[str, Callable[[list[str], int], Callable[[], Batch]]] = {
-    OURS: lambda files, size: ours(files, size, "view"),
-    "beit_fast, contrast about the whole image": lambda files, size: ours(files, size, "image"),
-    "Pillow, official order": lambda files, size: pil_pipeline(files, size, True),
-    "Pillow, colour after the crop": lambda files, size: pil_pipeline(files, size, False),
-    "DALI": lambda files, size: dali(files, size, True),
-    LESS_WORK: lambda files, size: dali(files, size, False),
+PIPELINES: dict[str, Callable[[list[str], Case], Callable[[], Batch]]] = {
+    OURS: ours,
+    ON_CPU: on_cpu,
+    "beit_fast, contrast about the whole image": lambda files, case: ours(
+        files, case, jitter_center="image", decoder="dali" if has_dali() else "pil"
+    ),
+    "Pillow, official order": lambda files, case: pil_pipeline(files, case.batch_size, True),
+    "Pillow, colour after the crop": lambda files, case: pil_pipeline(files, case.batch_size, False),
+    "DALI": lambda files, case: dali(files, case, True),
+    LESS_WORK: lambda files, case: dali(files, case, False),
 }
 
 
@@ -121,7 +146,7 @@ def compare(case: Case, folder: Path) -> Comparison:
     random.seed(0)
 
     def pipeline(name: str) -> Implementation:
-        batch = PIPELINES[name](files, case.batch_size)
+        batch = PIPELINES[name](files, case)
         check(name, batch(), case.batch_size)
 
         def run() -> None:
@@ -132,7 +157,7 @@ def compare(case: Case, folder: Path) -> Comparison:
             for _ in range(QUEUE):
                 batch()
 
-        threads = 1 if name.startswith("Pillow") else THREADS
+        threads = 1 if name.startswith("Pillow") else case.threads
         return Implementation(run, None, drain if case.clock == "wall" else None, {"pipeline_threads": threads})
 
     images = case.batch_size * case.batches

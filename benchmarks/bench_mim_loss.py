@@ -92,7 +92,7 @@ def compare(case: PointwiseCase) -> Comparison:
             OURS: lambda: mixed(ours),
             "plain torch": lambda: mixed(plain),
             "transformers style": lambda: mixed(transformers_style),
-            "torch.compile": lambda: mixed(compiled(plain)),
+            "torch.compile": lambda: mixed(compiled(case, plain)),
             "Liger": liger,
         },
         shapes={"B": B, "N": N, "D": D, "V": V, "M": M}, dtype=case.dtype,

@@ -43,7 +43,7 @@ for path in sys.stdin:
 
 
 def cases(scale: Any) -> dict[str, Any]:
-    files, classes = (200, 10) if scale.name == "tiny" else (100_000, 1000)
+    files, classes = scale.pick(tiny=(200, 10), cpu=(20_000, 1000), gpu=(20_000, 1000), full=(100_000, 1000))
     return {f"{files} files {way}": (files, classes, way) for way in WAYS}
 
 

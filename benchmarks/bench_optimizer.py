@@ -32,7 +32,8 @@ class Case:
 
 
 def cases(scale: Any) -> dict[str, Case]:
-    sizes = scale.pick(tiny=("tiny",), cpu=("small",), gpu=("base", "large"), full=("base", "large"))
+    full = ("base", "large") if scale.device.type == "cuda" else ("small", "base", "large")
+    sizes = scale.pick(tiny=("tiny",), cpu=("tiny",), gpu=("base", "large"), full=full)
     return {size: Case(size, scale.device, scale.name == "tiny") for size in sizes}
 
 

@@ -85,7 +85,7 @@ def compare(case: PointwiseCase) -> Comparison:
             OURS: lambda: passes(case, ours, inputs, grads),
             "plain torch": lambda: passes(case, plain, inputs, grads),
             "official style": lambda: passes(case, official, inputs, grads),
-            "torch.compile": lambda: passes(case, compiled(official), inputs, grads),
+            "torch.compile": lambda: passes(case, compiled(case, official), inputs, grads),
             "Liger": liger,
         },
         shapes={"B": B, "N": N, "D": D}, dtype=case.dtype, exact=exact_and_eager(case, official, inputs, grads),

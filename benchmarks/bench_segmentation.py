@@ -39,7 +39,7 @@ class Case:
 
 
 def cases(scale: Any) -> dict[str, Case]:
-    sides = scale.pick(tiny=(32,), cpu=(192,), gpu=(512, 640), full=(512, 640))
+    sides = scale.pick(tiny=(32,), cpu=(128,), gpu=(512, 640), full=(512, 640))
     tiny = (("width", 16), ("depth", 6), ("num_heads", 2), ("patch_size", 8)) if scale.name == "tiny" else ()
     return {
         f"{side} px": Case(side, scale.device, getattr(torch, scale.dtype), tiny, 5 if tiny else 150) for side in sides

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from beit_fast import BeitForMaskedImageModeling, use_backend
-from benchmarks.harness import OURS, Comparison, Implementation, Unavailable
+from benchmarks.harness import OURS, Comparison, Implementation, Unavailable, captured
 from benchmarks.models import (
-    CHECKED,
     ModelCase,
-    OfficialForwardBackward,
     OurStep,
-    autocast,
+    exact_loss,
     forward_flops,
     make_batch,
     make_model,
@@ -41,35 +39,10 @@ NAMES = [
 
 def cases(scale: Any) -> dict[str, ModelCase]:
     return model_cases(
-        scale, tiny=[("tiny", "plus", 32, 2)], cpu=[("small", "plus", 224, 2)],
-        cpu_full=[("base", "plus", 224, 2), ("large", "plus", 224, 1)],
+        scale, tiny=[("tiny", "plus", 32, 2)], cpu=[("small", "plus", 224, 1)],
+        cpu_full=[("small", "plus", 224, 2), ("base", "plus", 224, 2), ("large", "plus", 224, 1)],
         gpu=[("base", "plus", 224, 256), ("large", "plus", 224, 128)], gpu_full=[("base", "plus", 224, 64)],
     )  # fmt: skip
-
-
-def captured(step: OurStep) -> Callable[[], Tensor]:
-    """The step as a CUDA graph, replayed by each call."""
-    if step.one.device.type != "cuda":
-        raise Unavailable("CUDA graphs need a GPU")
-    assert step.optimizer is not None
-    for group in step.optimizer.param_groups:
-        group["capturable"] = True
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    step.optimizer.zero_grad(set_to_none=True)
-    with torch.cuda.graph(graph):
-        loss = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 def compare(case: ModelCase) -> Comparison:
@@ -109,21 +82,14 @@ def compare(case: ModelCase) -> Comparison:
         bare = BeitForMaskedImageModeling(replace(config, relative_position_bias="none")).to(device)
         return option(OurStep(bare, batch, case.dtype, update=True), same=False)
 
-    builders = (lambda: option(fresh()), lambda: option(captured(fresh())), compiled, sdpa, checkpointing, no_bias)
+    def graph() -> Implementation:
+        step = fresh()
+        assert step.optimizer is not None
+        for group in step.optimizer.param_groups:
+            group["capturable"] = True
+        return option(captured(step))
 
-    def exact() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss by the official style, a few images at a time, in fp64 and in the dtype of the case."""
-
-        def loss(dtype: torch.dtype) -> dict[str, Tensor]:
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            for start in range(0, case.batch_size, CHECKED):
-                few = batch.few(start, CHECKED)
-                step = OfficialForwardBackward(config, model.state_dict(), few, dtype)
-                with torch.no_grad(), autocast(device, dtype):
-                    total += step.loss(step.batch).double() * len(few.labels)
-            return {"loss": total / len(batch.labels)}
-
-        return loss(torch.float64), loss(case.dtype)
+    builders = (lambda: option(fresh()), graph, compiled, sdpa, checkpointing, no_bias)
 
     masked = batch.labels.shape[0]
     return Comparison(
@@ -131,7 +97,7 @@ def compare(case: ModelCase) -> Comparison:
         implementations=dict(zip(NAMES, builders, strict=True)),
         shapes={"B": case.batch_size, "N": config.num_patches + 1, "M": masked, "D": config.width},
         dtype=case.scale.dtype, images=case.batch_size, tolerance=1e-5,
-        exact=None if case.dtype == torch.float32 else exact,
+        exact=exact_loss(config, model.state_dict(), batch, case.dtype),
         flops=3 * case.batch_size * forward_flops(config, masked // case.batch_size),
     )  # fmt: skip
 

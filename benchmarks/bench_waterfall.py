@@ -29,9 +29,9 @@ NAMES = ["official style", *(f"+ {name}" for name in TECHNIQUES)]
 
 
 def cases(scale: Any) -> dict[str, ModelCase]:
-    depth = scale.pick(tiny=1, cpu=2, gpu=12, full=12)
-    return model_cases(scale, tiny=[("tiny", "plus", 32, 1)], cpu=[("base", "plus", 224, 2)],
-                       gpu=[("base", "plus", 224, 256)], changes={"depth": depth})  # fmt: skip
+    return model_cases(
+        scale, tiny=[("tiny", "plus", 32, 1)], cpu=[("base", "plus", 224, 1)], gpu=[("base", "plus", 224, 256)]
+    )
 
 
 def compare(case: ModelCase) -> Comparison:
@@ -60,11 +60,9 @@ def compare(case: ModelCase) -> Comparison:
         info = {"errors": errors(used), "rung": number}
         return Implementation(lambda: step(batch.images, batch.mask, batch.labels), info=info)
 
-    cut = "" if config.depth == 12 or case.tiny else f" cut to {config.depth} blocks"
-    name = "toy" if case.tiny else f"BEiT-{case.size} {case.preset}{cut}"
     masked = batch.labels.shape[0] // case.batch_size
     return Comparison(
-        group=f"waterfall, whole step without tokenizer: {name}, B={case.batch_size}, {case.scale.dtype}",
+        group=f"waterfall, whole step without tokenizer: {case.what}",
         implementations={name: lambda number=number: rung(number) for number, name in enumerate(NAMES)},  # type: ignore[misc]
         shapes={"B": case.batch_size, "N": config.num_patches + 1, "depth": config.depth}, dtype=case.scale.dtype,
         images=case.batch_size, flops=3 * case.batch_size * forward_flops(config, masked),

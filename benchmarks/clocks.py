@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
@@ -100,6 +100,20 @@ class CpuClock:
             time.sleep(0.05)
             if time.process_time() - before < 0.002:
                 return
+
+
+def count_launches(run: Callable[[], Any]) -> int:
+    """Kernels of one call on the GPU, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return kernels_among(profile.events())
+
+
+def kernels_among(events: Iterable[Any]) -> int:
+    """How many of a profile's events are kernels: not copies, fills or ranges that someone named."""
+    on_gpu = (event for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 
 class Probe(NamedTuple):

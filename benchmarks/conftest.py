@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -101,7 +102,7 @@ class Rounds:
         if key not in self.measured:
             elapsed = self.check_time()
             tiny, late = self.scale.name == "tiny", elapsed > SHORT_AFTER * self.stop_after_s
-            share = {"tiny": 0.0, "default": 0.0 if late else 0.5, "full": 1.0}[self.scale.name]
+            share = {"tiny": 0.0, "default": 0.0 if late else 0.25, "full": 1.0}[self.scale.name]
             pairs = self.scale.asked_pairs or (1 if late and self.scale.name == "default" else self.scale.pairs)
             try:
                 comparison = make()
@@ -188,6 +189,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("rival") != OURS]
     write_ratios(terminalreporter, rows, "over_beit_fast", "times as long as beit_fast")
     write_ratios(terminalreporter, rows, "gain", "times as fast as the row before")
+    left_out = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
+    )
+    if left_out:
+        terminalreporter.section("rows left out, and why")
+    for reason, count in left_out.most_common():
+        terminalreporter.write_line(f"{count:4d}  {reason}")
 
 
 def write_ratios(terminalreporter: Any, rows: list[Any], key: str, title: str) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bench_input_pipeline import write_files
 from benchmarks.machine import ROOT, device_slug
 from benchmarks.records import FOLDER, Record, read
 
@@ -44,22 +45,26 @@ PARTS = {
     "attention": Part(("attention",), r"tests/kernels/.*(attention|position_bias)"),
     "tokenizer": Part(("tokenizer",), r"tests/tokenizers/|tests/kernels/.*conv"),
     "input": Part(("input_pipeline",), r"tests/data/|tests/kernels/.*jitter"),
-    "recipes": Part((), r"tests/(cli|recipes)/"),
+    "recipes": Part((), r"tests/(cli|recipes|train/distributed)/"),
 }
 MORE = ("residual", "gelu", "mim_loss", "segmentation", "drop_in")
 """Benchmarks of the whole check only."""
+FROM_FILES = "--data.path {folder}/jpeg --batch-size 256 --batch-per-device 256"
 RECIPES = (
-    "pretrain_beit_base --max-steps 8",
-    "pretrain_beit_base --max-steps 12",  # continues
-    "pretrain_beit_base --max-steps 8 --cuda-graph --output-dir {folder}/cuda_graph",
-    "pretrain_beit_base --max-steps 8 --compile --output-dir {folder}/compile",
+    f"pretrain_beit_base --max-steps 30 {FROM_FILES}",
+    f"pretrain_beit_base --max-steps 40 {FROM_FILES}",  # continues
+    f"pretrain_beit_base --max-steps 40 {FROM_FILES} --cuda-graph --output-dir {{folder}}/cuda_graph",
+    f"pretrain_beit_base --max-steps 40 {FROM_FILES} --data.view-cycle 1 --output-dir {{folder}}/cached_tokens",
+    f"pretrain_beit_base --max-steps 20 {FROM_FILES} --compile --output-dir {{folder}}/compile",
     "finetune_imagenet_base --max-steps 4",
     "finetune_imagenet_384 --max-steps 2",
     "linear_probe --max-steps 4",
     "segment_ade20k_base --max-steps 4",
     "pretrain_beit_large --max-steps 4",
 )
-"""Recipes that are run for a few steps on built-in images; where DALL-E's weights are missing, random ones are made."""
+"""Recipes that are run for some steps, from JPEG files of 500 x 375 pixels or on built-in images; where there are no
+weights of DALL-E, random ones are made."""
+FILES = 512
 NEEDED = ("pytest", "pytest_benchmark", "triton")
 OPTIONAL = {
     "nvidia.dali": "the input pipeline",
@@ -225,6 +230,8 @@ class Check:
         if self.only not in (None, "recipes"):
             return
         with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "jpeg").mkdir()
+            write_files(Path(folder) / "jpeg", 0 if self.dry_run else FILES)
             lines = ("pretrain_tiny_builtin --dry-run",) if self.dry_run else RECIPES
             tokenizer = [] if self.dry_run else ["--tokenizer.name", _random_dalle(Path(folder))]
             began = time.perf_counter()
@@ -238,7 +245,8 @@ class Check:
                     self.skip(line, "the time for recipes is over")
                     continue
                 command = [sys.executable, "-m", "beit_fast", "train", recipe, *options, *given]
-                self.run(line.split(" --output-dir")[0], command, left, keep="images/s|complete|error")
+                name = line.split(" --output-dir")[0].replace(FROM_FILES, "from files")
+                self.run(name, command, left, keep="images/s|complete|error")
 
 
 def _random_dalle(folder: Path) -> str:
@@ -289,7 +297,8 @@ def result_table(record: Record | None) -> list[str]:
     """beit_fast's time, rate, share of the data sheet's and of the measured peak, and the closest baseline."""
     if record is None:
         return ["no benchmark was recorded"]
-    lines = [f"{'comparison':<88} {'ms':>9} {'images/s':>9} {'MFU':>5} {'of peak':>7} {'MiB':>8}  closest baseline"]
+    titles = f"{'ms':>9} {'images/s':>9} {'MFU':>5} {'of peak':>7} {'MiB':>8} {'kernels':>7}  closest baseline"
+    lines = [f"{'comparison':<88} {titles}"]
     for group, rows in record.groups().items():
         ours = next((row for row in rows if row.name == "beit_fast"), None)
         if ours is None:
@@ -305,10 +314,12 @@ def result_table(record: Record | None) -> list[str]:
         shares = [f"{share:.0%}" if (share := info.get(key)) else "" for key in ("mfu", "share_of_matmul")]
         lines.append(
             f"{group[:88]:<88} {1e3 * ours.median_s:9.3f} {f'{images:,.0f}' if images else '':>9} "
-            f"{shares[0]:>5} {shares[1]:>7} {f'{memory:,.0f}' if memory else '':>8}  {beside}"
+            f"{shares[0]:>5} {shares[1]:>7} {f'{memory:,.0f}' if memory else '':>8} {info.get('launches', ''):>7}"
+            f"  {beside}"
         )
         lines += [
-            f"  {row.name:<86} {1e3 * row.median_s:9.3f} {'':>23} {row.info.get('peak_memory_mib') or 0:8,.0f}"
+            f"  {row.name:<86} {1e3 * row.median_s:9.3f} {'':>23} {row.info.get('peak_memory_mib') or 0:8,.0f} "
+            f"{row.info.get('launches', ''):>7}".rstrip()
             for row in rows
             if row.name.startswith("beit_fast, ")
         ]

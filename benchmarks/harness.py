@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.cli.gpus import GPUS
-from benchmarks.clocks import Clock, CpuClock, ceilings
+from benchmarks.clocks import Clock, CpuClock, ceilings, count_launches
 from benchmarks.memory import PeakMemory, keep_freed_memory
 
 OURS = "beit_fast"
@@ -176,6 +176,30 @@ class Measured:
         return row
 
 
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` as a CUDA graph: each call replays it and gives what it gave while it was recorded.
+
+    Raises:
+        Unavailable: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise Unavailable("CUDA graphs need a GPU")
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return output
+
+    return replay
+
+
 def peak_flops_per_s(device: torch.device, dtype: str) -> float | None:
     """Dense peak of the tensor cores by the data sheet; None for fp32, a CPU and a GPU that is not listed."""
     if device.type != "cuda" or dtype == "float32":
@@ -218,8 +242,10 @@ def measure_interleaved(
         measured.peak_memory_mib[name] = peak.mib
         if took[name] < 1.0:  # what is slow is warm by now
             took[name] = min(took[name], clock.time(one, 1))
+        if device.type == "cuda" and comparison.images:
+            measured.info[name] = {"launches": count_launches(one.run)}
         measured.calls[name] = max(1, min(1000, round(call_s / max(took[name], 1e-7))))
-        measured.info[name] = one.info
+        measured.info[name] = measured.info.get(name, {}) | one.info
     round_s = sum(took[name] * measured.calls[name] for name in built) + 0.05 * len(probes)
     rounds = max(pairs, min(most_pairs, int(budget_s / max(round_s, 1e-9))))
     measured.seconds = {name: [] for name in built}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +16,14 @@ from beit_fast.models import convert_state_dict
 from beit_fast.train.optim import decay_groups, optimizer_step
 from benchmarks.baselines.libraries import transformers_beit
 from benchmarks.baselines.official_style import OfficialStyle, trainable
+from benchmarks.harness import Disagreement
 
 LEARNING_RATE = 1e-6  # steps are timed, not trainings: weights should stay where they are
 CHECKED = 2
 """Images on which results are compared with fp64."""
 TABLE = "relative_position_bias_table"
+CPU_BLOCKS = 4
+"""Of a model on a CPU where not everything is measured, the same for everyone."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +53,22 @@ class ModelCase:
 
     @property
     def everything(self) -> bool:
-        """Whether compiled baselines take part, and transformers without SDPA: minutes on a CPU."""
+        """Whether models are whole, and compiled ones and transformers without SDPA take part: minutes on a CPU."""
         return bool(self.device.type == "cuda" or self.scale.name == "full")
 
     @property
     def config(self) -> BeitConfig:
-        toy = {"width": 48, "num_heads": 3, "depth": 2, "vocab_size": 64} if self.tiny else {}
-        return BeitConfig.from_preset(self.size, self.preset, image_size=self.image_size, **{**toy, **self.changes})
+        smaller = {} if self.everything else {"depth": CPU_BLOCKS}
+        if self.tiny:
+            smaller = {"width": 48, "num_heads": 3, "depth": 2, "vocab_size": 64}
+        return BeitConfig.from_preset(self.size, self.preset, image_size=self.image_size, **{**smaller, **self.changes})
 
     @property
     def what(self) -> str:
         name = "toy" if self.tiny else f"BEiT-{self.size}"
-        return f"{name} {self.preset}, {self.image_size} px, B={self.batch_size}, {self.scale.dtype}"
+        preset = "" if self.kind else f" {self.preset}"
+        cut = "" if self.tiny or self.everything else f" cut to {CPU_BLOCKS} blocks"
+        return f"{name}{preset}{cut}, {self.image_size} px, B={self.batch_size}, {self.scale.dtype}"
 
     def autocast(self) -> Any:
         return autocast(self.device, self.dtype)
@@ -122,8 +131,13 @@ def make_batch(config: BeitConfig, batch_size: int, device: torch.device, masked
 
 def make_model(config: BeitConfig, device: torch.device) -> BeitForMaskedImageModeling:
     """Initial weights, the same at every call."""
+    return copy.deepcopy(_initial_model(config)).to(device)
+
+
+@functools.lru_cache(maxsize=1)  # drawing random weights takes longer than a step
+def _initial_model(config: BeitConfig) -> BeitForMaskedImageModeling:
     torch.manual_seed(0)
-    return with_tables(BeitForMaskedImageModeling(config)).to(device)  # type: ignore[return-value]
+    return with_tables(BeitForMaskedImageModeling(config))  # type: ignore[return-value]
 
 
 def forward_flops(config: BeitConfig, num_masked: int) -> float:
@@ -279,3 +293,30 @@ def exact_and_eager(
         return wide, narrow
 
     return results
+
+
+def exact_loss(
+    config: BeitConfig, state: Mapping[str, Tensor], batch: MimBatch, dtype: torch.dtype
+) -> Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]] | None:
+    """`Comparison.exact` of the loss of a whole batch, by the official style, some images at a time; None in fp32."""
+    if dtype == torch.float32:
+        return None
+
+    def loss(of: torch.dtype) -> dict[str, Tensor]:
+        total = torch.zeros((), dtype=torch.float64, device=batch.images.device)
+        for start in range(0, len(batch.mask), CHECKED):
+            few = batch.few(start, CHECKED)
+            step = OfficialForwardBackward(config, state, few, of)
+            with torch.no_grad(), autocast(total.device, of):
+                total += step.loss(step.batch).double() * len(few.labels)
+        return {"loss": total / len(batch.labels)}
+
+    return lambda: (loss(torch.float64), loss(dtype))
+
+
+def same_tokens(expected: Tensor, found: Tensor) -> dict[str, float]:
+    """The share of tokens that differ; `Disagreement` above 1 %: where two logits are nearly equal, either may win."""
+    differing = float((expected != found).float().mean())
+    if differing > 0.01:
+        raise Disagreement(f"{differing:.2%} of the tokens differ")
+    return {"share_of_tokens_that_differ": differing}

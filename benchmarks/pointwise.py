@@ -24,6 +24,8 @@ class PointwiseCase:
     backward: bool
     dtype: str
     device: torch.device
+    compiled: bool = True
+    """Whether torch.compile takes part: it needs minutes on a CPU."""
     N: int = 197
     D: int = 768
     V: int = 8192
@@ -41,9 +43,10 @@ class PointwiseCase:
 def pointwise_cases(scale: Any, kinds: Sequence[str]) -> dict[str, PointwiseCase]:
     full = (64, 128, 256) if scale.device.type == "cuda" else (8, 32)
     sizes = {"N": 5, "D": 48, "V": 40, "masked": 2} if scale.name == "tiny" else {}
+    compiled = scale.device.type == "cuda" or scale.name != "default"
     return {
         f"{kind}B={batch}-{'training' if backward else 'inference'}": PointwiseCase(
-            kind, batch, backward, scale.dtype, scale.device, **sizes
+            kind, batch, backward, scale.dtype, scale.device, compiled, **sizes
         )
         for kind in kinds
         for batch in scale.pick(tiny=(2,), cpu=(8,), gpu=(256,), full=full)
@@ -102,8 +105,10 @@ def exact_and_eager(
     return results
 
 
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(case: PointwiseCase, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A function torch.compile has made; it is compiled at its first call, before the clock starts."""
+    if not case.compiled:
+        raise Unavailable("compiling takes minutes on a CPU: --full")
     torch._dynamo.reset()
     return torch.compile(forward, fullgraph=True, dynamic=False)
 

@@ -1,8 +1,9 @@
 """Runs benchmarks and keeps the result as a record.
 
-    python -m benchmarks.record mim_step benchmarks/bench_mim_step.py
+    python -m benchmarks.record mim_step benchmarks/bench_mim_step.py -k "whole_step and base-plus-224-1"
 
-SUBJECT, then what pytest takes: files and options. At least 15 rounds, no time limit; a record is never written over.
+SUBJECT, then what pytest takes: files and options; `-k` chooses from all sizes (`--full`). At least 15 rounds, no time
+limit; a record is never written over.
 """
 
 from __future__ import annotations
@@ -47,15 +48,7 @@ def main(arguments: list[str]) -> int:
     if commit().endswith("+"):
         print("tracked files differ from the commit; the record will say so (`+`)", file=sys.stderr)
     files = [] if any(not word.startswith("-") for word in given) else ["benchmarks/"]
-    options = [
-        "--benchmark-only",
-        "--pairs",
-        "15",
-        "--stop-after",
-        "inf",
-        "--benchmark-json",
-        str(path.relative_to(ROOT)),
-    ]
+    options = ["--benchmark-only", "--full", "--benchmark-json", str(path.relative_to(ROOT))]
     command = [sys.executable, "-m", "pytest", *files, *given, *options]
     print(shlex.join(command[1:]))
     return subprocess.run(command, cwd=ROOT).returncode

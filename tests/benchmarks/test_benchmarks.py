@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch
 from beit_fast import BeitConfig, BeitForMaskedImageModeling
 from benchmarks import machine
 from benchmarks.baselines.official_style import TECHNIQUES, OfficialStep, OfficialStyle, trainable
-from benchmarks.clocks import RecordedClock
+from benchmarks.clocks import RecordedClock, kernels_among
 from benchmarks.conftest import Scale
 from benchmarks.harness import (
     OURS,
@@ -201,6 +202,17 @@ def test_the_step_of_the_official_style_moves_the_weights_as_adamw_does():
         torch.testing.assert_close(moved[("no_sync",)][name], tensor)
 
 
+def test_kernels_are_counted_without_copies_fills_and_named_ranges():
+    def event(name, on_gpu=True, named=False):
+        kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+        return SimpleNamespace(name=name, device_type=kind, is_user_annotation=named)
+
+    kernels = [event("gelu_kernel"), event("gelu_kernel"), event("sm90_xmma_gemm")]
+    others = [event("aten::gelu", on_gpu=False), event("Memcpy HtoD (Pinned -> Device)"), event("Memset (Device)"),
+              event("Optimizer.step#AdamW.step", named=True)]  # fmt: skip
+    assert kernels_among([*others, *kernels]) == 3
+
+
 def test_cpu_time_counts_work_not_waiting():
     def working():
         until = time.thread_time() + 0.05
@@ -251,15 +263,20 @@ SLOW = (
     "segmentation",
     "step_options",
     "mim_step",
+    "token_cache",
 )  # many cases, or compiled ones
 
 
 @pytest.mark.parametrize("name", ["backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_in_bf16_everyone_is_within_the_relation_to_fp64(name):
+def test_in_bf16_everyone_is_within_the_relation_to_fp64(name, tmp_path_factory):
     module = importlib.import_module(f"benchmarks.bench_{name}")
-    compare = {"mim_step": "forward_backward"}.get(name, "compare")
-    for case in module.cases(HalfPrecision("tiny", CPU)).values():
-        comparison = getattr(module, compare)(case)
+    cases = module.cases(HalfPrecision("tiny", CPU)).values()
+    if name == "mim_step":
+        comparisons = [make(case) for case in cases for make in (module.forward_backward, module.whole_step)]
+    else:
+        folders = [tmp_path_factory.mktemp("tokens")] if name == "token_cache" else []
+        comparisons = [module.compare(case, *folders) for case in cases]
+    for comparison in comparisons:
         assert comparison.dtype == "bfloat16"
         measured = measure_interleaved(comparison, CPU, pairs=1, most_pairs=1, call_s=1e-9)
         assert OURS in measured.errors

@@ -84,7 +84,7 @@ def record(tmp_path):
     def entry(name, ratio):
         over = {"median": ratio, "low": ratio - 0.1, "high": ratio + 0.1, "pairs": 15}
         info = {"rival": name, "images_per_s": 5000.0, "peak_memory_mib": 20000.0, "over_beit_fast": over,
-                "mfu": 0.42, "share_of_matmul": 0.51}  # fmt: skip
+                "mfu": 0.42, "share_of_matmul": 0.51, "launches": 437}  # fmt: skip
         return {"group": group, "stats": stats, "extra_info": info}
 
     path = tmp_path / "2026-11-21_nvidia-h200_gpu_check.json"
@@ -96,9 +96,10 @@ def record(tmp_path):
 def test_the_table_sets_rate_share_of_the_peak_and_closest_baseline_beside_the_time(record):
     lines = gpu_check.result_table(record)
     assert "50.000" in lines[1]
-    assert "5,000   42%     51%" in lines[1]
+    assert "5,000   42%     51%   20,000     437" in lines[1]
     assert lines[1].endswith("1.40 [1.30, 1.50] SDPA")
     assert "beit_fast, CUDA graph" in lines[2]
+    assert lines[2].endswith("20,000     437")
     assert gpu_check.result_table(None) == ["no benchmark was recorded"]
 
 
@@ -127,7 +128,9 @@ def test_every_benchmark_file_of_the_check_and_every_recipe_of_it_exists():
     for name in (*names, *gpu_check.MORE):
         assert (ROOT / "benchmarks" / f"bench_{name}.py").exists()
     for line in gpu_check.RECIPES:
-        assert (ROOT / "recipes" / f"{line.split()[0]}.py").exists()
+        recipe, *options = line.format(folder="out").split()
+        assert (ROOT / "recipes" / f"{recipe}.py").exists()
+        assert "--data.path" not in options or options[options.index("--data.path") + 1] == "out/jpeg"
 
 
 def test_small_shapes_run_every_operation():
