@@ -195,7 +195,17 @@ def test_in_kernels_only_triton_text_is_imported_late():
 
 
 def test_importing_the_package_takes_none_of_the_heavy_ones():
-    heavy = ("nvidia.dali", "torchvision", "timm", "transformers", "tyro", "rich", "matplotlib", "beit_fast._C")
+    heavy = (
+        "torch._dynamo",
+        "nvidia.dali",
+        "torchvision",
+        "timm",
+        "transformers",
+        "tyro",
+        "rich",
+        "matplotlib",
+        "beit_fast._C",
+    )
     code = f"import sys, beit_fast; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from beit_fast.kernels.backend import select
+from beit_fast.kernels.backend import constant_in_graphs, select
 from beit_fast.kernels.registration import constant, fused_op, is_traced
 
 
@@ -94,7 +94,7 @@ def _compiled_spline_matrix(table: Tensor, source: int, target: int) -> Tensor:
     return spline_matrix(source, target, table.device).clone()  # an op returns memory of its own
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _exported_spline_matrix(source: int, target: int, device: torch.device) -> Tensor:
     return torch.from_numpy(_spline(source, target)).to(device)
 

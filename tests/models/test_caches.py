@@ -112,27 +112,43 @@ def test_no_cached_tensor_is_of_inference_mode_or_records_gradients():
             assert not tensor.is_meta, name
 
 
-@pytest.mark.parametrize(
-    "first",
-    ["torch.device('meta')", "torch.no_grad()", "FakeTensorMode(allow_non_fake_inputs=True)", "torch.autocast('cpu')"],
-)
-def test_the_first_caller_may_be_in_any_mode(first):
-    """In a process of its own, whose caches are empty: the second caller gets the numbers of a fresh process."""
-    code = f"""
-import torch, beit_fast
+FIRST_CALLERS = (
+    "torch.device('meta')", "torch.no_grad()", "FakeTensorMode(allow_non_fake_inputs=True)", "torch.autocast('cpu')"
+)  # fmt: skip
+FIRST_CALLER = """
+import os, torch, beit_fast
 from torch._subclasses import FakeTensorMode
-torch.manual_seed(0)
+
 options = dict(embed_dim=48, depth=2, num_heads=3, num_classes=5, img_size=64, drop_path_rate=0.3)
-def make(): return beit_fast.create_model("beit_base_patch16_224", **options).train()
-model, sizes = make(), ((64, 64), (96, 48), (288, 288))
-with {first}:
-    other = model if "Fake" in {first!r} else make()  # torch initialises no weights in that mode
-    for size in sizes: other(torch.randn(1, 3, *size))
-keys = torch.arange(1)
-found = [model(torch.ones(1, 3, *size), keys) for size in sizes]
-with beit_fast.use_backend("reference"):
-    for one, size in zip(found, sizes): torch.testing.assert_close(one, model(torch.ones(1, 3, *size), keys))
-sum(one.sum() for one in found).backward()
+sizes, keys = ((64, 64), (96, 48), (288, 288)), torch.arange(1)
+
+def make():
+    return beit_fast.create_model("beit_base_patch16_224", **options).train()
+
+def call_twice(mode):
+    model = make()
+    with eval(mode):
+        other = model if "Fake" in mode else make()  # torch initialises no weights in that mode
+        for size in sizes:
+            other(torch.randn(1, 3, *size))
+    found = [model(torch.ones(1, 3, *size), keys) for size in sizes]
+    with beit_fast.use_backend("reference"):
+        for one, size in zip(found, sizes):
+            torch.testing.assert_close(one, model(torch.ones(1, 3, *size), keys))
+    sum(one.sum() for one in found).backward()
+
+for mode in MODES:  # each in a process of its own, whose caches are empty
+    if os.fork() == 0:
+        call_twice(mode)
+        print("well:", mode, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, mode
 """
+
+
+def test_the_first_caller_may_be_in_any_mode():
+    """The second caller gets the numbers of a fresh process."""
+    code = FIRST_CALLER.replace("MODES", repr(FIRST_CALLERS))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"well: {mode}" for mode in FIRST_CALLERS]
