@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread for each test process, as their subprocesses have: more add up small sums in another order, so that a run
+# in this process would not equal the same run in a subprocess bit for bit. Torch reads it when it is first imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 PROGRAM = Path(__file__).with_name("train") / "tiny_task.py"
 
 
@@ -24,7 +28,7 @@ def tiny():
 def environment():
     """For subprocesses: one thread, no torchrun variables."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {"PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from tests.docs.site import problems
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow  # 15 s, and what most changes cannot break; .ci/run has it
 def test_the_site_builds_strictly_and_has_no_dead_link_empty_heading_or_blank_picture(tmp_path):
     nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
