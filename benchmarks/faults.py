@@ -3,6 +3,7 @@
     python -m benchmarks.faults            # `make test-faults`; all of it, prints the table
     python -m benchmarks.faults --record   # ... and writes benchmarks/records/<date>_<device>_faults.json
     python -m benchmarks.faults --counts c.jsonl tests/faults/test_kills.py   # a part; then --counts c.jsonl --no-run
+    python -m benchmarks.faults --counts c.jsonl --no-run --record kills      # ... <date>_<device>_kills_faults.json
 
 The record is written only where every test passed; of parts, where all that was counted went as it should.
 """
@@ -105,7 +106,9 @@ def run_tests(options: list[str], counts: Path) -> int:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description="Run the faults, count, record.")
-    parser.add_argument("--record", action="store_true", help="keep the result in benchmarks/records")
+    parser.add_argument(
+        "--record", nargs="?", const="", help="keep the result in benchmarks/records; NAME is of a part", metavar="NAME"
+    )
     parser.add_argument("--counts", type=Path, help="keep the counts of parts here, each run with its tests behind it")
     parser.add_argument("--no-run", action="store_true", help="run nothing: table and record from --counts")
     given, options = parser.parse_known_args(arguments)
@@ -119,8 +122,8 @@ def main(arguments: list[str]) -> int:
     faults = merged(last_counts(lines))
     print("\n".join(table(faults)))
     code = parts[-1]["code"] if not given.no_run else int(any(row["passed"] < row["trials"] for row in faults))
-    if given.record and code == 0:
-        path = record_path("faults", device)
+    if given.record is not None and code == 0:
+        path = record_path("_".join(filter(None, [given.record, "faults"])), device)
         seconds = sum(part["seconds"] for part in parts)
         record = {"environment": environment(device), "seconds": seconds, "parts": parts, "faults": faults}
         path.write_text(json.dumps(record, indent=1) + "\n")
