@@ -53,7 +53,7 @@ class ModelCase:
 
     @property
     def everything(self) -> bool:
-        """Whether models are whole, and compiled ones and transformers without SDPA take part: minutes on a CPU."""
+        """Whether models are whole, and slow baselines take part: minutes on a CPU."""
         return bool(self.device.type == "cuda" or self.scale.name == "full")
 
     @property
