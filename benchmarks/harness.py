@@ -74,7 +74,7 @@ class Comparison:
         exact: the results in fp64, and by plain operations in the dtype of the activations. Where it is given, errors
             are those against fp64, and judged by those of the plain operations.
         compared_by: replaces that comparison: (ours, theirs) -> errors by name; raises `Disagreement`.
-        clock: "wall", or "cpu": seconds of CPU time of all threads of the process, those that work ahead included.
+        clock: "wall", or "cpu": seconds of CPU time of all threads and child processes, those that work ahead included.
     """
 
     group: str

@@ -219,11 +219,24 @@ def test_cpu_time_counts_work_not_waiting():
         while time.thread_time() < until:
             pass
 
-    ways = {OURS: lambda: Implementation(working), "waiting": lambda: Implementation(lambda: time.sleep(0.1))}
-    case = Comparison("g", ways, {}, clock="cpu")
-    measured = measure_interleaved(case, CPU, pairs=2, most_pairs=2, call_s=0.0)
+    script = "import time\nfor _ in open(0):\n until = time.thread_time() + 0.1\n"
+    script += " while time.thread_time() < until: pass\n print('', flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+
+        def asking():
+            print(file=child.stdin, flush=True)
+            child.stdout.readline()
+
+        ways = {OURS: lambda: Implementation(working), "waiting": lambda: Implementation(lambda: time.sleep(0.1)),
+                "a child": lambda: Implementation(asking)}  # fmt: skip
+        case = Comparison("g", ways, {}, clock="cpu")
+        measured = measure_interleaved(case, CPU, pairs=2, most_pairs=2, call_s=0.0)
+        child.stdin.close()
     assert min(measured.seconds[OURS]) > 0.04
     assert max(measured.seconds["waiting"]) < 0.04
+    assert min(measured.seconds["a child"]) > 0.07  # counted in hundredths
 
 
 @pytest.mark.slow
