@@ -57,7 +57,7 @@ def cases(scale: Any) -> dict[str, Case]:
     compiled = scale.device.type == "cuda" or scale.name != "default"
     kinds = [("learned", True), ("learned", False), ("frozen", True), ("none", True), ("none", False)]
     return {
-        f"{bias}-N={window**2 + 1}-B={batch}-{'training' if backward else 'inference'}": Case(
+        f"{bias}-{window**2 + 1}-{batch}-{'training' if backward else 'inference'}": Case(
             bias, backward, window, batch, scale.dtype, scale.device, compiled
         )
         for window, batch in sizes

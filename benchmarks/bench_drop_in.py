@@ -42,7 +42,7 @@ def cases(scale: Any) -> dict[str, ModelCase]:
         sizes = [(name, "tiny", 64, 2) for name in (*MODELS, "BeitModel", *SEGMENTED)]
     toy = {"depth": 4} if scale.name == "tiny" else {}
     return {
-        f"{kind}-{size}-{side}-B={batch}-{'training' if training else 'inference'}": ModelCase(
+        f"{kind}-{size}-{side}-{batch}-{'training' if training else 'inference'}": ModelCase(
             size, "plus", side, batch, scale, training, kind, toy
         )
         for kind, size, side, batch in sizes

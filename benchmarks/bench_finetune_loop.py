@@ -46,7 +46,7 @@ def cases(scale: Any) -> dict[str, Any]:
     full = (base,) if scale.device.type == "cuda" else (more, ("tiny", 224, 16, 8))
     found = scale.pick(tiny=(("tiny", 64, 4, 2),), cpu=(quick,), gpu=(base,), full=full)
     cut = scale.name == "default" and scale.device.type == "cpu"
-    return {f"{size}{px}-B={batch}": (size, px, batch, steps, scale.name == "tiny", cut, scale.device)
+    return {f"{size}-{px}-{batch}": (size, px, batch, steps, scale.name == "tiny", cut, scale.device)
             for size, px, batch, steps in found}  # fmt: skip
 
 
