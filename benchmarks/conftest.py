@@ -22,7 +22,7 @@ IMPORTANCE = (
     "position_bias", "residual", "gelu", "mim_loss", "waterfall",
 )  # fmt: skip
 """Files in the order in which they are measured, without `bench_`."""
-SHORT_AFTER = 0.5
+SHORT_AFTER = 0.25
 """Share of the time after which comparisons get one round each."""
 
 
