@@ -17,6 +17,8 @@ PUBLISHED = {
     "pretrain_beit_large": "after fine-tuning 85.2 at 224 px, 86.3 at 384 px (`plain`)",
     "pretrain_beit_base_22k": "after fine-tuning 83.7; with labels of ImageNet-22k in between 85.2, 86.8 at 384 px",
     "pretrain_beit_large_22k": "after fine-tuning 86.0; with labels of ImageNet-22k in between 87.4, 88.6 at 512 px",
+    "pretrain_beitv2_base": "after fine-tuning 85.5; 85.0 after 300 epochs (BEiT v2's paper)",
+    "pretrain_beitv2_large": "after fine-tuning 87.3; 86.6 after 300 epochs (BEiT v2's paper)",
     "finetune_imagenet_base": "83.2 (`plain`, 800 epochs); 82.86 `plain`, 83.22 `plus` (300 epochs)",
     "finetune_imagenet_large": "85.2 (`plain`, 800 epochs)",
     "finetune_imagenet_384": "BEiT-B 84.6, BEiT-L 86.3",
@@ -70,7 +72,7 @@ def settings(config: Any) -> str:
         parts = [f"{shape}, {model.image_size} px", *parts]
         if head := getattr(model, "head", None):
             parts.insert(1, {"upernet": "UPerNet", "setr_pup": "SETR-PUP"}[head])
-        if model.drop_path_rate:
+        if getattr(model, "drop_path_rate", None):
             parts.append(f"drop path {model.drop_path_rate:g}")
     if getattr(config, "layer_decay", None) not in (None, 1.0):
         parts.append(f"layer decay {config.layer_decay:g}")

@@ -4,6 +4,7 @@ A Vision Transformer gives each patch a code of unit length, a small one turns t
 State-dict keys are those of the released files; where training differs from the official code: docs/beitv2.md.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -112,6 +113,10 @@ class CosineQuantizer(nn.Module):
         self.codes.copy_(torch.where(counts[:, None] > 0, moved, self.codes))
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def _gathered(z: Tensor) -> Tensor:
     """The rows of all ranks, in their order."""
     if not dist.is_initialized():
@@ -182,7 +187,7 @@ class VqkdTokenizer(Tokenizer):
         """Give the unit vectors, float32 (B, N, d), that are compared with the codes, for images in [0, 1]."""
         tokens = self.encoder.forward_features((images.to(self._dtype()) * 2).sub_(1))[:, 1:]
         tokens = self.encoder.fc_norm(tokens)
-        with torch.autocast(images.device.type, enabled=False):
+        with _without_autocast(images):
             return F.normalize(self.encode_task_layer(tokens.float()), dim=-1)
 
     def features(self, images: Tensor) -> Tensor:
@@ -217,7 +222,7 @@ class VqkdTokenizer(Tokenizer):
         ids = rows.new_zeros(len(rows), dtype=torch.int64)
         commitment = z.new_zeros(len(z))
         if quantize:
-            with torch.autocast(images.device.type, enabled=False):
+            with _without_autocast(images):
                 ids = self.quantize.nearest(rows)
             codes = F.embedding(ids, self.quantize.codes).view_as(z)
             commitment = (z - codes).square().mean((1, 2))

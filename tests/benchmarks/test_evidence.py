@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.evidence import ablation, continued, protocol
+from benchmarks.evidence import ablation, beitv2, continued, protocol
 from benchmarks.evidence.ablation import Ablation, Job, choose, jobs, nearest_neighbours
 from benchmarks.evidence.protocol import BASE, ROWS, TIERS, TUNING_SEED, Protocol
 from benchmarks.evidence.record import Difference, Record, difference, report, t_quantile
@@ -203,3 +203,19 @@ def test_the_interval_of_continued_pretraining_is_student_s():
     assert found["knn_top1_percent: continued minus as it is"] == pytest.approx((21, 21 - half, 21 + half), rel=1e-3)
     assert found["knn_top1_percent: continued minus scratch"][0] == pytest.approx(9)
     assert continued.differences({}, 3) == {}
+
+
+def test_the_study_of_beit_v2_pairs_by_seed():
+    runs = {}
+    for seed in range(3):
+        runs[f"tokenizer_{seed}"] = {"held_out_cosine": 0.9, "constant_cosine": 0.5 + 0.1 * seed,
+                                     "used_codes_share": 1.0, "held_out_used_codes_share": 0.5}  # fmt: skip
+        runs[f"v1_{seed}"] = {"knn_top1_percent": 20.0 + 3 * seed, "probe_top1_percent": 1.0}
+        runs[f"v2_{seed}"] = {"knn_top1_percent": 25.0 + 2 * seed, "probe_top1_percent": 1.0}
+    found = beitv2.summary(runs, 3)
+    for name, values in (("cosine above the best constant", [0.4, 0.3, 0.2]),
+                         ("knn_top1_percent: v2 minus v1", [5.0, 4.0, 3.0])):  # fmt: skip
+        half = stats.t.ppf(0.975, 2) * statistics.stdev(values) / math.sqrt(3)
+        mean = statistics.mean(values)
+        assert found[name] == pytest.approx((mean, mean - half, mean + half), rel=1e-3)
+    assert beitv2.summary({"v1_0": {}}, 3) == {}

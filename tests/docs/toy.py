@@ -19,6 +19,7 @@ BACKBONE = {"--model.width": "32", "--model.depth": "4", "--model.num-heads": "2
 TOY = {
     "PretrainConfig": RUN | BACKBONE | {
         "--masking.num-masked": "6", "--masking.min-num-patches": "2", "--tokenizer.name": "demo",
+        "--objective.early-layers": "3",
         "--evaluation.images": "4", "--evaluation.pictures": "1", "--data.builtin-images": "16",
         "--data.builtin-size": "48",
     },
@@ -26,6 +27,11 @@ TOY = {
     "ProbeConfig": RUN | BACKBONE | {"--data.num-classes": "2"},
     "SegmentConfig": RUN | BACKBONE | {
         "--model.channels": "8", "--model.auxiliary-channels": "8", "--crops.base": "128 32", "--data.num-classes": "3",
+    },
+    "TrainVqkdConfig": RUN | {
+        "--model.width": "64", "--model.depth": "1", "--model.decoder-depth": "1", "--model.patch-size": "8",
+        "--model.image-size": "32", "--model.vocab-size": "24", "--model.code-dim": "8", "--data.builtin-images": "16",
+        "--data.builtin-size": "48", "--evaluation.images": "4", "--teacher.name": "random",
     },
     "TrainTokenizerConfig": RUN | {
         "--vocab-size": "100", "--hidden-dim": "8", "--codebook-dim": "4", "--held-out-images": "2",

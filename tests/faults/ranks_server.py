@@ -86,7 +86,7 @@ def run_program(task, arguments):
     torch.set_num_threads(1)
     module = TASKS[task]
     try:
-        cli.main(module.RECIPE, module.TASK, arguments=arguments)
+        cli.main(module.RECIPE, module.TASK, demo=False, arguments=arguments)
     except SystemExit as stop:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -320,6 +320,7 @@ def serve():
 TASKS = {
     "tiny": load("tiny_task", HERE.parent / "train" / "tiny_task.py"),
     "beit": load("beit_task", HERE / "beit_task.py"),
+    "vqkd": load("vqkd_task", HERE / "vqkd_task.py"),
 }
 
 if __name__ == "__main__":

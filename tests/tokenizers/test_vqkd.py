@@ -300,6 +300,15 @@ def test_what_cannot_be_done_is_one_line(tmp_path):
             load_tokenizer(path)
 
 
+def test_multiply_adds_by_hand():
+    n, tokens = GRID**2, GRID**2 + 1
+    block = 12 * tokens * D * D + 2 * tokens**2 * D
+    expected = n * 3 * P * P * D + 2 * block + n * (D * D + D * CODE)
+    model = make().eval()
+    assert model.multiply_adds(GRID * P, GRID * P, positions=0) == expected
+    assert model.multiply_adds(GRID * P, GRID * P) == expected + n * 40 * CODE
+
+
 def test_half_precision_moves_few_tokens():
     model = make(vocab_size=200).eval()
     images = torch.rand(16, 3, GRID * P, GRID * P)
