@@ -123,3 +123,20 @@ def test_the_table_begins_with_the_worst_class(tmp_path):
         "lost\t4\t0.00\t100.00\tfour (2)\nfour\t4\t75.00\t100.00\tone (1)\none\t1\t100.00\t100.00\t\n"
     )
     assert Evaluation(("one",), images[:1], right[:1], right[:1], 1.0, confusion[:1, :1])._taken_for(0) == ""
+
+
+def test_every_sum_is_added_over_the_ranks():
+    """A second rank that counts the same as the first."""
+
+    class Twice(World):
+        def sum(self, value):
+            return value.mul_(2)
+
+    logits, labels = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 1.0]]), torch.tensor([1, 1, 0])
+    alone, both = (
+        evaluate_classifier(nn.Identity(), Logits(logits, labels), "ab", 2, world)
+        for world in (CPU, Twice(0, 1, CPU.device))
+    )
+    for name in ("images", "top1", "top5", "confusion"):
+        np.testing.assert_array_equal(getattr(both, name), 2 * getattr(alone, name))
+    assert both.loss == pytest.approx(alone.loss)
