@@ -1,5 +1,6 @@
 """Plans: what needs neither images nor weights, and a GPU that is not here, from what was measured or estimated."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beit_fast.cli import gpus, train
+from beit_fast.cli import gpus, plan, train
 from beit_fast.cli.plan import on_gpu
 from beit_fast.models import BeitConfig
 from beit_fast.train.tasks.model import multiply_adds
@@ -36,6 +37,25 @@ def test_time_and_memory_of_a_named_gpu():
     assert batch.startswith("--batch-per-device 72 of 79 GiB")
     (_, (_, split)) = on_gpu(config(parallel="fsdp2", precision="fp32"), NUMBERS, "images")
     assert split.startswith("--batch-per-device 32")  # (79.8e9 - 0.75e9) / 2e9 = 39
+
+
+def test_only_fsdp2_shares_the_state_between_gpus():
+    """79.8e9 bytes less 16e9, or less an eighth of them, at 1e9 a sample: 63 and 77, of which multiples of 8."""
+    numbers = NUMBERS | {"state_bytes": 16e9}
+    assert on_gpu(config(), numbers, "images")[1][1].startswith("--batch-per-device 56 ")
+    assert on_gpu(config(parallel="fsdp2"), numbers, "images")[1][1].startswith("--batch-per-device 72 ")
+
+
+def test_an_estimate_is_a_share_of_the_peak(monkeypatch):
+    """70 % of 989e12 FLOP/s at 300e9 an image, where nothing else is known; nothing where no FLOPs are."""
+    nearest = dataclasses.replace(gpus.MEASUREMENTS[0], share=0.7)
+    monkeypatch.setattr(plan, "nearest_measurement", lambda work, width, batch: nearest)
+    alone = {name: value for name, value in NUMBERS.items() if name != "tokenizer_flops_per_image"}
+    time = on_gpu(config(), alone, "images")[0][1]
+    assert "2,308 images/s each (estimate: 70 % of 989 TFLOP/s, the share" in time
+    assert on_gpu(config(), {name: alone[name] for name in alone if "flops" not in name}, "images") == [
+        ("on 8 x H100", "no FLOPs are known of this task, so no time can be said")
+    ]
 
 
 def test_what_was_measured_takes_the_place_of_the_estimate():

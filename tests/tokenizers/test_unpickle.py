@@ -4,12 +4,13 @@ import builtins
 import io
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from beit_fast.tokenizers import TokenizerError, unpickle
-from beit_fast.tokenizers.unpickle import _Record, _TensorUnpickler
+from beit_fast.tokenizers.unpickle import _Record, _TensorUnpickler, read_tensors
 
 STORAGES = {
     "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -203,3 +204,20 @@ def test_each_mark_of_a_log_is_enough(tmp_path, text):
     (tmp_path / "encoder.pkl").write_text(text)
     with pytest.raises(TokenizerError, match="log of wget"):
         unpickle.read_tensors(tmp_path / "encoder.pkl")
+
+
+def test_tensors_may_take_twice_the_file():
+    """Views of one storage: two are a shared weight, three are refused; a file of just half their size is not."""
+    one = torch.zeros(2**20 // 4)
+    written = {}
+    for count in (2, 3):
+        buffer = io.BytesIO()
+        torch.save({f"t{n}": one for n in range(count)}, buffer, _use_new_zipfile_serialization=False)
+        written[count] = buffer.getvalue()
+    assert len(read_tensors(Path("two"), written[2])) == 2
+    with pytest.raises(TokenizerError, match=r"three is refused: its tensors take 3 MiB, the file 1\. Fetch the"):
+        read_tensors(Path("three"), written[3])
+    half = written[3].ljust(3 * 2**19, b"\0")
+    assert len(read_tensors(Path("half"), half)) == 3
+    with pytest.raises(TokenizerError, match="is refused"):
+        read_tensors(Path("less"), half[:-1])

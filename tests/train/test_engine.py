@@ -82,7 +82,7 @@ def test_kill_at_a_random_step_then_the_same_command(train, weights, program, tm
     _, whole, _ = train("whole", steps=30)
     folder, seen = tmp_path / "killed", []
     for _ in range(kills):
-        process = program(folder, "--steps", 30, "--step-s", 0.05, start=True)
+        process = program(folder, "--steps", 30, "--step-s", 0.1, start=True)  # 2.5 s are left for the kill
         began = len(seen)
         for line in process.stdout:
             seen.append(line)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling
+from beit_fast.train import optim
 from beit_fast.train.checkpoint.state import load_optimizer_state, optimizer_state
 from beit_fast.train.config import OptimConfig
 from beit_fast.train.optim import (
@@ -17,6 +18,7 @@ from beit_fast.train.optim import (
     decay_groups,
     load_apex,
     optimizer_step,
+    set_learning_rate,
 )
 
 CPU = torch.device("cpu")
@@ -66,6 +68,51 @@ def test_step_equals_torch_with_clip_grad_norm():
         assert found_inf.item() == 0
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "clip", "factor"),
+    [([3.0, 4.0], None, 1), ([3.0, 4.0], 10.0, 1), ([3.0, 4.0], 1.0, 1 / 5), ([3e-6, 4e-6], 1e-6, 1 / 6)],
+)
+def test_clipping_by_hand(gradient, clip, factor):
+    """A plain step at rate 1: the norm 5 against a limit above it and below it; 1e-6 is added to a norm of 5e-6."""
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = 8 * torch.tensor(gradient)
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    norm, _ = optimizer_step(sgd, torch.tensor(8.0), clip)
+    assert norm.item() == pytest.approx(5 * gradient[0] / 3)
+    assert parameter.tolist() == pytest.approx([-factor * value for value in gradient], rel=1e-5)
+
+
+def test_groups_as_they_are_given(monkeypatch):
+    """No scale means 1; names and parameters belong together; apex's Adam is asked for as AdamW."""
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def groups():
+        return [{"params": [first], "names": ["a"]}, {"params": [second], "names": ["b"], "lr_scale": 0.5}]
+
+    optimizer = build_optimizer(groups(), OptimConfig())
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 0.5]
+    optimizer.param_groups[0]["lr"] = rate = torch.tensor(1.0)
+    set_learning_rate(optimizer, 0.25)
+    optimizer.param_groups[1]["lr"] = torch.tensor(1.0)
+    set_learning_rate(optimizer, 0.125)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.125, 0.0625]
+    assert optimizer.param_groups[0]["lr"] is rate
+    with pytest.raises(ValueError, match="`names` and `params` must have one entry each per parameter"):
+        build_optimizer([{"params": [first, second], "names": ["a"]}], OptimConfig())
+    monkeypatch.setattr(optim, "load_apex", lambda: ApexLike)
+    made = build_optimizer(groups(), OptimConfig(impl="apex", lr=0.5, betas=(0.8, 0.9), eps=1e-3))
+    assert isinstance(made, ApexLike)
+    assert made.defaults == {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-3}
+
+
+def test_layers_without_blocks():
+    """The stem is one layer below the rest."""
+    model = nn.Linear(2, 2)
+    model.cls_token = nn.Parameter(torch.ones(1, 1, 2))
+    groups = decay_groups(model, 0.1, 0.5)
+    assert {group["names"][0]: group["lr_scale"] for group in groups} == {"cls_token": 0.5, "bias": 1, "weight": 1}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -178,12 +225,15 @@ def test_state_moves_between_torch_and_apex_forms(first):
             "cannot be imported (No module named 'gone')",
         ),
         ({"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAdam: pass"}, "no CUDA extensions"),
+        ({"apex.py": ""}, "the apex installed at {}/apex.py is not NVIDIA's"),
+        ({"apex/x.py": "", "second/apex/y.py": ""}, "the apex installed at {}/apex is not NVIDIA's"),
     ],
 )
 def test_wrong_apex_is_one_line(files, message, tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path / "second")
     monkeypatch.syspath_prepend(tmp_path)
     try:
         with pytest.raises(ModuleNotFoundError) as caught:
@@ -191,7 +241,7 @@ def test_wrong_apex_is_one_line(files, message, tmp_path, monkeypatch):
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
             del sys.modules[name]
-    assert message in str(caught.value)
+    assert message.format(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "--optim.impl torch" in str(caught.value)
 
@@ -235,5 +285,11 @@ def test_loss_scale_follows_torch_grad_scaler():
         ours.update(torch.tensor(float(bad)))
         assert float(ours.scale) == theirs.get_scale()
     again = LossScaler(CPU, enabled=True)
+    assert again.state()["scale"] == torch.amp.GradScaler("cpu").get_scale()
+    assert again.interval == torch.amp.GradScaler("cpu").get_growth_interval()
     again.load(ours.state())
     assert again.state() == ours.state()
+    off = LossScaler(CPU, enabled=False)
+    off.load(ours.state())
+    off.update(torch.tensor(1.0))
+    assert off.state() == {"scale": 1.0, "clean_steps": 0.0}

@@ -176,7 +176,7 @@ def wandb_records(path):
 
 def finished_records(path):
     """The records of a run whose end is written: another process of wandb's writes it."""
-    give_up = time.monotonic() + 30
+    give_up = time.monotonic() + 300
     while not (records := list(wandb_records(path))) or records[-1].WhichOneof("record_type") != "exit":
         assert time.monotonic() < give_up, "wandb never wrote the end of the run"
         time.sleep(0.1)
