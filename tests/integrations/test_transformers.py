@@ -232,7 +232,7 @@ def test_models_that_collect_hidden_states_compile_too(kind):
     model = make(kind).eval()
     with torch.no_grad():
         expected = tensors_of(model(X))
-        found = tensors_of(torch.compile(beit_fast.accelerate(model), backend="aot_eager", fullgraph=True)(X))
+        found = tensors_of(torch.compile(beit_fast.accelerate(model), backend="eager", fullgraph=True)(X))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
