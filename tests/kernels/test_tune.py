@@ -4,13 +4,13 @@ import importlib
 import json
 import pickle
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from beit_fast.kernels import tune
+from beit_fast.kernels import backend, launch_table, tune
 from beit_fast.kernels.launch_table import SHIPPED, find_config, forget, launch_config, recording, trial
 from beit_fast.kernels.tune import Subject, best_row
 
@@ -154,3 +154,40 @@ def test_every_subject_runs(triton_device: str) -> None:
         assert watched.read == set(row), subject.name
         names.add(subject.kernel)
     assert names <= set(SHIPPED["default"])
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], torch.device]]:
+    """`card(major, minor)` is a GPU of that compute capability, as far as it is asked for its name."""
+    asked = (launch_table._architecture, backend.device_runs_triton)
+    for function in asked:
+        function.cache_clear()
+
+    def of(major: int, minor: int) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A card")
+        return torch.device("cuda", 0)
+
+    yield of
+    for function in asked:
+        function.cache_clear()
+
+
+def test_an_unknown_card_gets_the_safe_rows_and_one_line(
+    card: Callable[[int, int], torch.device], own_table: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    device = card(10, 3)
+    for kernel, row in SHIPPED["default"].items():
+        name, _, bucket = kernel.partition("/")
+        assert launch_config(name, device, bucket or None) == row
+    (line,) = (str(warning.message) for warning in recwarn)
+    assert line.startswith("A card: no launch rows for sm_103, the safe ones are used; `python -m beit_fast tune`")
+
+
+def test_a_card_too_old_for_the_kernels_gets_plain_torch_and_one_line(
+    card: Callable[[int, int], torch.device], recwarn: pytest.WarningsRecorder
+) -> None:
+    device = card(7, 0)
+    assert not any(backend.device_runs_triton(device.index) for _ in range(3))
+    (line,) = (str(warning.message) for warning in recwarn)
+    assert line == "A card: compute capability 7.0 is below 8.0, torch's operators are used"
