@@ -111,9 +111,13 @@ def runpy_config(name):
 SMALL = (
     "--device", "--data.threads", "--model.channels", "--model.auxiliary-channels", "--crops.base",
     "--masking.num-masked", "--masking.min-num-patches", "--hidden-dim", "--vocab-size", "--quantizer.live-codes",
-    "--evaluation.images",
+    "--evaluation.images", "--objective.early-layers", "--teacher.name", "--model.decoder-depth", "--model.vocab-size",
+    "--model.code-dim",
 )  # fmt: skip
-FOR_BUILTIN_IMAGES = ("train_tokenizer", "pretrain_tiny_builtin", "pretrain_own_images")
+FOR_BUILTIN_IMAGES = (
+    "train_tokenizer", "train_tokenizer_vqkd_tiny_builtin", "pretrain_tiny_builtin", "pretrain_beitv2_tiny_builtin",
+    "pretrain_own_images",
+)  # fmt: skip
 """Recipes that are for no data set with a name."""
 QUICK = ("finetune_imagenet_base", "linear_probe", "pretrain_beit_base", "segment_ade20k_base")
 RECIPES = [
