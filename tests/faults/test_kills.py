@@ -160,11 +160,10 @@ def test_signals_at_random_steps(ranks, tmp_path, state_of, unbroken, outcome):
             passed, "all", f"start, training and save took at most {longest:.1f} s")  # fmt: skip
 
 
-def test_a_signal_to_the_launcher_reaches_the_run(ranks, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_reaches_the_run(ranks, tmp_path, number):
     """What a user or a scheduler signals is the launcher; it waits for the save and hands its exit code on."""
-    done = ranks.run(
-        tmp_path / "run", 2, "--steps", 400, "--step-s", 0.05, signal_tree=[signal.SIGTERM, 2.0], limit_s=240
-    )
+    done = ranks.run(tmp_path / "run", 2, "--steps", 400, "--step-s", 0.05, signal_tree=[number, 2.0], limit_s=240)
     assert (done.code, done.hung) == (75, False), done.log
     assert "stopped by a signal" in done.log
 

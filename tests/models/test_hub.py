@@ -94,7 +94,11 @@ def test_a_classifier_is_not_opened_as_pretraining(tmp_path):
         BeitForMaskedImageModeling.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"model_type": "vit"}', '{"library_name": "beit_fast", "depht": 3}'])
+OTHERS = ["", "[]", '{"model_type": "vit"}', '{"library_name": "beit_fast", "depht": 3}']
+DEEP = [pytest.param(opening * 200_000, id=f"200000 x {opening}") for opening in ("[", '{"a":')]
+
+
+@pytest.mark.parametrize("text", [*OTHERS, *DEEP])
 def test_configurations_that_describe_no_beit(text, tmp_path):
     Beit(SMALL.for_classification(5)).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,22 @@ def test_a_report_of_little(tmp_path):
     assert_stands_alone(write_report(tmp_path).read_text())
     with pytest.raises(ValueError, match="is not a run folder"):
         write_report(tmp_path / "elsewhere")
+
+
+def test_a_report_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A disk that fills up half-way leaves the report of before."""
+    run = make_run(tmp_path / "run")
+    before = write_report(run).read_text()
+
+    def half(path, text, **options):
+        with path.open("w", **options) as file:
+            file.write(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        write_report(run)
+    assert (run / "report.html").read_text() == before
 
 
 def test_a_comparison_lays_runs_over_each_other(tmp_path):
