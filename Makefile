@@ -32,7 +32,7 @@ test-faults: $(VENV)/.dev  ## kills, damage, full disks, NaNs, restarts on two p
 
 mutants: $(VENV)/.dev  ## small mistakes in a module, and whether its tests notice: MODULE=schedules (others in pyproject.toml)
 	$(BIN)/pip install --quiet --constraint constraints.txt cosmic-ray coverage
-	$(BIN)/python tests/mutants.py $(MODULE)
+	$(BIN)/python tests/mutants.py $(MODULE) $(ARGS)
 
 coverage: $(VENV)/.dev  ## share of the branches of beit_fast and kernels that the default tests run through, by file
 	$(BIN)/pip install --quiet --constraint constraints.txt pytest-cov

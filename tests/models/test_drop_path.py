@@ -57,6 +57,7 @@ def test_the_rates_rise_from_block_to_block_and_follow_the_device():
     assert rates.rates.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert (str(rates), DropPathRates(0.0, 2).rates.tolist()) == ("DropPathRates(rate=0.3)", [0.0, 0.0])
     assert DropPathRates(0.3, 4, 2, 1).rates.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.1, 0.2])
+    assert DropPathRates(0.3, 4, 2).rates[4:].tolist() == pytest.approx([0.0, 0.1])
     assert DropPathRates(0.3, 4, 3, 3).rates[4:].tolist() == pytest.approx([0.18, 0.24, 0.3])  # of a ramp of six
     keys = torch.arange(5)
     expected = drop_path_scales(torch.linspace(0.0, 0.3, 4), keys, 5)
