@@ -19,7 +19,7 @@ CHANGES = {
     # what the tokens of sample i in epoch e of the cycle depend on
     "seed": 1, "data.scale": (0.2, 1.0), "data.ratio": (0.5, 2.0), "data.flip_probability": 0.25, "data.jitter": 0.1,
     "data.value_range": (0.0, 2.0), "data.decoder": "pil", "data.view_cycle": 3, "data.builtin_size": 64,
-    "model.image_size": 64, "tokenizer.name": "other", "tokenizer.precision": "bf16",
+    "data.one_view": True, "model.image_size": 64, "tokenizer.name": "other", "tokenizer.precision": "bf16",
 }  # fmt: skip
 IN_THE_SOURCE = {"data.path", "data.builtin_images"}
 """They choose the images: seen through the fingerprint of the source, tested below."""
