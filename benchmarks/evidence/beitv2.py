@@ -64,7 +64,7 @@ def write_labelled(root: Path, study: Study) -> None:
 
 
 def measured(root: Path, config: pretrain.PretrainConfig) -> dict[str, float]:
-    """What k-NN and a linear probe make of the teacher."""
+    """What k-NN and a linear probe make of a pre-trained model."""
     options = config.data.loader_options(torch.device("cpu")) | {"decoder": "auto"}
     knn = KnnEvaluation(str(root / "labelled"), SIDE, 0.01, probe=True, **options)
     try:
@@ -101,7 +101,6 @@ def pre_training(root: Path, name: str, study: Study, steps: int, seed: int, tok
         objective=pretrain.ObjectiveConfig(head_layers=1, early_layers=3) if v2 else pretrain.ObjectiveConfig(),
         masking=pretrain.MaskingConfig(num_masked=26, min_num_patches=4),
         tokenizer=pretrain.TokenizerConfig(name=tokens),
-        evaluation=pretrain.EvaluationConfig(knn=str(root / "labelled")),
         optim=OptimConfig(lr=1.5e-3, warmup_steps=max(1, steps // 10), betas=(0.9, 0.98)),
     )  # fmt: skip
 
@@ -123,13 +122,17 @@ def tokenizer(root: Path, name: str, study: Study, seed: int, teacher: str) -> v
     )  # fmt: skip
 
 
-def trained(config: Any, names: tuple[str, ...]) -> dict[str, float]:
-    """Train, unless that is done, and read these metrics where they were last measured."""
+def trained(root: Path, config: Any) -> dict[str, float]:
+    """Train, unless that is done, and measure: a tokenizer as its run does at its end, a model here."""
     began = time.perf_counter()
-    is_tokenizer = isinstance(config, vqkd.TrainVqkdConfig)
-    engine.run(vqkd.TrainVqkd(config) if is_tokenizer else pretrain.MaskedImageModeling(config))
-    lines = read_metrics(config.output_dir / "metrics.jsonl")
-    values = {name: next(line[name] for line in reversed(lines) if name in line) for name in names}
+    if isinstance(config, pretrain.PretrainConfig):
+        engine.run(pretrain.MaskedImageModeling(config))
+        values = measured(root, config)
+    else:
+        engine.run(vqkd.TrainVqkd(config))
+        lines = read_metrics(config.output_dir / "metrics.jsonl")
+        names = (*TOKENIZER_METRICS, *METRICS)
+        values = {name: next(line[name] for line in reversed(lines) if name in line) for name in names}
     return values | {"seconds": time.perf_counter() - began}
 
 
@@ -166,18 +169,18 @@ def main() -> None:
         engine.run(pretrain.MaskedImageModeling(teacher))
     record["runs"]["teacher"] = measured(root, teacher)
     print("teacher", record["runs"]["teacher"], flush=True)
-    plan: dict[str, tuple[Any, tuple[str, ...]]] = {}
+    plan: dict[str, Any] = {}
     for seed in range(study.seeds):
         name = f"tokenizer_{seed}"
-        plan[name] = tokenizer(root, name, study, seed, str(root / "teacher")), (*TOKENIZER_METRICS, *METRICS)
+        plan[name] = tokenizer(root, name, study, seed, str(root / "teacher"))
     for seed in range(study.seeds):
         tokens = str(root / f"tokenizer_{seed}" / "tokenizer.safetensors")
-        plan[f"v2_{seed}"] = pre_training(root, f"v2_{seed}", study, study.steps, seed, tokens), METRICS
-        plan[f"v1_{seed}"] = pre_training(root, f"v1_{seed}", study, study.steps, seed, "demo"), METRICS
-    for name, (config, metrics) in plan.items():
+        plan[f"v2_{seed}"] = pre_training(root, f"v2_{seed}", study, study.steps, seed, tokens)
+        plan[f"v1_{seed}"] = pre_training(root, f"v1_{seed}", study, study.steps, seed, "demo")
+    for name, config in plan.items():
         if name in record["runs"]:
             continue
-        record["runs"][name] = trained(config, metrics)
+        record["runs"][name] = trained(root, config)
         record["summary"] = summary(record["runs"], study.seeds)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=1) + "\n")
