@@ -169,16 +169,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_weights_of_the_folder(root, form,
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_weights_of_the_folder(root, tmp_path):
+@pytest.mark.parametrize("form", ["parquet", "zip", "served"])
+def test_a_killed_run_goes_on_to_the_weights_of_the_folder(root, form, tmp_path):
     common = f"{TRAIN} --weights W.pth --steps 60 --checkpoint.every-steps 5 {SHORT}".split()
     command = [sys.executable, "-m", "beit_fast", *common]
     folder = [*command, "--data.path", "D", "--output-dir", str(tmp_path / "whole")]
     subprocess.run(folder, check=True, capture_output=True, timeout=300)
     with serving(root / "served") as server:
         server.drop_every = 10
-        remote = [*command, "--data.path", f"{server.url}/scans-{{0..3}}.tar", "--output-dir", str(tmp_path / "run")]
+        path = f"{server.url}/scans-{{0..3}}.tar" if form == "served" else form
+        packed = [*command, "--data.path", path, "--output-dir", str(tmp_path / "run")]
         for kill in range(3):
-            process = subprocess.Popen(remote, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(packed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             deadline = time.monotonic() + 120
             while len(list((tmp_path / "run/checkpoints").glob("step_*"))) < min(kill + 1, 2):
                 assert time.monotonic() < deadline
@@ -186,7 +188,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_the_folder(root, tmp_path):
                 time.sleep(0.02)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-        subprocess.run(remote, check=True, capture_output=True, timeout=300)
+        subprocess.run(packed, check=True, capture_output=True, timeout=300)
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
