@@ -80,6 +80,7 @@ def test_logarithmic_axes():
         ([10.0, 20.0], {"margins": (0.0, 0.0)}, 10, 20, [10, 12, 14, 16, 18, 20]),
         ([10.0, 20.0], {"margins": (0.1, 0.2)}, 9, 22, [10, 15, 20]),
         ([10.0, 20.0], {"margins": (0.05, 0.15)}, 9.5, 21.5, [10, 12.5, 15, 17.5, 20]),
+        ([0.0, 5.0], {}, 0, 5, [0, 1, 2, 3, 4, 5]),
         ([0.0, 40.0], {}, 0, 40, [0, 10, 20, 30, 40]),
         ([0.0, 1.0], {}, 0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
         ([0.0, 20.0], {}, 0, 20, [0, 5, 10, 15, 20]),
@@ -102,8 +103,10 @@ def test_axes_by_hand(values, options, low, high, ticks):
     ("value", "text"),
     [
         (0, "0"), (1.5e-3, "0.0015"), (1e-4, "0.0001"), (9.94e-5, "9.9e-05"), (-5e-5, "-5.0e-05"), (0.12345, "0.1235"),
-        (3.25, "3.25"), (999, "999"), (1000, "1,000"), (-1200, "-1,200"), (99_999, "99,999"), (100_000, "100k"),
-        (160_450, "160.4k"), (999_900, "999.9k"), (1_000_000, "1M"), (-1_234_567, "-1.23M"),
+        (3.25, "3.25"), (999, "999"), (999.5, "999.5"), (1000, "1,000"), (-1200, "-1,200"),
+        (99_999, "99,999"), (100_000, "100k"),
+        (160_450, "160.4k"), (999_900, "999.9k"), (999_999.5, "1000k"),
+        (1_000_000, "1M"), (-1_234_567, "-1.23M"),
     ],
 )  # fmt: skip
 def test_numbers_are_short(value, text):
@@ -122,9 +125,11 @@ def test_long_lines_are_thinned():
     for count, dashed, dots in ((40, False, 40), (41, False, 0), (40, True, 0)):
         chart = line_chart("x", [Series("s", list(range(count)), [1.0] * count, dashed)])
         assert re.sub(r'<g class="at">.*', "", chart).count("<circle") == dots
-    columns = {count: line_chart("x", [Series("s", list(range(count)), [1.0] * count)]) for count in (60, 61, 500, 999)}
-    assert [chart.count('class="at"') for chart in columns.values()] == [60, 31, 57, 60]
-    assert [len(points_of(chart)[0]) for chart in columns.values()] == [61, 62, 501, 1000]
+    columns = {
+        count: line_chart("x", [Series("s", list(range(count)), [1.0] * count)]) for count in (60, 61, 500, 999, 1000)
+    }
+    assert [chart.count('class="at"') for chart in columns.values()] == [60, 31, 57, 60, 60]
+    assert [len(points_of(chart)[0]) for chart in columns.values()] == [61, 62, 501, 1000, 501]
 
 
 def test_seven_lines_have_six_colours_and_the_seventh_is_dashed():
@@ -141,3 +146,11 @@ def test_a_line_that_hardly_changes_has_an_axis_of_5_percent():
     low, high = 663 - 15.625 - 0.12, 665 + 15.625 + 0.12
     expected = [(x, round(210 - 176 * (y - low) / (high - low), 1)) for x, y in ((58.0, 663), (438.0, 665))]
     assert points_of(chart) == [[*expected, expected[1]]]
+
+
+def test_from_zero_begins_at_zero():
+    chart = line_chart("x", [Series("s", [0, 4, 10], [2.0, 4.0, 4.0])], from_zero=True)
+    assert points_of(chart)[0][:2] == [(58.0, round(210 - 176 * 2 / 4.24, 1)), (210.0, round(210 - 176 * 4 / 4.24, 1))]
+    assert [box[0] for box in elements(chart, "rect")[1::2]] == [66.0, 218.0, 314.6]  # beside the point, inside
+    with pytest.raises(ValueError):
+        line_chart("x", [Series("s", [0, 1], [1.0])])
