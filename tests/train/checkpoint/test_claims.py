@@ -15,8 +15,9 @@ from beit_fast import __version__
 from beit_fast.train.checkpoint import run_folder
 from beit_fast.train.checkpoint.format import list_checkpoints, save_checkpoint
 from beit_fast.train.checkpoint.run_folder import FORMAT, RunFolder
-from beit_fast.train.config import OptimConfig, RunConfig, to_plain
+from beit_fast.train.config import OptimConfig, RunConfig, flat, to_plain
 from beit_fast.train.distributed.world import World
+from beit_fast.train.tasks.pretrain import PretrainConfig
 
 STATE = {"total_steps": 9, "skipped": 0, "identity": {}, "interval": {}, "scaler": {}, "metrics": {}}
 
@@ -378,3 +379,10 @@ def test_every_start_is_recorded(config, before):
     assert second["versions"]["torch"] == torch.__version__
     assert second["versions"]["beit_fast"] == __version__
     assert (second["cpu_count"], second["torch_threads"]) == (os.cpu_count(), torch.get_num_threads())
+
+
+def test_what_runs_did_before_a_setting_existed_is_its_default():
+    """Value and kind, so that False is not 0."""
+    defaults = flat(to_plain(PretrainConfig()))
+    earlier = {name: repr(value) for name, value in run_folder.EARLIER_VALUES.items()}
+    assert earlier == {name: repr(defaults[name]) for name in earlier}
