@@ -269,6 +269,7 @@ class HalfPrecision(Scale):
 
 SLOW = (
     "attention",
+    "backbone",
     "drop_in",
     "gelu",
     "mim_loss",
@@ -280,7 +281,8 @@ SLOW = (
 )  # many cases, or compiled ones
 
 
-@pytest.mark.parametrize("name", ["backbone", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
 def test_in_bf16_everyone_is_within_the_relation_to_fp64(name, tmp_path_factory):
     module = importlib.import_module(f"benchmarks.bench_{name}")
     cases = module.cases(HalfPrecision("tiny", CPU)).values()

@@ -154,7 +154,7 @@ def weights(run):
     return BeitForMaskedImageModeling.from_pretrained(run).state_dict()
 
 
-@pytest.mark.parametrize("form", ["zip", "served"])
+@pytest.mark.parametrize("form", [pytest.param("zip", marks=pytest.mark.slow), "served"])
 def test_a_run_that_was_stopped_goes_on_to_the_weights_of_the_folder(root, form, tmp_path):
     common = f"{TRAIN} --weights W.pth --steps 4 --checkpoint.every-steps 2 {SHORT}"
     if not (root / "whole/model").is_dir():

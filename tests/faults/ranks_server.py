@@ -28,6 +28,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import torch
+import torch._dynamo  # an optimizer's first step imports it: once here instead of in every forked process
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor

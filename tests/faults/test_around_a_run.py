@@ -22,7 +22,7 @@ from beit_fast.visualize.run_report import write_report
 STEPS = ("--steps", 12, "--eval-every", 3)
 
 
-@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 12])
 def test_an_evaluation_that_fails_on_one_rank(ranks, tmp_path, state_of, step):
     """Given up by both; before the last step it costs nothing, at the last the same command repeats it."""
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -210,6 +210,7 @@ def test_the_suggestion_is_arithmetic():
     assert "2.50 GiB more were asked for" in text
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_answers_ends_with_a_report(ranks, tmp_path):
     """One rank sleeps for ever in its data; both say where they are, and the run ends."""
     done = ranks.run(

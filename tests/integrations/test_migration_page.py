@@ -38,7 +38,7 @@ def images():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("index", [0, 1], ids=["timm", "transformers"])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["timm", "transformers"])
 def test_the_same_logits_before_and_after(index, images):
     before, after = snippets()[index]
     names = run(before, {"images": images})

@@ -168,7 +168,7 @@ def test_exact_argmax_on_cpu(dtype: torch.dtype, ties: bool) -> None:
         assert_exact(exact_argmax(rows, head, 1 << 20), rows, weight, bias, 0.9 if ties else 1.0)
 
 
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("ties", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_exact_argmax_triton(dtype: torch.dtype, ties: bool, triton_device: str, dirty_memory: None) -> None:
     rows, weight, bias = make_head(60, 48, 700, ties)

@@ -116,7 +116,7 @@ FIRST_CALLERS = (
     "torch.device('meta')", "torch.no_grad()", "FakeTensorMode(allow_non_fake_inputs=True)", "torch.autocast('cpu')"
 )  # fmt: skip
 FIRST_CALLER = """
-import os, torch, beit_fast
+import os, torch, torch._dynamo, beit_fast
 from torch._subclasses import FakeTensorMode
 
 options = dict(embed_dim=48, depth=2, num_heads=3, num_classes=5, img_size=64, drop_path_rate=0.3)

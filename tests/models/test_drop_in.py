@@ -133,7 +133,7 @@ def test_scripting_is_refused_in_one_line(wrap):
         torch.jit.script(model)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_predict_tokens_exports_with_any_mask(strict):
     class Predict(nn.Module):
         def __init__(self):

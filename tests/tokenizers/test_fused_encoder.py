@@ -115,6 +115,7 @@ def test_tokens_interpreted():
 
 
 @pytest.mark.skipif(interpreting(), reason="already in the interpreter's process")
+@pytest.mark.slow
 @pytest.mark.skipif(not triton_installed(), reason="needs triton")
 def test_the_kernels_in_the_interpreter(run_interpreted):
     assert " passed" in run_interpreted(__file__, "interpreted")

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch._dynamo  # an optimizer's first step imports it: once here instead of in every forked process
 from torch import nn
 from torch.nn.functional import cross_entropy
 

@@ -113,6 +113,7 @@ def test_train_continue_and_load(tmp_path):
     assert tokenizer.decode(ids).shape == (1, 3, 32, 32)
 
 
+@pytest.mark.slow
 def test_it_learns_pixels(tmp_path):
     config = dataclasses.replace(
         small(tmp_path, "run"), steps=90, log=LogConfig(every_steps=30, progress="none"), held_out_images=0,

@@ -18,6 +18,7 @@ FINETUNE = (
     "finetune_imagenet_large", "intermediate_imagenet22k_base", "intermediate_imagenet22k_large",
     "scratch_imagenet_base",
 )  # fmt: skip
+QUICK = ("finetune_imagenet_base", "intermediate_imagenet22k_base")
 TINY = "--model.width 16 --model.depth 2 --model.num-heads 2 --data.builtin-size 32 --device cpu --log.progress none"
 
 
@@ -40,7 +41,9 @@ def run(module, task, cache, folder, *arguments):
     return done.value.code
 
 
-@pytest.mark.parametrize("name", FINETUNE)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FINETUNE]
+)
 def test_a_demo_runs_to_its_end(name, cache, tmp_path, capsys):
     """The real image size and augmentation, the demo's own length, a narrow model of two blocks."""
     size = [] if name == "finetune_imagenet_384" else ["--model.image-size", "64"]

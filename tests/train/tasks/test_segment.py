@@ -283,6 +283,7 @@ def test_a_run_folder_holds_what_it_is_read_for(config, capsys):
     assert "segmentations.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_learns(config, cache):
     """Its loss falls below that of the best answer that is the same for every pixel: the entropy of the labels."""
     config = change(config, steps=120, data__builtin_size=32, crops__base=(32, 32), crops__ratio=(1.0, 1.0),
