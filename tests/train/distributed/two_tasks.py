@@ -5,8 +5,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch._dynamo  # an optimizer's first step imports it: once here instead of in every forked process
-
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.tasks.finetune import (
