@@ -5,6 +5,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401 - an optimizer's first step imports it: once here, not in both forked processes
+
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.tasks.finetune import (
