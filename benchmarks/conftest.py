@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,13 +188,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     rows = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("rival") != OURS]
     write_ratios(terminalreporter, rows, "over_beit_fast", "times as long as beit_fast")
     write_ratios(terminalreporter, rows, "gain", "times as fast as the row before")
-    left_out = Counter(
-        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
-    )
-    if left_out:
-        terminalreporter.section("rows left out, and why")
-    for reason, count in left_out.most_common():
-        terminalreporter.write_line(f"{count:4d}  {reason}")
 
 
 def write_ratios(terminalreporter: Any, rows: list[Any], key: str, title: str) -> None:
