@@ -142,46 +142,6 @@ def test_the_split_into_batches_does_not_matter(tmp_path):
     assert (later.labels[order] != whole.labels[whole.indices.argsort()]).float().mean() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [((512, 683), (512, 683)), ((256, 512), (512, 1024)), ((300, 2000), (307, 2048)), ((683, 512), (683, 512))],
-)
-def test_an_image_fits_into_both_sides(size, expected):
-    assert scaled_size(*size, (2048, 512)) == expected
-
-
-def test_crops_are_mixed_where_they_can_be():
-    """A label map that is one class but for a corner: most crops are drawn again, those of one class never pass."""
-    label = np.zeros((64, 64), np.int64)
-    label[:24, :24] = 1
-    shares = {}
-    for limit in (1.0, 0.75):
-        sampling = SegmentationCropSampler(crop=16, base=(64, 64), ratio=(1.0, 1.0), cat_max_ratio=limit)
-        windows = [sampling.sample(key, label).window for key in range(400)]
-        assert all(h == w == 16 and 0 <= t <= 48 and 0 <= l <= 48 for t, l, h, w in windows)
-        counts = [np.bincount(label[t : t + h, l : l + w].ravel(), minlength=2) for t, l, h, w in windows]
-        shares[limit] = np.mean([c.max() < 0.75 * c.sum() for c in counts])
-    assert shares[1.0] < 0.2
-    assert shares[0.75] > 4 * shares[1.0]
-    ignored = np.where(label == 0, IGNORE, label)
-    assert not SegmentationCropSampler()._is_mixed(ignored)  # what is ignored is no second class
-
-
-def test_scales_are_uniform_and_windows_cover_the_image():
-    label = np.zeros((96, 128), np.int64)
-    sampling = SegmentationCropSampler(crop=48, base=(384, 96), ratio=(0.5, 2.0), cat_max_ratio=1.0)
-    placements = [sampling.sample(key, label) for key in range(3000)]
-    scales = np.array([p.size[0] / p.window[2] for p in placements])
-    assert abs(scales.mean() - 1.25) < 0.02
-    assert scales.min() < 0.52
-    assert scales.max() > 1.95
-    assert abs(np.mean([p.flip for p in placements]) - 0.5) < 0.03
-    seen = np.zeros(label.shape, bool)
-    for top, left, height, width in (p.window for p in placements):
-        seen[top : top + height, left : left + width] = True
-    assert seen.all()
-
-
 def test_resizing_is_pillows():
     picture = render_labelled(0, 0, 90)[0][:70]
     for size in ((40, 50), (140, 180), (70, 90)):

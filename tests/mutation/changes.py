@@ -76,7 +76,9 @@ def _same(old: CodeType, new: CodeType, deep: bool = True) -> bool:
     """Whether both do the same, wherever their lines stand."""
 
     def text(code: CodeType) -> tuple:
-        values = [repr(value) for value in code.co_consts if not isinstance(value, CodeType)]
+        constants = [value for value in code.co_consts if not isinstance(value, CodeType)]
+        # Two sets of the same words may be listed in two orders.
+        values = [sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value) for value in constants]
         return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, values
 
     parts = list(zip(_parts(old), _parts(new), strict=False))

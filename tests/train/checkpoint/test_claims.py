@@ -192,6 +192,8 @@ RATE = OptimConfig(lr=1e-4)
         ({"epochs": 900.0}, "--extend"), ({"steps": 9}, "--extend"), ({"batch_size": 64}, "--change-batch-size"),
         ({"batch_size": 64, "steps": 9}, "--change-batch-size --extend"), ({"optim": RATE}, "--resume-from STEP"),
         ({"optim": RATE, "steps": 9}, "--extend"), ({"seed": 1, "steps": 9}, None), ({"seed": 1}, None),
+        ({"optim": OptimConfig(lr=1e-4, min_lr=1e-6, warmup_lr=1e-7), "epochs": 9.0, "steps": 9, "batch_size": 64},
+         "--change-batch-size --extend"),
     ],
 )  # fmt: skip
 def test_what_an_option_would_allow_is_named(config, changes, way):
