@@ -17,6 +17,8 @@ class BeitTaskConfig(RunConfig):
 
     depth: int = 3
     """Blocks."""
+    head_layers: int = 0
+    """Of BEiT v2's extra head, which takes the patches after the first block."""
     bad: str | None = free(None)
     """`step,rank,place`: what becomes NaN there: `loss`, `image`, `gradient` (all), or that of the parameter named."""
     stuck: str | None = free(None)
@@ -45,7 +47,7 @@ class SmallBeit(Task):
         self.world = world
         architecture = BeitConfig.from_preset(
             "base", "plus", image_size=32, patch_size=8, width=32, depth=self.config.depth, num_heads=4, vocab_size=64,
-            drop_path_rate=0.1,
+            drop_path_rate=0.1, head_layers=self.config.head_layers, early_layers=1 if self.config.head_layers else 0,
         )  # fmt: skip
         model = BeitForMaskedImageModeling(architecture)
         model.set_grad_checkpointing(self.config.grad_checkpointing)
