@@ -18,7 +18,7 @@ from benchmarks.machine import environment
 IMPORTANCE = (
     "mim_step", "backbone", "drop_in", "input_pipeline", "tokenizer", "finetune_loop", "optimizer", "token_cache",
     "beitv2_step", "attention", "mask_sampler", "segmentation", "step_options", "import_time", "opening", "checkpoint",
-    "position_bias", "residual", "gelu", "mim_loss", "waterfall",
+    "position_bias", "residual", "gelu", "mim_loss", "linear_argmax", "waterfall",
 )  # fmt: skip
 """Files in the order in which they are measured, without `bench_`."""
 SHORT_AFTER = 0.25

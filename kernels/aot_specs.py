@@ -228,11 +228,22 @@ def _conv() -> Iterator[AotSpec]:
         yield _spec(f"exact_argmax {dtype}", kernel.exact_argmax_kernel, _row("exact_argmax", BLOCK_C=2048), pointers)
 
 
+def _linear_argmax() -> Iterator[AotSpec]:
+    """Codes of 32 dimensions (BEiT v2's tokenizer) on every card, and the widest that the kernel takes."""
+    from beit_fast.kernels.linear_argmax.kernel import linear_argmax_kernel
+
+    pointers = {"": "fp32", "ids": "i64"}
+    for width, label in ((32, "C=32"), (64, "fp32 C=64"), (128, "fp32 C=128")):
+        values = _row("linear_argmax", width, BLOCK_C=width)
+        yield _spec(f"linear_argmax {label}", linear_argmax_kernel, values, pointers, "P")
+
+
 SPECS = {
     "attention": _attention,
     "color_jitter": _color_jitter,
     "conv": _conv,
     "gelu": _gelu,
+    "linear_argmax": _linear_argmax,
     "mim_loss": _mim_loss,
     "position_bias": _position_bias,
     "residual_norm": _residual_norm,

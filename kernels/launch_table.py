@@ -54,6 +54,8 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "pool_bias_relu": {"ROWS": 4, "COLS": 256, "num_warps": 4, "num_stages": 1},
         "pixel_conv": {"ROWS": 64, "COLS": 256, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
         "exact_argmax": {"BLOCK": 8192, "num_warps": 8, "num_stages": 1},
+        "linear_argmax": {"ROWS": 64, "COLS": 64, "num_warps": 8, "num_stages": 1},  # by the power of two that holds C
+        "linear_argmax/128": {"ROWS": 32, "COLS": 32, "num_warps": 4, "num_stages": 1},
     },
     "sm_80": {},
     "sm_86": _SMALL,
@@ -89,6 +91,7 @@ SHIPPED: dict[str, dict[str, Config]] = {
         "pool_bias_relu": {"ROWS": 64, "COLS": 16, "num_warps": 4, "num_stages": 1},
         "pixel_conv": {"ROWS": 128, "COLS": 16, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1},
         "exact_argmax": {"BLOCK": 512, "num_warps": 4, "num_stages": 1},
+        "linear_argmax": {"ROWS": 64, "COLS": 128, "num_warps": 4, "num_stages": 1},
     },
 }
 

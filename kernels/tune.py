@@ -78,6 +78,7 @@ def subjects(
     from beit_fast.kernels.attention import backward, bias, forward
     from beit_fast.kernels.color_jitter import kernel as views
     from beit_fast.kernels.gelu import kernel as gelu
+    from beit_fast.kernels.linear_argmax import kernel as codebook
     from beit_fast.kernels.mim_loss import kernel as loss
     from beit_fast.kernels.residual_norm import kernel as residual
     from beit_fast.kernels.tiles import block_of
@@ -99,6 +100,7 @@ def subjects(
     crops = torch.randint(0, 256, (B, side, side, 3), dtype=torch.uint8, device=device)
     flips, colours = torch.zeros(B, dtype=torch.bool, device=device), torch.ones(B, 3, device=device)
     norm = [0.5] * 3
+    latents, codes, code_bias = draw(B * (N - 1), 32), draw(vocabulary, 32), draw(vocabulary)
 
     found = [
         Subject(
@@ -138,6 +140,10 @@ def subjects(
         Subject(
             "color_jitter", None, lambda: views.color_jitter(crops, flips, colours, factors, norm, norm, dtype),
             {"BLOCK": (256, 512, 1024, 2048), "num_warps": (2, 4, 8)},
+        ),
+        Subject(
+            "linear_argmax", "32", lambda: codebook.linear_argmax(latents, codes, code_bias),
+            {"ROWS": (32, 64), "COLS": (32, 64, 128), "num_warps": (4, 8)},
         ),
     ]  # fmt: skip
     qkv = draw(B, N, 3, heads, D // heads, kind=dtype)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.tokenizers.discrete_vae import DiscreteVAE
 
 _NEVER = -1e4  # logit bias of vocabulary entries without a code: they never win
@@ -39,7 +40,7 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """z (P, d) -> int64 (P,)."""
-        return torch.addmm(-self.codes.square().sum(1), z, self.codes.t(), alpha=2).argmax(1)
+        return linear_argmax(z, self.codes, -0.5 * self.codes.square().sum(1))
 
     def collect(self, z: Tensor) -> None:
         """Keep the newest latents (P, d)."""

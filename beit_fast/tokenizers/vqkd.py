@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from beit_fast.kernels.linear_argmax import linear_argmax
 from beit_fast.models import Beit, BeitConfig
-from beit_fast.tokenizers.base import Tokenizer, TokenizerError, argmax_rows
+from beit_fast.tokenizers.base import Tokenizer, TokenizerError
 
 __all__ = ["CosineQuantizer", "VqkdTokenizer"]
 
@@ -60,7 +61,7 @@ class CosineQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """z (P, d) of unit length -> int64 (P,); of codes at the same distance the lowest index."""
-        return argmax_rows(z, *self.head())
+        return linear_argmax(z, *self.head())
 
     @torch.no_grad()
     def initialise(self, z: Tensor, rounds: int = 10) -> None:

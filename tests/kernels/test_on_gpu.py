@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from beit_fast.kernels import bias_gelu, color_jitter, masked_cross_entropy, residual_add, residual_layer_norm
+from beit_fast.kernels.linear_argmax import linear_argmax
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,3 +122,17 @@ def test_views_of_a_full_batch() -> None:
     on_gpu = call(crops, flips, factors, centers, (0.5,) * 3, (0.5,) * 3)
     on_cpu = call(*(t.cpu() for t in (crops, flips, factors, centers)), (0.5,) * 3, (0.5,) * 3)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-5)
+
+
+def test_nearest_code_at_full_size() -> None:
+    """64 images of BEiT v2's tokenizer: the same cosine as on the CPU, the same code where no other is as near."""
+    generator = torch.Generator().manual_seed(0)
+    rows, codes = (F.normalize(torch.randn(n, 32, generator=generator)) for n in (64 * 196, 8192))
+    ids = linear_argmax(rows.cuda(), codes.cuda(), torch.zeros(8192, device="cuda")).cpu()
+    best = (rows.double() @ codes.double().t()).topk(2)
+    chosen = (rows.double() * codes[ids].double()).sum(1)
+    assert (best.values[:, 0] - chosen).max() <= 1e-6
+    clear = best.values[:, 0] - best.values[:, 1] > 1e-6
+    assert clear.double().mean() > 0.99
+    assert torch.equal(ids[clear], best.indices[clear, 0])
+    torch.library.opcheck(torch.ops.beit_fast.linear_argmax, (rows.cuda(), codes.cuda(), codes[:, 0].cuda(), "triton"))
