@@ -85,9 +85,9 @@ class Attention(nn.Module):
         return self._heads(half_linear(x, self.qkv.weight, half.qkv, half.qkv_bias, self.q_bias, self.v_bias), bias)
 
     def _heads(self, qkv: Tensor, bias: Bias) -> Tensor:
-        batch, tokens, _ = qkv.shape
-        qkv = qkv.view(batch, tokens, 3, self.num_heads, -1)
-        return packed_attention(qkv, bias, self.scale).reshape(batch, tokens, -1)
+        batch, tokens, triple = qkv.shape
+        qkv = qkv.view(batch, tokens, 3, self.num_heads, triple // (3 * self.num_heads))  # no -1: batch may be 0
+        return packed_attention(qkv, bias, self.scale).reshape(batch, tokens, triple // 3)
 
     def qkv_bias(self) -> Tensor | None:
         """(3D,), zeros for k; None where there is none."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from beit_fast.kernels import Bias, bias_gelu, linear, residual_add, residual_layer_norm
 from beit_fast.kernels.half_linear import cast_into, half_dtype, half_linear
 from beit_fast.nn.attention import Attention, HalfWeights
+from beit_fast.nn.drop_path import kept_samples, with_left_out
 from beit_fast.nn.mlp import Mlp
 from beit_fast.nn.stock import all_stock
 
@@ -92,11 +93,15 @@ class Block(nn.Module):
         Returns:
             (B, N, D), residual stream, and `next_norm` of it or None.
         """
-        return self.forward_after_attention(x, self.attn.attend(normed, bias, half), drop_path, next_norm, half)
+        kept = None if drop_path is None else kept_samples(drop_path[0], x)
+        if kept is not None:
+            normed = normed.index_select(0, kept)
+        heads = self.attn.attend(normed, bias, half)
+        return self.forward_after_attention(x, heads, drop_path, next_norm, half, kept)
 
     def forward_after_attention(
         self, x: Tensor, heads: Tensor, drop_path: Tensor | None, next_norm: nn.LayerNorm | None = None,
-        half: HalfWeights | None = None,
+        half: HalfWeights | None = None, kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The part of `forward_fused` after attention; it works on any subset of the tokens.
 
@@ -105,16 +110,24 @@ class Block(nn.Module):
         Args:
             x, heads: (B, N, D), residual stream and `attn.attend`.
             drop_path, next_norm, half: as of `forward_fused`; so is what is returned.
+            kept: the samples of which `heads` are, where these are not all (`kept_samples`).
         """
         proj, fc1, fc2, norm = self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.norm2
         first, second = (None, None) if drop_path is None else drop_path
         branch = linear(heads, proj.weight) if half is None else half_linear(heads, proj.weight, half.proj)
+        if kept is not None:
+            branch = with_left_out(branch, kept, x)
         x, normed = residual_layer_norm(
             x, branch, self.gamma_1, first, norm.weight, norm.bias, norm.eps, proj.bias
         )  # fmt: skip
+        kept = None if second is None else kept_samples(second, x)
+        if kept is not None:
+            normed = normed.index_select(0, kept)
         hidden = linear(normed, fc1.weight) if half is None else half_linear(normed, fc1.weight, half.fc1)
         hidden = bias_gelu(hidden, fc1.bias, may_overwrite=True)
         branch = linear(hidden, fc2.weight) if half is None else half_linear(hidden, fc2.weight, half.fc2)
+        if kept is not None:
+            branch = with_left_out(branch, kept, x)
         if next_norm is None:
             return residual_add(x, branch, self.gamma_2, second, fc2.bias), None
         return residual_layer_norm(

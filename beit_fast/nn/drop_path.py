@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from beit_fast.kernels.backend import select
+from beit_fast.kernels.registration import is_traced
+
 torch.fx.wrap("drop_path_scales")
+
+_FEW_MULTIPLY_ADDS = 1 << 17
+"""N * D * D of a sample, below which picking the kept samples costs as much as the others' part of the branch."""
 
 # Constants of the splitmix64 finaliser, as signed 64-bit integers (torch has no unsigned arithmetic).
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -47,6 +53,29 @@ def drop_path_scales(rates: Tensor, sample_keys: Tensor | None, batch_size: int)
         uniform = _shift_right(mixed, 40).to(torch.float32) * 2.0**-24
     keep = (1.0 - rates).view(blocks, 1, 1)
     return (uniform < keep).to(torch.float32) / keep
+
+
+def kept_samples(factors: Tensor, x: Tensor) -> Tensor | None:
+    """Which samples keep a branch, where it is computed for these alone: on a CPU, outside of traces.
+
+    Elsewhere the host would have to wait for their number, and each number would need a graph of its own.
+
+    Args:
+        factors: (B,) of the branch.
+        x: (B, N, D), what the branch reads.
+
+    Returns:
+        Their indices, int64, or None: the branch is computed for all.
+    """
+    if is_traced(x) or select("drop_path", x) != "cpu" or x.shape[1] * x.shape[2] ** 2 < _FEW_MULTIPLY_ADDS:
+        return None
+    kept = factors.nonzero().squeeze(1)
+    return kept if len(kept) < len(factors) else None
+
+
+def with_left_out(branch: Tensor, kept: Tensor, x: Tensor) -> Tensor:
+    """The branch of the samples `kept` among zeros for the others: of the shape of x."""
+    return branch.new_zeros(x.shape).index_copy_(0, kept, branch)
 
 
 class DropPathRates(torch.nn.Module):

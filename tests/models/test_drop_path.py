@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from beit_fast import use_backend
+from beit_fast.models import Beit, BeitConfig
+from beit_fast.nn.block import Block
 from beit_fast.nn.drop_path import DropPathRates, drop_path_scales
 
 MASK = 2**64 - 1
@@ -76,3 +80,42 @@ def test_the_rates_rise_from_block_to_block_and_follow_the_device():
 def test_a_rate_that_leaves_nothing_is_named(rate):
     with pytest.raises(ValueError, match=rf"drop_path_rate must be in \[0, 1\), got {rate}"):
         DropPathRates(rate, 2)
+
+
+@pytest.mark.parametrize("preset", ["plus", "plain"])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_left_out_samples_change_no_result(preset, batch):
+    """Beside the plain formulas, which compute every branch of every sample, in fp64."""
+    torch.manual_seed(0)
+    config = BeitConfig.from_preset(
+        "tiny", preset, image_size=32, patch_size=8, width=96, depth=3, num_heads=3, drop_path_rate=0.6
+    )
+    model = Beit(config.for_classification(5)).double().train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images, keys = torch.randn(batch, 3, 32, 32, dtype=torch.float64), torch.arange(batch) + 11
+    factors = model.drop_path(batch, keys, images.device)
+    assert 0 < (factors == 0).sum() < factors.numel()
+    results = []
+    for backend in ("auto", "reference"):
+        model.zero_grad()
+        with use_backend(backend):
+            logits = model(images, sample_keys=keys)
+            logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_left_out_sample_costs_no_products():
+    block, x = Block(96, 3, 4.0, 1e-6, 0.1, None), torch.randn(4, 17, 96)
+
+    def products(*factors):
+        with FlopCounterMode(display=False) as counter:
+            block(x, None, torch.tensor(factors))[0].sum().backward()
+        return counter.get_total_flops()
+
+    whole = products([2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 2.0, 2.0])
+    sums = products([0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0])  # of the residual path, over the rows of all
+    assert sums < whole / 1000
+    assert products([0.0, 2.0, 2.0, 2.0], [2.0, 2.0, 2.0, 0.0]) == sums + (whole - sums) * 3 // 4
