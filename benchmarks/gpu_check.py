@@ -42,7 +42,7 @@ class Part:
 PARTS = {
     "step": Part(("mim_step", "step_options", "backbone", "optimizer"), r"tests/(train|models)/"),
     "attention": Part(("attention",), r"tests/kernels/.*(attention|position_bias)"),
-    "tokenizer": Part(("tokenizer",), r"tests/tokenizers/|tests/kernels/.*conv"),
+    "tokenizer": Part(("tokenizer", "linear_argmax"), r"tests/tokenizers/|tests/kernels/.*(conv|linear_argmax)"),
     "input": Part(("input_pipeline",), r"tests/data/|tests/kernels/.*jitter"),
     "recipes": Part((), r"tests/(cli|recipes|train/distributed)/"),
 }
@@ -60,6 +60,8 @@ RECIPES = (
     "linear_probe --max-steps 4",
     "segment_ade20k_base --max-steps 4",
     "pretrain_beit_large --max-steps 4",
+    "pretrain_beitv2_base --max-steps 6 --cuda-graph",
+    "train_tokenizer_vqkd --max-steps 4 --teacher.name random",
 )
 """Recipes that are run for some steps, from JPEG files of 500 x 375 pixels or on built-in images; where there are no
 weights of DALL-E, random ones are made."""

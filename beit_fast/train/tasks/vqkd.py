@@ -7,6 +7,7 @@ the latents they win by moving averages.
 import math
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from beit_fast.visualize import pictures
 
 _SHOWN = 12
 """Codes, and crops of each, in the picture of the codes."""
+_PICTURED = 512
+"""Held-out images, at most, that the picture is made of: 300 MB at 224 pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +278,7 @@ class TrainVqkd(ImageTask):
         cosines = torch.zeros((), dtype=torch.float64)
         directions: Tensor | float = 0.0
         counts = torch.zeros(model.vocab_size, dtype=torch.float64)
-        for images in self._held_out_images():
+        for images in self._held_out_images(self.config.evaluation.images):
             self.alive()
             ids, target = model.encode(images), self.teacher(images)
             predicted = model.decode_features(ids)
@@ -292,12 +295,12 @@ class TrainVqkd(ImageTask):
             "held_out_perplexity": math.exp(-float((share * share.log()).sum())),
         }
 
-    def _held_out_images(self) -> list[Tensor]:
-        """The held-out images in batches, always the same."""
+    def _held_out_images(self, at_most: int) -> Iterator[Tensor]:
+        """The first held-out images in batches, always the same."""
         assert self.held_out is not None
-        count = min(self.config.evaluation.images, len(self.held_out.source))
+        count = min(at_most, self.config.evaluation.images, len(self.held_out.source))
         positions = np.array_split(np.arange(count, dtype=np.int64), -(-count // self.config.batch_per_device))
-        return [batch.token_images for batch in self.held_out.batches(Request(0, part) for part in positions)]
+        return (batch.token_images for batch in self.held_out.batches(Request(0, part) for part in positions))
 
     def plan(self) -> dict[str, float]:
         side = (self.config.model.image_size,) * 2
@@ -323,7 +326,7 @@ class TrainVqkd(ImageTask):
         write_weights(tensors, folder / "tokenizer.safetensors", metadata)
         if self.held_out is not None:
             with torch.no_grad(), torch.autocast(self.world.device.type, enabled=False):
-                sheet = codes_sheet(model, torch.cat(self._held_out_images()))
+                sheet = codes_sheet(model, torch.cat([*self._held_out_images(_PICTURED)]))
             with naming(path := folder / "codes.png"):
                 sheet.save(path)
 
@@ -340,17 +343,13 @@ def codes_sheet(tokenizer: VqkdTokenizer, images: Tensor, codes: int = _SHOWN, c
     ids = tokenizer.quantize.nearest(latents)
     frequent = torch.bincount(ids, minlength=tokenizer.vocab_size).topk(min(codes, tokenizer.vocab_size)).indices
     width = images.shape[3] // p
-    around = F.pad(images, (p, p, p, p), value=0.5)
+    around = F.pad(images, (p, p, p, p), value=0.5).unfold(2, 3 * p, p).unfold(3, 3 * p, p)  # (B, 3, h, w, 3p, 3p)
     rows = []
     for code in frequent:
         near = (latents @ tokenizer.quantize.codes[code]).masked_fill(ids != code, -2.0).topk(min(crops, len(ids)))
-        row = torch.full((3, 3 * p, crops * 3 * p), 0.5, device=images.device)
-        for column, (cosine, index) in enumerate(zip(near.values.tolist(), near.indices.tolist(), strict=True)):
-            if cosine > -2:
-                image, patch = divmod(index, len(ids) // len(images))
-                top, left = (p * place for place in divmod(patch, width))
-                row[:, :, column * 3 * p : (column + 1) * 3 * p] = around[
-                    image, :, top : top + 3 * p, left : left + 3 * p
-                ]
-        rows.append(row)
+        index = near.indices[near.values > -2]
+        image, patch = index // (len(ids) // len(images)), index % (len(ids) // len(images))
+        row = around[image, :, patch // width, patch % width]  # (crops, 3, 3p, 3p), or fewer
+        row = F.pad(row, (0, 0, 0, 0, 0, 0, 0, crops - len(row)), value=0.5)
+        rows.append(row.permute(1, 2, 0, 3).flatten(2))
     return pictures.to_pil(torch.cat(rows, dim=1))

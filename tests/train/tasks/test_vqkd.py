@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.tokenizers import load_tokenizer
+from beit_fast.tokenizers.vqkd import VqkdTokenizer
 from beit_fast.train import engine
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.metrics import read_metrics
@@ -24,6 +26,7 @@ from beit_fast.train.tasks.vqkd import (
     VqkdDataConfig,
     VqkdEvaluationConfig,
     VqkdModelConfig,
+    codes_sheet,
 )
 from benchmarks.baselines.libraries import make_torchvision_importable
 
@@ -94,7 +97,7 @@ def test_held_out_values_against_their_definitions(whole: Path) -> None:
         model.load_state_dict(load_file(whole / "tokenizer.safetensors"))
         with torch.no_grad():
             values = task.evaluate(model, 6)
-        images = torch.cat(task._held_out_images())
+        images = torch.cat([*task._held_out_images(1000)])
         target = task.teacher(images)
     finally:
         task.close()
@@ -111,6 +114,45 @@ def test_held_out_values_against_their_definitions(whole: Path) -> None:
     assert values["held_out_used_codes_share"] == len(ids.unique()) / 24
     share = torch.bincount(ids.flatten()).double() / ids.numel()
     assert values["held_out_perplexity"] == pytest.approx(float(torch.distributions.Categorical(share).entropy().exp()))
+
+
+@torch.no_grad()
+def test_the_picture_shows_the_patches_nearest_to_each_code(whole: Path) -> None:
+    """A row a code, most frequent first; in it its patches by cosine, each with a patch around, grey outside."""
+    model = load_tokenizer(str(whole / "tokenizer.safetensors"))
+    assert isinstance(model, VqkdTokenizer)
+    codes = model.quantize.codes.numpy()
+    colours = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = (F.interpolate(colours, scale_factor=8.0) + 0.05 * torch.rand(5, 3, 32, 32)).clamp(0, 1)
+    sheet = np.asarray(codes_sheet(model, images, codes=3, crops=4))
+    assert sheet.shape == (3 * 24, 4 * 24, 3)
+    latents, ids = model.latents(images).numpy(), model.encode(images).flatten(1).numpy()
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (8, 8), (8, 8)), constant_values=0.5)
+    counts = np.bincount(ids.ravel(), minlength=24)
+    shown = []
+    for row in range(3):
+        tiles = [sheet[row * 24 : row * 24 + 24, column * 24 : column * 24 + 24] for column in range(4)]
+        best = sorted(
+            (
+                (float(latents[b, n] @ codes[code]), b, n, code)
+                for code in range(24) for b in range(5) for n in range(16) if ids[b, n] == code
+            ), reverse=True,
+        )  # fmt: skip
+        crops = {code: [(b, n) for _, b, n, c in best if c == code][:4] for code in range(24)}
+
+        def crop(b: int, n: int) -> np.ndarray:
+            top, left = 8 * (n // 4), 8 * (n % 4)
+            return padded[b, :, top : top + 24, left : left + 24].transpose(1, 2, 0)
+
+        fitting = [c for c, places in crops.items() if places and np.abs(crop(*places[0]) * 255 - tiles[0]).max() < 1]
+        assert len(fitting) == 1
+        (code,) = fitting
+        shown.append(code)
+        for tile, place in zip(tiles, crops[code], strict=False):
+            assert np.abs(crop(*place) * 255 - tile).max() < 1
+        for tile in tiles[len(crops[code]) :]:
+            assert np.abs(tile - 127.5).max() < 1
+    assert counts[shown].tolist() == sorted(counts, reverse=True)[:3]
 
 
 def test_a_beit_teaches_with_its_last_normalised_patch_tokens(tmp_path: Path) -> None:
