@@ -230,7 +230,7 @@ def _gallery(run_dir: Path) -> str:
 
 def _picture(path: Path) -> str:
     """As wide as the page, but at most its own size and at least half of it, up to 700 pixels."""
-    step = path.stem.partition("_step_")[2].lstrip("0")
+    step = path.stem.partition("_step_")[2]
     caption = f"step {int(step):,}" if step.isdigit() else path.name
     content = path.read_bytes()
     width = int.from_bytes(content[16:20])  # in the header of every PNG

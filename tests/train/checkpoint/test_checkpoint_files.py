@@ -80,6 +80,22 @@ def test_a_folder_by_its_files(tmp_path):
         found.step = 8
 
 
+def test_the_folder_of_parts_is_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    """A power cut leaves no checkpoint whose parts have no names; no kill can see it, so calls are recorded."""
+    calls, real, work = [], os.fsync, tmp_path / ".tmp-work"
+    entries = checkpoint.write_entry(work, "model/shard-00001-of-00001.safetensors", {"w": torch.ones(2)})
+
+    def fsync(descriptor):
+        calls.append((os.readlink(f"/proc/self/fd/{descriptor}"), work.exists()))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.commit(work, tmp_path / "step_00000003", entries, {"step": 3})
+    assert {(str(work / "model"), True), (str(work), True)} <= set(calls)
+    assert calls[-1] == (str(tmp_path), False)
+    assert checkpoint.verify(tmp_path / "step_00000003").is_sharded("model")
+
+
 def test_what_counts_as_a_checkpoint(tmp_path):
     steps = {
         "step_00000012": 12,
