@@ -273,17 +273,14 @@ def _header(settings: Mapping[str, Any]) -> bytes:
 
 
 def _read_header(data: bytes) -> dict[str, Any] | None:
-    """The settings, or None where the header is not whole."""
-    at = len(MAGIC)
-    crc, length = (int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4))
-    text = data[at + 8 : at + 8 + length]
-    if len(data) != HEADER_BYTES or not data.startswith(MAGIC) or len(text) != length or zlib.crc32(text) != crc:
-        return None
+    """The settings, or None where the header is not the one that they would be given."""
+    at = len(MAGIC) + 4
+    length = int.from_bytes(data[at : at + 4], "little")
     try:
-        stored = json.loads(text)
+        stored = json.loads(data[at + 4 : at + 4 + length])
+        return stored if isinstance(stored, dict) and _header(stored) == data else None
     except (ValueError, RecursionError):
         return None
-    return stored if isinstance(stored, dict) and _header(stored) == data else None
 
 
 @contextlib.contextmanager

@@ -221,7 +221,10 @@ class Run:
             os.environ.update(MUTATED_FILE=str(self.path), MUTATED_TEXT=str(text))
             if session is not None:
                 replace_code(existing, mutant.functions)
-                return loop(session)
+                try:
+                    return loop(session)
+                except Exception:  # pytest itself, whose files a mutant may close, fails as in a fresh process
+                    return 1
             results = []
             code = Session(self.tests, self.folder, lambda collected: results.append(loop(collected))).run()
             return results[0] if results else code
