@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,19 +15,12 @@ from PIL import Image
 
 from beit_fast.cli.main import main as commands
 from beit_fast.data.segmentation import SegmentationImages, builtin_segmentation
-from beit_fast.data.segmentation_loader import SegmentationBatch, WholeImages, scaled_size
+from beit_fast.data.segmentation_loader import SegmentationBatch
 from beit_fast.models import BeitConfig, BeitForMaskedImageModeling, BeitForSemanticSegmentation
-from beit_fast.models.segmentation_windows import sliding_logits, window_starts
 from beit_fast.train import engine
 from beit_fast.train.checkpoint.format import save_checkpoint
 from beit_fast.train.config import CheckpointConfig, LogConfig, OptimConfig
 from beit_fast.train.distributed.world import World
-from beit_fast.train.evaluation.segmentation import (
-    Inference,
-    SegmentationScores,
-    confusion_matrix,
-    evaluate_segmentation,
-)
 from beit_fast.train.evaluation.segmentors import open_segmentor
 from beit_fast.train.tasks.segment import (
     CropConfig,
@@ -87,163 +79,6 @@ def change(config, **fields):
         value = dataclasses.replace(getattr(config, outer), **{inner: value}) if inner else value
         config = dataclasses.replace(config, **{outer: value})
     return config
-
-
-# Scores.
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_are_scikit_learns(seed):
-    """Random predictions, ignored pixels, a class that is nowhere and one that is only found."""
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(seed)
-    total = np.zeros((7, 7), np.int64)
-    labels, found = rng.integers(0, 5, (6, 30, 20)), rng.integers(0, 6, (6, 30, 20))  # 5 only found, 6 nowhere
-    found = np.where(rng.random(found.shape) < 0.4, labels, found)
-    labels[rng.random(labels.shape) < 0.2] = -1
-    for label, prediction in zip(labels, found, strict=True):  # an image at a time
-        total += confusion_matrix(torch.from_numpy(label), torch.from_numpy(prediction), 7).numpy()
-    counted = labels >= 0
-    expected = metrics.confusion_matrix(labels[counted], found[counted], labels=range(7))
-    np.testing.assert_array_equal(total, expected)
-    scores = SegmentationScores(tuple("abcdefg"), total, 6).metrics()
-    jaccard = metrics.jaccard_score(labels[counted], found[counted], labels=range(6), average=None, zero_division=0)
-    recall = metrics.recall_score(labels[counted], found[counted], labels=range(5), average="macro")
-    assert scores["mean_iou_percent"] == pytest.approx(100 * jaccard.mean())
-    assert scores["mean_accuracy_percent"] == pytest.approx(100 * recall)
-    accuracy = metrics.accuracy_score(labels[counted], found[counted])
-    assert scores["pixel_accuracy_percent"] == pytest.approx(100 * accuracy)
-
-
-def test_the_table_names_what_a_class_is_taken_for(tmp_path):
-    confusion = np.array([[6, 2, 0, 0], [0, 0, 4, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    scores = SegmentationScores(("ant", "bee", "cat", "dog"), confusion, 1)
-    (table,) = scores.write(tmp_path)
-    assert table.read_text().splitlines()[1:] == [
-        "bee\t4\t0.00\t0.00\tcat (4)",
-        "cat\t0\t0.00\t\t",
-        "ant\t8\t75.00\t75.00\tbee (2)",
-    ]
-    assert scores.metrics()["mean_iou_percent"] == 25.0
-
-
-# Windows.
-
-
-class Patterned(torch.nn.Module):
-    """Logits that depend on where a pixel lies in its window, so that every overlap shows."""
-
-    def __init__(self, side, classes=3):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(classes, 3, generator=generator)
-        self.place = torch.randn(classes, side, side, generator=generator)
-
-    def predict(self, images):
-        return torch.einsum("oc,bchw->bohw", self.weight, images) + self.place
-
-
-def brute_force(model, image, window, stride):
-    """Every window of the official grid one after the other, every pixel averaged on its own."""
-    height, width = image.shape[-2:]
-    canvas = torch.zeros(3, max(height, window), max(width, window))
-    canvas[:, :height, :width] = image
-    found = [[[] for _ in range(canvas.shape[2])] for _ in range(canvas.shape[1])]
-    rows = math.ceil(max(canvas.shape[1] - window, 0) / stride) + 1
-    columns = math.ceil(max(canvas.shape[2] - window, 0) / stride) + 1
-    for row in range(rows):
-        for column in range(columns):
-            bottom, right = min(row * stride + window, canvas.shape[1]), min(column * stride + window, canvas.shape[2])
-            top, left = bottom - window, right - window
-            scores = model.predict(canvas[None, :, top:bottom, left:right])[0]
-            for y in range(window):
-                for x in range(window):
-                    found[top + y][left + x].append(scores[:, y, x])
-    return torch.stack(
-        [torch.stack([torch.stack(found[y][x]).mean(0) for x in range(width)], 1) for y in range(height)], 1
-    )
-
-
-@pytest.mark.parametrize("size", [(16, 16), (16, 40), (37, 29), (9, 30), (10, 12)])
-@pytest.mark.parametrize(("window", "stride"), [(16, 11), (16, 16), (12, 5)])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_sliding_windows_are_brute_force(size, window, stride, batch_size):
-    model = Patterned(window)
-    image = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
-    found = sliding_logits(model.predict, image, window, stride, batch_size)
-    torch.testing.assert_close(found, brute_force(model, image, window, stride))
-
-
-def test_official_windows():
-    assert window_starts(512, 512, 341) == [0]
-    assert window_starts(683, 512, 341) == [0, 171]
-    assert window_starts(1365, 640, 426) == [0, 426, 725]
-    with pytest.raises(ValueError, match="1 <= stride <= window"):
-        sliding_logits(lambda x: x, torch.zeros(3, 8, 8), 8, 9)
-
-
-def test_inference_is_its_parts():
-    """Scale, normalise, slide, resize, and over scales and mirror images the mean of the class shares."""
-    model = Patterned(16)
-    pixels = torch.randint(0, 256, (22, 35, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-    levels = pixels.permute(2, 0, 1)[None].float()
-
-    def logits(size, mirrored=False):
-        x = F.interpolate(levels, size=size, mode="bilinear", antialias=True)[0] / 127.5 - 1
-        y = sliding_logits(model.predict, x.flip(-1) if mirrored else x, 16, 10)
-        return F.interpolate((y.flip(-1) if mirrored else y)[None], size=(22, 35), mode="bilinear")[0]
-
-    single = Inference(*HALF, 16, 10, (60, 24))
-    assert single.sizes(22, 35) == [(24, 38)]
-    assert torch.equal(single.classes(model, pixels), logits((24, 38)).argmax(0))
-    assert single.sizes(22, 200) == [scaled_size(22, 200, (60, 24))] == [(7, 60)]
-    many = Inference(*HALF, 16, 10, (60, 24), (0.5, 1.0, 1.5), flip=True)
-    assert many.sizes(22, 35) == [(16, 25), (24, 38), (36, 57)]  # the short side is at least a window
-    shares = sum(logits(size, mirrored).softmax(0) for size in many.sizes(22, 35) for mirrored in (False, True))
-    assert (many.classes(model, pixels) == shares.argmax(0)).float().mean() > 0.999
-    with pytest.raises(ValueError, match="positive ratios"):
-        Inference(*HALF, 16, 10, (60, 24), ())
-
-
-class Rank(World):
-    """Adds up what each rank passes, in place of an all-reduce: the last of them sees the totals."""
-
-    def __init__(self, rank, size, totals):
-        super().__init__(rank, size, torch.device("cpu"))
-        object.__setattr__(self, "totals", totals)
-        object.__setattr__(self, "calls", iter(range(100)))
-
-    def sum(self, value):
-        place = next(self.calls)
-        if len(self.totals) <= place:
-            self.totals.append(torch.zeros_like(value))
-        self.totals[place] += value
-        return value.copy_(self.totals[place])
-
-
-def test_ranks_count_every_image_once(cache):
-    data = builtin_segmentation(cache, 5, 48, train=False)
-    torch.manual_seed(0)
-    model = BeitForSemanticSegmentation(MODEL.segmentor(len(data.classes))).eval()
-    with torch.no_grad():
-        model.decode_head.conv_seg.weight.normal_()
-    inference = Inference(*HALF, 32, 21, (48, 48))
-
-    def evaluate(world):
-        whole = WholeImages(data, threads=1)
-        try:
-            return evaluate_segmentation(model, whole, inference, data.classes, world, pictures=2)
-        finally:
-            whole.close()
-
-    alone = evaluate(CPU)
-    totals = []
-    results = [evaluate(Rank(rank, 3, totals)) for rank in range(3)]
-    assert alone.images == results[-1].images == 5
-    assert alone.confusion.sum() == 5 * 48 * 48
-    assert (alone.confusion.sum(0) > 0).sum() > 2
-    np.testing.assert_array_equal(results[-1].confusion, alone.confusion)
-    assert len(alone.examples) == 2
 
 
 # Runs.
