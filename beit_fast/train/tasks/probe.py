@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from beit_fast.data.classification import Augmentation, ClassificationLoader, EvaluationLoader, LabelledBatch
 from beit_fast.data.labelled import LabelledImages
-from beit_fast.data.loader import Request
+from beit_fast.data.loader import NORMALIZATION, Request
 from beit_fast.data.prefetch import Prefetcher
 from beit_fast.data.sampling import epoch_order
 from beit_fast.data.sources import fingerprint
@@ -175,10 +175,13 @@ class LinearProbe(ImageTask):
         self, name: str, images: LabelledImages, loader: EvaluationLoader, shape: tuple[int, int]
     ) -> FeatureCache:
         c = self.config
+        own = (
+            c.data.channels is not None or c.data.normalization not in NORMALIZATION
+        )  # read from a file, it may change
         key = {
             "model": weights_checksum(self.backbone), "data": fingerprint(images.source), "features": c.features,
             "image_size": c.model.image_size, "crop_share": loader.crop_share, "normalization": c.data.normalization,
-            "precision": str(self.dtype), **({} if c.data.channels is None else c.data.description()),
+            "precision": str(self.dtype), **(c.data.description() if own else {}),
             "value_range": c.data.value_range, "labels": zlib.crc32(images.labels.tobytes()),
             "num_heads": self.backbone.config.num_heads,  # which a model without a table of biases does not show
         }  # fmt: skip

@@ -1,6 +1,7 @@
 """What cached features were made with: every field of a probe's options either changes it, or cannot change them."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -99,6 +100,17 @@ def test_other_images_labels_and_channels(identity, tmp_path):
         identity(gray, images(channels=1)), identity(changed(gray, "data.value_range", (0.0, 9.0)), images(channels=1)),
     ]  # fmt: skip
     assert all(a != b for number, a in enumerate(found) for b in found[:number])
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+def test_another_mean_in_the_same_file_changes_the_key(identity, tmp_path, channels):
+    file, found = tmp_path / "statistics.json", []
+    config = changed(base(tmp_path), "data.path", str(tmp_path))
+    config = changed(changed(config, "data.normalization", str(file)), "data.channels", channels)
+    for mean in (0.25, 0.5):
+        file.write_text(json.dumps({"mean": [mean] * (channels or 3), "std": [0.5] * (channels or 3)}))
+        found.append(identity(config, images(channels=channels or 3)))
+    assert found[0] != found[1]
 
 
 def test_every_field_is_known_here(tmp_path):
