@@ -113,6 +113,17 @@ def test_another_mean_in_the_same_file_changes_the_key(identity, tmp_path, chann
     assert found[0] != found[1]
 
 
+def test_features_of_earlier_versions_are_found(identity, tmp_path):
+    """What the key holds has not changed: another name in it would have all features computed anew."""
+    names = {
+        "model", "data", "features", "image_size", "crop_share", "normalization", "precision", "value_range", "labels",
+        "num_heads",
+    }  # fmt: skip
+    assert set(identity(base(tmp_path))[0]) == names
+    gray = changed(changed(base(tmp_path), "data.path", str(tmp_path)), "data.channels", 1)
+    assert set(identity(gray, images(channels=1))[0]) == names | {"mean", "std", "channels"}
+
+
 def test_every_field_is_known_here(tmp_path):
     """A new field must be put on one of the lists, and tested if it changes a feature."""
     fields = set(flat(to_plain(base(tmp_path))))
