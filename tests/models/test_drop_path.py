@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast import use_backend
 from beit_fast.models import Beit, BeitConfig
 from beit_fast.nn.block import Block
-from beit_fast.nn.drop_path import DropPathRates, drop_path_scales
+from beit_fast.nn.drop_path import DropPathRates, drop_path_scales, kept_samples
 
 MASK = 2**64 - 1
 
@@ -105,6 +106,19 @@ def test_left_out_samples_change_no_result(preset, batch):
         results.append([logits.detach(), *(p.grad for p in model.parameters())])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_when_samples_are_left_out():
+    """On a CPU, outside of traces and of the plain formulas, where there are any, and from 2^17 multiply-adds on."""
+    factors, whole, small = torch.tensor([2.0, 0.0, 2.0]), torch.randn(3, 8, 128), torch.randn(3, 7, 128)
+    assert kept_samples(factors, whole).tolist() == [0, 2]
+    assert kept_samples(factors, torch.randn(3, 128, 8)) is None
+    assert kept_samples(factors, small) is None
+    assert kept_samples(torch.ones(3), whole) is None
+    with use_backend("reference"):
+        assert kept_samples(factors, whole) is None
+    with FakeTensorMode() as mode:
+        assert kept_samples(mode.from_tensor(factors), mode.from_tensor(whole)) is None
 
 
 def test_a_left_out_sample_costs_no_products():
