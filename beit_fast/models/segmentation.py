@@ -193,7 +193,7 @@ class BeitForSemanticSegmentation(nn.Module):
             del values["library_name"], values["library_version"]
             backbone = BeitConfig(**tuples(values.pop("backbone")))
             config = SegmentationConfig(backbone, **tuples(values))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{file}: describes no segmentation model of beit_fast ({error})") from error
         model = cls(config)
         load_checkpoint(model, folder, verbose=False)

@@ -126,7 +126,7 @@ class MetricsFile:
 
 def _step_in(value: Mapping[str, Any]) -> float:
     step = value.get("step", 0)
-    return step if isinstance(step, (int, float)) else 0
+    return step if isinstance(step, (int, float)) and math.isfinite(step) else 0
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

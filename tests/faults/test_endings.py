@@ -173,11 +173,12 @@ def test_no_line_of_metrics_is_deleted(tiny, stopped):
     folder = stopped.output_dir
     path = folder / "metrics.jsonl"
     before = path.read_bytes()
-    path.write_bytes(before + b'not json\n{"kind": "train", "step": 8, "loss": 1.0}\n[' + b"[" * 100_000 + b'\n{"torn')
+    foreign = b'not json\n{"kind": "evaluation", "step": -1e999}\n'
+    path.write_bytes(before + foreign + b'{"kind": "train", "step": 8, "loss": 1.0}\n[' + b"[" * 100_000 + b'\n{"torn')
     engine.run(tiny.TinyTask(stopped))
     superseded = (folder / "metrics.superseded.jsonl").read_bytes()
     kept = path.read_bytes()
-    assert kept.startswith(before + b"not json\n[[")
+    assert kept.startswith(before + foreign + b"[[")
     assert b'{"kind": "train", "step": 8, "loss": 1.0}\n' in superseded
     assert superseded.endswith(b'{"torn\n')
     assert json.loads(kept.splitlines()[-1])["step"] == 12

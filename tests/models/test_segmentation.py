@@ -1,6 +1,7 @@
 """Segmentation models: names and counts of the official ones, formulas of the heads, weights of transformers."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -393,6 +394,11 @@ def test_a_folder_keeps_the_model(tmp_path):
     Beit(dataclasses.replace(CONFIG.backbone, num_classes=3)).save_pretrained(tmp_path / "classifier")
     with pytest.raises(CheckpointError, match="describes no segmentation model"):
         BeitForSemanticSegmentation.from_pretrained(tmp_path / "classifier")
+    described = (tmp_path / "0/config.json").read_text()
+    for text in ("[" * 100_000, re.sub(r'"patch_size": \d+', '"patch_size": 0', described)):
+        (tmp_path / "1/config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="describes no segmentation model"):
+            BeitForSemanticSegmentation.from_pretrained(tmp_path / "1")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def normalization_of(name: str, channels: int | None = None) -> MeanAndStd:
     try:
         content = json.loads(Path(name).read_text())
         mean, std = (tuple(float(value) for value in content[key]) for key in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ValueError(
             f"--data.normalization {name}: no file of `beit-fast stats` (JSON with mean and std), and not one of "
             f"{', '.join(NORMALIZATION)}; write one with beit-fast stats"

@@ -248,7 +248,7 @@ def verify(path: Path) -> Checkpoint:
             entries = {name: (int(entry["bytes"]), int(entry["crc32"])) for name, entry in files.items()}
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{MANIFEST} is missing") from None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DamagedCheckpoint(f"{MANIFEST} is unreadable ({type(error).__name__})") from None
         if step != step_of(path) or STATE not in entries:
             raise DamagedCheckpoint(f"{MANIFEST} does not describe this folder")

@@ -122,6 +122,7 @@ GOOD = {"bytes": 0, "crc32": 0}
         (None, "manifest.json is missing"), ("{", "manifest.json is unreadable (JSONDecodeError)"),
         ("{}", "manifest.json is unreadable (KeyError)"), ("[]", "manifest.json is unreadable (TypeError)"),
         ("[" * 100_000, "manifest.json is unreadable (RecursionError)"),
+        ('{"step": 1e999, "files": {}}', "manifest.json is unreadable (OverflowError)"),
         ({"step": 4}, "manifest.json does not describe this folder"),
         ({"files": {"model.safetensors": GOOD}}, "manifest.json does not describe this folder"),
         ({"../a": GOOD, "../b": GOOD}, "manifest.json names ../a, which lies outside of the checkpoint"),

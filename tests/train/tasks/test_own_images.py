@@ -233,6 +233,10 @@ def test_statistics_are_those_of_the_pixels(place, tmp_path):
         normalization_of(str(tmp_path / "stats.json"))
     with pytest.raises(ValueError, match=r"--data\.normalization halve: no file of `beit-fast stats`"):
         normalization_of("halve")
+    for number, text in enumerate(("[" * 100_000, f'{{"mean": [{10**400}], "std": [1]}}', '{"mean": 3, "std": [1]}')):
+        (tmp_path / f"{number}.json").write_text(text)
+        with pytest.raises(ValueError, match=r"no file of `beit-fast stats`"):
+            normalization_of(str(tmp_path / f"{number}.json"), 1)
     floats = ArraySource([np.random.default_rng(i).normal(5, 2, (9, 7, 2)).astype(np.float32) for i in range(3)])
     raw = measure(floats, "floats", 2)
     assert raw.depth == "float32"
