@@ -117,6 +117,16 @@ def test_features_only(out_indices):
     torch.testing.assert_close(ours(images()), peer(images()), atol=1e-5, rtol=0)
     for question in ("channels", "reduction", "module_name"):
         assert getattr(ours.feature_info, question)() == getattr(peer.feature_info, question)()
+    assert len(ours.feature_info) == len(peer.feature_info)
+    for keys in (["num_chs"], ["module", "reduction"]):
+        assert ours.feature_info.get_dicts(keys) == peer.feature_info.get_dicts(keys)
+    described = peer.feature_info.get_dicts()
+    assert [{key: d[key] for key in described[0]} for d in ours.feature_info.get_dicts()] == described
+    for index in range(len(peer.feature_info)):
+        assert ours.feature_info[index]["reduction"] == peer.feature_info[index]["reduction"]
+    assert ours.default_cfg is ours.model.default_cfg
+    ours.set_grad_checkpointing()
+    assert ours.model.grad_checkpointing
 
 
 def test_features_of_every_block_at_full_width():
