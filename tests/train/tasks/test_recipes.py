@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beit_fast.cli.demo import demo_of
+from beit_fast.cli.demo import banner, demo_of
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 ALL = sorted(path.stem for path in RECIPES.glob("*.py"))
@@ -26,6 +26,31 @@ def test_a_recipe_is_values(name):
     assert len(text.splitlines()) <= 60
     assert "def " not in text
     assert f"python recipes/{name}.py" in load(name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        (
+            "pretrain_beit_base",
+            ("the real BEiT (base), 30 steps of 4 images", "800 epochs at batch 2048, DALL-E's", "--max-steps 300"),
+        ),
+        ("pretrain_beit_large", ("the real BEiT (large), 10 steps", "imagenet/train", "--max-steps 100")),
+        ("pretrain_beitv2_base", ("1600 epochs at batch 2048, BEiT v2's tokenizer fetched",)),
+        (
+            "train_tokenizer_vqkd",
+            ("the real tokenizer, 4 steps", "untrained tiny BEiT", "taught by clip:openai/clip-vit"),
+        ),
+        ("finetune_imagenet_base", ("labelled images", "100 epochs at batch 1024", "imagenet --weights runs/pretrain")),
+        ("segment_ade20k_base", ("on crops of 128 pixels", "160,000 steps of 16 crops of 512 pixels", "ADE20K")),
+    ],
+)
+def test_a_demo_says_what_it_is_and_what_the_real_run_is(name, facts):
+    config = load(name).config
+    text = banner(config, demo_of(config), "beit-fast train X")
+    assert "    beit-fast train X --data.path /path/to/" in text
+    for fact in facts:
+        assert fact in text, (fact, text)
 
 
 @pytest.mark.parametrize(
