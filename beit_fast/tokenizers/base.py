@@ -11,11 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit_fast.kernels.backend import select
 from beit_fast.kernels.conv import ExactHead, exact_argmax
-from beit_fast.kernels.linear_argmax import linear_argmax
-from beit_fast.kernels.linear_argmax.cpu import logit_bytes
 
 __all__ = ["Tokenizer", "TokenizerError"]
 
+# A vocabulary of 8192 makes logits the largest tensor by far; they never exist for more rows than this many bytes hold.
+# On a CPU the buffer then stays in the cache and is never handed back to the operating system between batches.
+_LOGIT_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
 _ACTIVATION_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _WORTH_COMPILING = 128  # channels; below, compiling takes longer than it saves in a run of some hours
 
@@ -140,8 +141,8 @@ class Tokenizer(nn.Module):
     def _ids(self, rows: Tensor) -> Tensor:
         """Give the tokens, int64 (P,), of rows (P, C) of `features`."""
         if self._exact_head is not None and rows.dtype == self._exact_head.half.dtype:
-            return exact_argmax(rows, self._exact_head, logit_bytes(rows))
-        return linear_argmax(rows, *self.head())
+            return exact_argmax(rows, self._exact_head, _logit_bytes(rows))
+        return argmax_rows(rows, *self.head())
 
     def multiply_adds(self, height: int, width: int, positions: int | None = None) -> int:
         """Count the multiply-adds of encoding one image, the output convolution at `positions` (all where None)."""
@@ -170,3 +171,26 @@ class Tokenizer(nn.Module):
 def as_colours(images: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Give images (B, C, H, W) of one channel as grey ones to a tokenizer of colours; others as they are."""
     return images.expand(-1, tokenizer.channels, -1, -1) if images.shape[1] == 1 < tokenizer.channels else images
+
+
+def _logit_bytes(rows: Tensor) -> int:
+    return _LOGIT_BYTES.get(rows.device.type, 128 << 20)
+
+
+def argmax_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """argmax(rows @ weight.T + bias) for rows (P, C), weight (V, C): int64 (P,), through one reused buffer.
+
+    Of equal ones the lowest index.
+    """
+    rows, logit_bytes = rows.to(weight.dtype), _logit_bytes(rows)
+    count, vocab = rows.shape[0], weight.shape[0]
+    chunk = min(max(1, count), max(1, logit_bytes // (vocab * weight.element_size())))
+    buffer = torch.empty(chunk, vocab, dtype=weight.dtype, device=rows.device)
+    ids = torch.empty(count, dtype=torch.int64, device=rows.device)
+    transposed = weight.t()
+    for start in range(0, count, chunk):
+        part = rows[start : start + chunk]
+        logits = buffer[: part.shape[0]]
+        torch.addmm(bias, part, transposed, out=logits)
+        torch.argmax(logits, dim=1, out=ids[start : start + chunk])
+    return ids

@@ -200,6 +200,9 @@ class VqkdTokenizer(Tokenizer):
         """Give the codes (V, d), and zeros."""
         return self.quantize.head()
 
+    def _ids(self, rows: Tensor) -> Tensor:
+        return self.quantize.nearest(rows)
+
     def predict(self, codes: Tensor) -> Tensor:
         """Give the decoder's features (B, h * w, T) for vectors (B, d, h, w)."""
         tokens = self.decoder.forward_features(codes.to(self.decoder.cls_token.dtype))[:, 1:]

@@ -1,7 +1,5 @@
 """How much code of ours one call runs through stays within bounds; what it counts, and how, is in call_trace.py."""
 
-import pytest
-
 import beit_fast
 from benchmarks.call_trace import TARGETS, trace_forward, trace_step
 
@@ -16,7 +14,6 @@ def test_a_warm_forward_pass_is_short():
     assert within(trace, "forward") == [True] * 3, trace.listing()
 
 
-@pytest.mark.slow
 def test_a_pre_training_step_is_short():
     trace = trace_step()
     assert trace.totals()[0] >= 20, "nothing was traced"

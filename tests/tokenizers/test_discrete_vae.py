@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels.linear_argmax.cpu import LOGIT_BYTES
 from beit_fast.tokenizers import DiscreteVAE
 from beit_fast.tokenizers import base as tokenizer_base
 
@@ -82,7 +81,7 @@ def test_mask_selects_positions_in_row_order(vae: DiscreteVAE, flat: bool) -> No
 def test_chunking_changes_nothing(vae: DiscreteVAE, monkeypatch: pytest.MonkeyPatch) -> None:
     images, mask = torch.rand(5, 3, 32, 32), torch.rand(5, 4, 4) < 0.5
     ids, at_mask = vae.encode(images), vae.encode(images, mask)
-    monkeypatch.setitem(LOGIT_BYTES, "cpu", 7 * 300 * 4)  # 7 rows at a time
+    monkeypatch.setitem(tokenizer_base._LOGIT_BYTES, "cpu", 7 * 300 * 4)  # 7 rows at a time
     monkeypatch.setitem(tokenizer_base._ACTIVATION_BYTES, "cpu", 1)  # one image at a time
     assert torch.equal(vae.encode(images), ids)
     assert torch.equal(vae.encode(images, mask), at_mask)
