@@ -195,6 +195,7 @@ def test_likely_mistakes_end_in_one_line(words, message, tmp_path, monkeypatch, 
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_segmentation_from_the_same_pretraining(runs, tmp_path, capsys):
     """Crops of 64 pixels are a choice of the data; the architecture comes with the weights."""
     words = (
