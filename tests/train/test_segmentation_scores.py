@@ -23,6 +23,7 @@ from beit_fast.train.evaluation.segmentation import (
 )
 from beit_fast.train.tasks.segment import SegmentationModelConfig
 from beit_fast.visualize.segmentations import side_by_side
+from tests.train.summing_rank import Rank
 
 CPU = World(0, 1, torch.device("cpu"))
 MODEL = SegmentationModelConfig(
@@ -274,22 +275,6 @@ def test_what_an_evaluation_does_not_take(values):
         Inference(*HALF, **values)
     named = (values["ratios"], values["base"], values["stride"], values["window"])
     assert str(error.value).endswith("got " + ", ".join(map(str, named)))
-
-
-class Rank(World):
-    """Adds up what each rank passes, in place of an all-reduce: the last of them sees the totals."""
-
-    def __init__(self, rank, size, totals):
-        super().__init__(rank, size, torch.device("cpu"))
-        object.__setattr__(self, "totals", totals)
-        object.__setattr__(self, "calls", iter(range(100)))
-
-    def sum(self, value):
-        place = next(self.calls)
-        if len(self.totals) <= place:
-            self.totals.append(torch.zeros_like(value))
-        self.totals[place] += value
-        return value.copy_(self.totals[place])
 
 
 def test_ranks_count_every_image_once(tmp_path):

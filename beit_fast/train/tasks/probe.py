@@ -175,9 +175,8 @@ class LinearProbe(ImageTask):
         self, name: str, images: LabelledImages, loader: EvaluationLoader, shape: tuple[int, int]
     ) -> FeatureCache:
         c = self.config
-        own = (
-            c.data.channels is not None or c.data.normalization not in NORMALIZATION
-        )  # read from a file, it may change
+        # mean and std from a file count themselves: the file may change
+        own = c.data.channels is not None or c.data.normalization not in NORMALIZATION
         key = {
             "model": weights_checksum(self.backbone), "data": fingerprint(images.source), "features": c.features,
             "image_size": c.model.image_size, "crop_share": loader.crop_share, "normalization": c.data.normalization,

@@ -32,6 +32,7 @@ from beit_fast.train.tasks.finetune import (
 from beit_fast.train.tasks.weights import load_weights, resolve_weights
 from benchmarks.baselines.torchvision_stubs import make_torchvision_importable
 from tests.images import write_class_folders
+from tests.train.summing_rank import Rank
 
 make_torchvision_importable()
 
@@ -233,22 +234,6 @@ def test_evaluation_is_timms(classifier, cache):
     assert metrics["validation_loss"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-3
     )
-
-
-class Rank(World):
-    """Adds up what each rank passes, in place of an all-reduce: the last of them sees the totals."""
-
-    def __init__(self, rank, size, totals):
-        super().__init__(rank, size, torch.device("cpu"))
-        object.__setattr__(self, "totals", totals)
-        object.__setattr__(self, "calls", iter(range(100)))
-
-    def sum(self, value):
-        place = next(self.calls)
-        if len(self.totals) <= place:
-            self.totals.append(torch.zeros_like(value))
-        self.totals[place] += value
-        return value.copy_(self.totals[place])
 
 
 def test_ranks_count_every_image_once(classifier, cache):
