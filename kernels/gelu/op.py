@@ -19,7 +19,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
     Args:
         x: (..., D).
         bias: (D,) of the linear layer that gave x, where that layer did not add it, or None.
-        may_overwrite: x is not needed afterwards, so that its memory may take the result where no gradient is computed.
+        may_overwrite: x is not needed afterwards, nor by the gradient of what made it: its memory may take x + bias,
+            and the result where no gradient is computed.
 
     Returns:
         (..., D) of the dtype of x.
@@ -39,10 +40,13 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
     if backend == "reference":
         return reference.bias_gelu(x, bias)
     if backend == "cpu" and not is_traced(x) and (bias is None or bias.dtype == x.dtype):
-        if may_overwrite and bias is not None and x.is_contiguous() and not torch.is_grad_enabled():
+        overwrite = may_overwrite and x.is_contiguous() and not (x.is_leaf and x.requires_grad)
+        if overwrite and bias is not None and not torch.is_grad_enabled():
             return torch.ops.aten.gelu_(x.add_(bias))  # a new block of memory costs more than the GELU itself
         if bias is None or x.nbytes <= cpu.MAPPED_ANEW_BYTES:  # pieces save nothing
-            return F.gelu(x if bias is None else x + bias)
+            if bias is not None:
+                x = x.add_(bias) if overwrite else x + bias
+            return F.gelu(x)
     return _bias_gelu(x, bias, backend)
 
 

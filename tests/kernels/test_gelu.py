@@ -139,17 +139,46 @@ def test_triton_model_width(triton_device: str, D: int, assert_accurate: Check) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_taken_over_only_where_allowed_and_no_gradient_is_computed(dtype: torch.dtype) -> None:
+def test_memory_is_taken_over_only_where_allowed(dtype: torch.dtype) -> None:
     x, bias = (t.to(dtype) for t in make((2, 5, 24), True))  # type: ignore[union-attr]
     kept, expected = x.clone(), bias_gelu(x, bias)
-    assert torch.equal(bias_gelu(x, bias, may_overwrite=True), expected)
     with torch.no_grad():
         assert torch.equal(bias_gelu(x, bias), expected)
         wide = torch.zeros(2, 5, 48, dtype=dtype)
         wide[..., :24] = x
         assert torch.equal(bias_gelu(wide[..., :24], bias, may_overwrite=True), expected)
         assert torch.equal(wide[..., :24], x)
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(bias_gelu(leaf, bias, may_overwrite=True), expected)
+        assert torch.equal(leaf, kept)
         assert torch.equal(x, kept)
         taken = bias_gelu(x, bias, may_overwrite=True)
     assert torch.equal(taken, expected)
     assert taken.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_memory_taken_over_gives_the_same_gradients(frozen: bool) -> None:
+    """The sum with the bias lies where the product was, and nobody's gradient reads that product."""
+    rows, bias = make((2, 5, 24), True)
+    assert bias is not None
+    weight = torch.randn(24, 24, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+    found = []
+    for may_overwrite in (False, True):
+        leaves = [t.clone().requires_grad_(not (frozen and t is weight)) for t in (rows, weight, bias)]
+        product = leaves[0] @ leaves[1]
+        before = product.detach().clone()
+        out = bias_gelu(product, leaves[2], may_overwrite=may_overwrite)
+        assert torch.equal(product.detach(), before + bias if may_overwrite else before)
+        out.square().sum().backward()
+        found.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_memory_that_another_gradient_reads_is_no_silent_mistake() -> None:
+    """Whoever allows it wrongly hears of it from torch, which counts the versions of what it saved."""
+    x, bias = make((2, 5, 24), True)
+    assert bias is not None
+    read = x.requires_grad_().exp()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        bias_gelu(read, bias, may_overwrite=True).sum().backward()
