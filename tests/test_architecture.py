@@ -1,6 +1,7 @@
 """The layers of the package: nothing imports upwards or in a circle, files and folders stay small, names are plain."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -119,7 +120,10 @@ def layer(module: str) -> str:
     return "train.values" if parts[1:] and parts[1] in VALUES else "train"
 
 
-IMPORTS = {name: list(imports(name, path.read_text(), path.name == "__init__.py")) for name, path in MODULES.items()}
+@functools.cache
+def all_imports() -> dict[str, list[Import]]:
+    """What each module of the package imports from it."""
+    return {name: list(imports(name, path.read_text(), path.name == "__init__.py")) for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("name", ALLOWED)
@@ -130,7 +134,7 @@ def test_nothing_imports_upwards(name):
     wrong = [
         f"{module}:{found.line} imports {found.module}"
         for module in modules
-        for found in IMPORTS[module]
+        for found in all_imports()[module]
         if layer(found.module) not in allowed
     ]
     assert not wrong, "\n".join(wrong)
@@ -172,7 +176,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 def test_no_modules_import_each_other():
     """Imports inside functions and under TYPE_CHECKING count. A package's own __init__ gathers its files."""
-    graph = {name: {i.module for i in found if i.module != name} for name, found in IMPORTS.items()}
+    graph = {name: {i.module for i in found if i.module != name} for name, found in all_imports().items()}
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert circles(graph) == []
 
@@ -181,14 +185,14 @@ def test_imports_inside_functions_are_few_and_known():
     """Outside of kernels, whose Triton text is imported only where it runs."""
     lazy = {
         module: {found.module for found in entries if found.lazy} - LAZY.get(module, set())
-        for module, entries in IMPORTS.items()
+        for module, entries in all_imports().items()
         if not module.startswith("beit_fast.kernels")
     }
     assert {module: targets for module, targets in lazy.items() if targets} == {}
 
 
 def test_in_kernels_only_triton_text_is_imported_late():
-    late = {found.module for module, entries in IMPORTS.items() if layer(module) == "kernels" for found in entries
+    late = {found.module for module, entries in all_imports().items() if layer(module) == "kernels" for found in entries
             if found.lazy}  # fmt: skip
     known = ("kernel", "forward", "backward", "bias", "one_pass", "tiles")
     assert {module for module in late if module.rsplit(".", 1)[-1] not in known} == set()
