@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from beit_fast.kernels import Bias, bias_gelu, linear, residual_add, residual_layer_norm
 from beit_fast.kernels.half_linear import cast_into, half_dtype, half_linear
 from beit_fast.nn.attention import Attention, HalfWeights
-from beit_fast.nn.drop_path import kept_samples, with_left_out
+from beit_fast.nn.drop_path import kept_samples
 from beit_fast.nn.mlp import Mlp
 from beit_fast.nn.stock import all_stock
 
@@ -115,10 +115,8 @@ class Block(nn.Module):
         proj, fc1, fc2, norm = self.attn.proj, self.mlp.fc1, self.mlp.fc2, self.norm2
         first, second = (None, None) if drop_path is None else drop_path
         branch = linear(heads, proj.weight) if half is None else half_linear(heads, proj.weight, half.proj)
-        if kept is not None:
-            branch = with_left_out(branch, kept, x)
         x, normed = residual_layer_norm(
-            x, branch, self.gamma_1, first, norm.weight, norm.bias, norm.eps, proj.bias
+            x, branch, self.gamma_1, first, norm.weight, norm.bias, norm.eps, proj.bias, kept
         )  # fmt: skip
         kept = None if second is None else kept_samples(second, x)
         if kept is not None:
@@ -126,12 +124,10 @@ class Block(nn.Module):
         hidden = linear(normed, fc1.weight) if half is None else half_linear(normed, fc1.weight, half.fc1)
         hidden = bias_gelu(hidden, fc1.bias, may_overwrite=True)
         branch = linear(hidden, fc2.weight) if half is None else half_linear(hidden, fc2.weight, half.fc2)
-        if kept is not None:
-            branch = with_left_out(branch, kept, x)
         if next_norm is None:
-            return residual_add(x, branch, self.gamma_2, second, fc2.bias), None
+            return residual_add(x, branch, self.gamma_2, second, fc2.bias, kept), None
         return residual_layer_norm(
-            x, branch, self.gamma_2, second, next_norm.weight, next_norm.bias, next_norm.eps, fc2.bias
+            x, branch, self.gamma_2, second, next_norm.weight, next_norm.bias, next_norm.eps, fc2.bias, kept
         )
 
 

@@ -73,11 +73,6 @@ def kept_samples(factors: Tensor, x: Tensor) -> Tensor | None:
     return kept if len(kept) < len(factors) else None
 
 
-def with_left_out(branch: Tensor, kept: Tensor, x: Tensor) -> Tensor:
-    """The branch of the samples `kept` among zeros for the others: of the shape of x."""
-    return branch.new_zeros(x.shape).index_copy_(0, kept, branch)
-
-
 class DropPathRates(torch.nn.Module):
     """The linear ramp of drop rates over the blocks, `linspace(0, rate, depth)` (spec of Huang et al. as BEiT uses it).
 

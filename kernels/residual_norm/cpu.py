@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from beit_fast.kernels.matmul import column_sums
 
-_PIECE = 128
-"""Rows of one weighted sum: few enough for its rounding not to show, many enough for a call to cost little."""
+_FEW_ROWS = 128
+_CACHED_BYTES = 1 * 2**20  # of products that are made and summed at once
 
 
 def residual_norm(
@@ -20,6 +22,7 @@ def residual_norm(
     bias: Tensor | None,
     eps: float,
     branch_bias: Tensor | None,
+    kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum, normed (B, N, D), mean, 1/std (B, N, 1) in at least fp32; the last three empty where weight is None."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -30,7 +33,15 @@ def residual_norm(
             total += branch_bias
     else:
         scale = scale.to(wide)
-        total = torch.addcmul(wide_x, wide_branch, scale)
+        if kept is None:
+            total = torch.addcmul(wide_x, wide_branch, scale)
+        else:
+            total = torch.empty_like(wide_x)
+            for samples, rows in _runs(kept, len(x)):
+                if rows is None:
+                    total[samples].copy_(wide_x[samples])
+                else:
+                    torch.addcmul(wide_x[samples], wide_branch[rows], scale[samples], out=total[samples])
         if branch_bias is not None:
             total += scale * branch_bias  # (B, 1, D) at the most: cheaper than adding it to the branch
     total = total.to(x.dtype)
@@ -51,6 +62,7 @@ def residual_norm_backward(
     gamma: Tensor | None,
     drop_path: Tensor | None,
     branch_bias: Tensor | None,
+    kept: Tensor | None,
     branch_dtype: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -77,20 +89,21 @@ def residual_norm_backward(
     grad_branch, grad_gamma, grad_branch_bias = (grad.new_empty(0, dtype=t) for t in (branch_dtype, None, None))
     if need_branch:
         scale = _scale(gamma, drop_path)
-        grad_branch = grad.to(branch_dtype, copy=True) if scale is None else (grad * scale).to(branch_dtype)
+        if scale is None:
+            grad_branch = grad.to(branch_dtype, copy=True)
+        elif kept is None:
+            grad_branch = (grad * scale).to(branch_dtype)
+        else:
+            wide_grad = grad.new_empty(len(kept), *grad.shape[1:])
+            for samples, rows in _runs(kept, len(grad)):
+                if rows is not None:
+                    torch.mul(grad[samples], scale[samples], out=wide_grad[rows])
+            grad_branch = wide_grad.to(branch_dtype)
     if need_gamma or need_branch_bias:
-        factors = grad.new_ones(grad.shape[:2].numel())
-        if drop_path is not None:
-            factors = drop_path.to(grad.dtype).repeat_interleave(grad.shape[1])
-        rows = grad.flatten(0, 1)
-        columns = grad.new_empty(0)
-        if branch_bias is not None:
-            columns = column_sums(rows, factors)
-        if need_gamma:
-            assert branch is not None
-            grad_gamma = _weighted_column_sum(rows, branch.flatten(0, 1).to(grad.dtype), factors)
-            if branch_bias is not None:
-                grad_gamma += columns * branch_bias
+        factors = grad.new_ones(grad.shape[0]) if drop_path is None else drop_path.to(grad.dtype)
+        columns, grad_gamma = _weighted_sums(grad, factors, branch if need_gamma else None, kept)
+        if need_gamma and branch_bias is not None:
+            grad_gamma += columns * branch_bias
         if need_branch_bias:
             grad_branch_bias = columns if gamma is None else columns * gamma
     return [
@@ -110,18 +123,46 @@ def _scale(gamma: Tensor | None, drop_path: Tensor | None) -> Tensor | None:
     return drop_path[:, None, None] if gamma is None else drop_path[:, None, None] * gamma
 
 
-def _weighted_column_sum(grad: Tensor, branch: Tensor, factors: Tensor) -> Tensor:
-    """The sum over rows of factors * grad * branch, all (R, D), without a temporary of their size.
+def _runs(kept: Tensor | None, batch: int) -> list[tuple[slice, slice | None]]:
+    """The batch in runs of samples that the branch has, with its rows, or that it has not, with None."""
+    if kept is None:
+        return [(slice(0, batch), slice(0, batch))]
+    runs: list[tuple[slice, slice | None]] = []
+    row = 0
+    for has, group in itertools.groupby(range(batch), set(kept.tolist()).__contains__):
+        samples = list(group)
+        runs.append((slice(samples[0], samples[-1] + 1), slice(row, row + len(samples)) if has else None))
+        row += len(samples) * has
+    return runs
 
-    It is the weight gradient of a LayerNorm of mean 0 and 1/std `factors`, which torch reduces in one pass: a pass for
-    each piece of the rows, whose sums are added pairwise.
+
+def _weighted_sums(grad: Tensor, factors: Tensor, branch: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sums over samples and tokens of factors * grad, and of factors * grad * branch: (D,), the latter or empty.
+
+    Each is summed over a sample's tokens first, so that its rounding does not grow with the batch. A few rows are
+    summed together, as earlier versions did, whose small runs go on bit by bit.
     """
-    width = grad.shape[-1]
-    zeros, weight = torch.zeros_like(factors), grad.new_ones(width)
-    sums = [
-        torch.ops.aten.native_layer_norm_backward(*piece[:2], [width], *piece[2:], weight, None, [False, True, False])[
-            1
-        ]
-        for piece in zip(*(tensor.split(_PIECE) for tensor in (grad, branch, zeros, factors)), strict=True)
-    ]
-    return torch.stack(sums).sum(0)
+    batch, num_tokens, width = grad.shape
+    if batch * num_tokens <= _FEW_ROWS and kept is None:
+        rows, of_rows = grad.flatten(0, 1), factors.repeat_interleave(num_tokens)
+        if branch is None:
+            return column_sums(rows, of_rows), grad.new_empty(0)
+        # the weight gradient of a LayerNorm of mean 0 and 1/std `factors`
+        given = (rows, branch.flatten(0, 1).to(grad.dtype), [width], torch.zeros_like(of_rows), of_rows)
+        gradients = torch.ops.aten.native_layer_norm_backward(*given, rows.new_ones(width), None, [False, True, False])
+        return column_sums(rows, of_rows), gradients[1]
+    columns = factors @ grad.sum(1)
+    if branch is None:
+        return columns, grad.new_empty(0)
+    most = max(1, _CACHED_BYTES // max(1, num_tokens * width * grad.itemsize))
+    products, sums = grad.new_empty(min(most, batch), num_tokens, width), grad.new_zeros(batch, width)
+    for samples, rows_of_branch in _runs(kept, batch):
+        if rows_of_branch is None:
+            continue
+        for first in range(samples.start, samples.stop, most):
+            some = slice(first, min(first + most, samples.stop))
+            row = rows_of_branch.start + first - samples.start
+            part = products[: some.stop - first]
+            torch.mul(grad[some], branch[row : row + len(part)], out=part)
+            torch.sum(part, 1, out=sums[some])
+    return columns, factors @ sums

@@ -13,16 +13,22 @@ from beit_fast.kernels.residual_norm import cpu, reference
 
 
 def residual_add(
-    x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, branch_bias: Tensor | None = None
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_path: Tensor | None,
+    branch_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Residual connection with LayerScale and stochastic depth: x + drop_path[b] * gamma * (branch + branch_bias).
 
     Args:
         x: (B, N, D), the residual stream.
-        branch: (B, N, D), what attention or MLP gave; may be of a narrower dtype than x.
+        branch: (B, N, D), what attention or MLP gave, or (K, N, D) of `kept`; may be of a narrower dtype than x.
         gamma: (D,) LayerScale (Touvron et al. 2021, eq. 4), or None.
         drop_path: (B,) 0 or 1/keep per sample (Huang et al. 2016), or None; gets no gradient.
         branch_bias: (D,) bias of the linear layer that gave `branch`, where that layer did not add it, or None.
+        kept: (K,) int64, ascending: the samples that `branch` has, where it lacks some that `drop_path` makes 0.
 
     Returns:
         (B, N, D) of the dtype of x.
@@ -30,11 +36,13 @@ def residual_add(
     Raises:
         ValueError: a shape does not fit.
     """
-    _check(x, branch, gamma, drop_path, branch_bias)
+    _check(x, branch, gamma, drop_path, kept, branch_bias)
     backend = select("residual_add", x)
+    if kept is not None and backend != "cpu":
+        branch, kept = _whole(x, branch, kept), None
     if backend == "reference":
         return reference.residual_add(x, branch, gamma, drop_path, branch_bias)
-    return _residual_norm(x, branch, gamma, drop_path, None, None, 0.0, branch_bias, backend)[0]
+    return _residual_norm(x, branch, gamma, drop_path, None, None, 0.0, branch_bias, kept, backend)[0]
 
 
 def residual_layer_norm(
@@ -46,18 +54,20 @@ def residual_layer_norm(
     bias: Tensor,
     eps: float = 1e-6,
     branch_bias: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`residual_add`, and the LayerNorm of the sum in the same pass.
 
     Args:
         x: (B, N, D), the residual stream.
-        branch: (B, N, D), what attention or MLP gave.
+        branch: (B, N, D), what attention or MLP gave, or (K, N, D) of `kept`.
         gamma: (D,) LayerScale, or None.
         drop_path: (B,) 0 or 1/keep per sample, or None.
         weight: (D,) of the LayerNorm.
         bias: (D,) of the LayerNorm.
         eps: added to the variance.
         branch_bias: (D,) bias of the linear layer that gave `branch`, where that layer did not add it, or None.
+        kept: (K,) int64, ascending: the samples that `branch` has, where it lacks some that `drop_path` makes 0.
 
     Returns:
         sum (B, N, D) of the dtype of x, and LayerNorm(sum) (B, N, D) of the dtype of branch.
@@ -73,17 +83,32 @@ def residual_layer_norm(
         >>> float(total[0, 0, 0]), float(normed.abs().max())
         (1.100000023841858, 0.0)
     """
-    _check(x, branch, gamma, drop_path, branch_bias, weight, bias)
+    _check(x, branch, gamma, drop_path, kept, branch_bias, weight, bias)
     backend = select("residual_layer_norm", x)
+    if kept is not None and backend != "cpu":
+        branch, kept = _whole(x, branch, kept), None
     if backend == "reference":
         return reference.residual_layer_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
-    total, normed, _, _ = _residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias, backend)
+    total, normed, _, _ = _residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias, kept, backend)
     return total, normed
 
 
-def _check(x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, *vectors: Tensor | None) -> None:
-    if x.dim() != 3 or branch.shape != x.shape:
-        raise ValueError(f"x and branch must both be (B, N, D), got {tuple(x.shape)} and {tuple(branch.shape)}")
+def _check(
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_path: Tensor | None,
+    kept: Tensor | None,
+    *vectors: Tensor | None,
+) -> None:
+    samples = x.shape[:1] if kept is None else kept.shape
+    if x.dim() != 3 or branch.shape != (*samples, *x.shape[1:]):
+        raise ValueError(
+            "x and branch must both be (B, N, D), and branch (K, N, D) where kept is (K,), got "
+            f"{tuple(x.shape)} and {tuple(branch.shape)}"
+        )
+    if kept is not None and drop_path is None:
+        raise ValueError("kept says which samples drop_path keeps: pass drop_path, too")
     if drop_path is not None and drop_path.shape != x.shape[:1]:
         raise ValueError(f"drop_path must be (B,) = ({x.shape[0]},), got {tuple(drop_path.shape)}")
     for vector in (gamma, *vectors):
@@ -91,6 +116,11 @@ def _check(x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | 
             raise ValueError(
                 f"gamma, weight, bias and branch_bias must be (D,) = ({x.shape[2]},), got {tuple(vector.shape)}"
             )
+
+
+def _whole(x: Tensor, branch: Tensor, kept: Tensor) -> Tensor:
+    """The branch with zeros for the samples that are not `kept`, for backends that add whole branches only."""
+    return branch.new_zeros(x.shape).index_copy(0, kept, branch)
 
 
 def _fake(
@@ -112,6 +142,7 @@ def _residual_norm(
     bias: Tensor | None,
     eps: float,
     branch_bias: Tensor | None,
+    kept: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum, normed, and of every row the mean and 1/std (B, N, 1); the last three empty where weight is None."""
@@ -119,14 +150,15 @@ def _residual_norm(
         from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
-    return cpu.residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
+    return cpu.residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias, kept)
 
 
 def _backward_fake(grad_total: Tensor, grad_normed: Tensor | None, total: Tensor, *others: Any) -> list[Tensor]:
-    *_, branch_dtype, needs, _ = others
+    *_, kept, branch_dtype, needs, _ = others
     stream = grad_total if grad_normed is None else total
     wide, width = torch.promote_types(stream.dtype, torch.float32), stream.shape[-1:]
-    shapes = [stream.shape, stream.shape, *[width] * 4]
+    samples = stream.shape[:1] if kept is None else kept.shape
+    shapes = [stream.shape, (*samples, *stream.shape[1:]), *[width] * 4]
     dtypes = [stream.dtype, branch_dtype, *[wide] * 4]
     made = [grad_normed is not None, *needs[1:]]
     return [
@@ -147,6 +179,7 @@ def _residual_norm_backward(
     gamma: Tensor | None,
     drop_path: Tensor | None,
     branch_bias: Tensor | None,
+    kept: Tensor | None,
     branch_dtype: torch.dtype,
     needs: list[bool],
     backend: str,
@@ -161,27 +194,27 @@ def _residual_norm_backward(
         from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_norm_backward(*given, branch_dtype, needs)
-    return cpu.residual_norm_backward(*given, branch_dtype, needs)
+    return cpu.residual_norm_backward(*given, kept, branch_dtype, needs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gamma, drop_path, weight, bias, _, branch_bias, ctx.backend = inputs
+    _, branch, gamma, drop_path, weight, bias, _, branch_bias, kept, ctx.backend = inputs
     total, normed, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd, *(() if weight is not None else (normed,)))
     ctx.set_materialize_grads(False)
     ctx.branch_dtype = branch.dtype
-    kept = branch if gamma is not None and ctx.needs_input_grad[2] else None
+    read = branch if gamma is not None and ctx.needs_input_grad[2] else None
     norm = (None, None, None) if weight is None else (total, mean, rstd)
-    ctx.save_for_backward(*norm, weight, bias, kept, gamma, drop_path, branch_bias)
+    ctx.save_for_backward(*norm, weight, bias, read, gamma, drop_path, branch_bias, kept)
 
 
 @_residual_norm.backward(_save)
 def _gradients(
     ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    total, mean, rstd, weight, bias, branch, gamma, drop_path, branch_bias = ctx.saved_tensors
+    total, mean, rstd, weight, bias, branch, gamma, drop_path, branch_bias, kept = ctx.saved_tensors
     if grad_total is None and grad_normed is None:
-        return (None,) * 9
+        return (None,) * 10
     if grad_normed is None and weight is not None:  # nothing downstream read the norm
         grad_normed = total.new_zeros(total.shape, dtype=ctx.branch_dtype)
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5, 7)]
@@ -191,7 +224,7 @@ def _gradients(
     asked = [needs[0], needs[1] and not shared, *needs[2:]]
     grads: list[Tensor | None] = [None] * 6
     if weight is not None or any(asked[1:]):
-        saved = (total, mean, rstd, weight, branch, gamma, drop_path, branch_bias)
+        saved = (total, mean, rstd, weight, branch, gamma, drop_path, branch_bias, kept)
         grads[:] = _residual_norm_backward(grad_total, grad_normed, *saved, ctx.branch_dtype, asked, ctx.backend)
     grad_x = grad_total if weight is None else grads[0]
     inputs = (None, None, gamma, weight, bias, branch_bias)
@@ -201,4 +234,4 @@ def _gradients(
     )
     dbranch = grad_x if shared else grads[1]
     dx, dbranch = grad_x if needs[0] else None, dbranch if needs[1] else None
-    return dx, dbranch, dgamma, None, dweight, dbias, None, dbranch_bias, None
+    return dx, dbranch, dgamma, None, dweight, dbias, None, dbranch_bias, None, None

@@ -61,8 +61,8 @@ def test_opcheck() -> None:
     i, (rows, targets, factors) = leaves(), positions()
     ops = torch.ops.beit_fast
     norm = (i["x"], i["branch"], i["gamma"], factors, i["weight"], i["bias"], 1e-6, i["branch_bias"])
-    torch.library.opcheck(ops.residual_norm, (*norm, "triton"))
-    torch.library.opcheck(ops.residual_norm, (*norm[:4], None, None, 0.0, norm[7], "triton"))
+    torch.library.opcheck(ops.residual_norm, (*norm, None, "triton"))
+    torch.library.opcheck(ops.residual_norm, (*norm[:4], None, None, 0.0, norm[7], None, "triton"))
     torch.library.opcheck(ops.bias_gelu, (i["branch"], i["bias"], "triton"))
     head = (i["x"].detach().flatten(0, 1).requires_grad_(), rows, targets, i["weight"], i["bias"])
     head += (i["head_weight"], i["head_bias"], 1e-6, torch.tensor(45, device="cuda"), torch.bfloat16)

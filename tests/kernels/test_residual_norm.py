@@ -44,12 +44,13 @@ def make(
 
 def cast(inputs: Inputs, stream: torch.dtype, branch: torch.dtype, parameters: torch.dtype) -> Inputs:
     dtypes = {"x": stream, "branch": branch}
-    return {k: None if v is None else v.to(dtypes.get(k, parameters)) for k, v in inputs.items()}
+    return {k: v if v is None or k == "kept" else v.to(dtypes.get(k, parameters)) for k, v in inputs.items()}
 
 
 def leaves(inputs: Inputs) -> Inputs:
     return {
-        k: v.detach().clone().requires_grad_(k != "drop_path") if v is not None else None for k, v in inputs.items()
+        k: v.detach().clone().requires_grad_(k not in ("drop_path", "kept")) if v is not None else None
+        for k, v in inputs.items()
     }
 
 
@@ -58,10 +59,11 @@ def run(inputs: Inputs, eps: float = 1e-6, norm: bool = True) -> dict[str, Tenso
     i: Any = leaves(inputs)
     if norm:
         outputs = residual_layer_norm(
-            i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], eps, i["branch_bias"]
-        )
+            i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], eps, i["branch_bias"],
+            i.get("kept"),
+        )  # fmt: skip
     else:
-        outputs = (residual_add(i["x"], i["branch"], i["gamma"], i["drop_path"], i["branch_bias"]),)
+        outputs = (residual_add(i["x"], i["branch"], i["gamma"], i["drop_path"], i["branch_bias"], i.get("kept")),)
     generator = torch.Generator().manual_seed(7)
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
     torch.autograd.backward(outputs, upstream)
@@ -126,9 +128,11 @@ def test_accuracy_on_cpu(
 def test_dispatch(stream: torch.dtype) -> None:
     i: Any = leaves(cast(make(2, 3, 8, True, True, True), stream, stream, torch.float32))
     norm = (i["x"], i["branch"], i["gamma"], i["drop_path"], i["weight"], i["bias"], 1e-6, i["branch_bias"])
-    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm, "cpu"))
-    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm[:2], None, None, *norm[4:7], None, "cpu"))
-    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm[:4], None, None, 0.0, norm[7], "cpu"))
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm, None, "cpu"))
+    kept = (norm[0], norm[1].detach()[:1].requires_grad_(), *norm[2:], torch.tensor([0]))
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*kept, "cpu"))
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm[:2], None, None, *norm[4:7], None, None, "cpu"))
+    torch.library.opcheck(torch.ops.beit_fast.residual_norm, (*norm[:4], None, None, 0.0, norm[7], None, "cpu"))
 
 
 @presets
@@ -180,6 +184,46 @@ def test_a_dropped_sample_is_left_alone() -> None:
     assert torch.equal(found["d branch"][1], torch.zeros(5, 16))
 
 
+def drop_rows(inputs: Inputs, kept: list[int]) -> tuple[Inputs, Inputs]:
+    """The inputs with the branch zero and dropped outside of `kept`, and with the branch of `kept` alone."""
+    x, branch, whole, few = inputs["x"], inputs["branch"], dict(inputs), dict(inputs)
+    assert x is not None
+    assert branch is not None
+    index = torch.tensor(kept, dtype=torch.int64, device=x.device)
+    few["branch"] = branch[index]
+    whole["branch"] = torch.zeros_like(branch).index_copy(0, index, branch[index])
+    factors = x.new_zeros(len(x)).index_fill(0, index, 1.25)
+    whole["drop_path"], few["drop_path"], few["kept"] = factors, factors, index
+    return whole, few
+
+
+@pytest.mark.parametrize("kept", [[], [0], [4], [1, 2], [0, 2, 4], [0, 1, 2, 3, 4]], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["add", "norm"])
+@pytest.mark.parametrize("gamma", [False, True], ids=["plain", "plus"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_left_out_samples(kept: list[int], norm: bool, gamma: bool, backend: str) -> None:
+    """A branch of some samples gives what it gives with zeros for the others, by the definition."""
+    whole, few = drop_rows(make(5, 7, 16, gamma, True, True), kept)
+    with use_backend("reference"):
+        expected = run(whole, norm=norm)
+    with use_backend(backend):
+        found = run(few, norm=norm)
+    assert found.keys() == expected.keys()
+    expected["d branch"] = expected["d branch"][torch.tensor(kept, dtype=torch.int64)]
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_left_out_samples_of_many_tokens(assert_accurate: Check) -> None:
+    """So many that gamma's gradient is summed one sample at a time, and two together."""
+    for tokens in (1500, 900):
+        whole, few = drop_rows(make(6, tokens, 144, True, True, True), [0, 1, 2, 4, 5])
+        with use_backend("reference"):
+            exact = run(whole)["d gamma"]
+            eager = run(cast(whole, *[torch.float32] * 3))["d gamma"]
+        assert_accurate("d gamma", run(cast(few, *[torch.float32] * 3))["d gamma"], eager, exact)
+
+
 def test_twice_the_same_bits() -> None:
     inputs = cast(make(3, 33, 96, True, True, True), *[torch.float32] * 3)
     first, second = run(inputs), run(inputs)
@@ -194,6 +238,11 @@ def test_wrong_shapes_are_named() -> None:
         residual_add(i["x"], i["branch"], None, i["gamma"])
     with pytest.raises(ValueError, match="gamma"):
         residual_layer_norm(i["x"], i["branch"], i["gamma"][:1], None, i["weight"], i["bias"])
+    kept = torch.tensor([1])
+    with pytest.raises(ValueError, match="where kept is"):
+        residual_add(i["x"], i["branch"], None, i["drop_path"], None, kept)
+    with pytest.raises(ValueError, match="pass drop_path, too"):
+        residual_add(i["x"], i["branch"][:1], None, None, None, kept)
 
 
 @presets
@@ -202,6 +251,9 @@ def test_triton(triton_device: str, gamma: bool, drop: bool, branch_bias: bool, 
     compare(inputs, torch.float32, torch.bfloat16, assert_accurate)
     compare(inputs, torch.float32, torch.float32, assert_accurate, norm=False)
     compare(inputs, torch.bfloat16, torch.bfloat16, assert_accurate, norm=False)
+    if drop:
+        whole, few = (cast(i, *[torch.float32] * 3) for i in drop_rows(inputs, [0, 2]))
+        assert torch.equal(run(whole)["sum"], run(few)["sum"])
 
 
 @pytest.mark.parametrize("D", [768, *(pytest.param(D, marks=pytest.mark.slow) for D in (1024, 1280))])

@@ -122,7 +122,7 @@ def test_when_samples_are_left_out():
 
 
 def test_a_left_out_sample_costs_no_products():
-    block, x = Block(96, 3, 4.0, 1e-6, 0.1, None), torch.randn(4, 17, 96)
+    block, x = Block(96, 3, 4.0, 1e-6, 0.1, None), torch.randn(4, 37, 96)
 
     def products(*factors):
         with FlopCounterMode(display=False) as counter:
