@@ -159,9 +159,10 @@ class PretrainLoader(Loader):
         rows = self.send(unknown)
         resized, flip, factor = (self.send(x) for x in (views.images, *map(torch.from_numpy, (flips, factors))))
         if self.one_view:
-            token_images = resized if tokens is None else resized[rows]
+            token_images = resized if tokens is None else resized.index_select(0, rows)
         else:
-            token_images = self.send(views.token_images[rows if views.token_images.is_cuda else unknown])
+            chosen = rows if views.token_images.is_cuda else unknown
+            token_images = self.send(views.token_images.index_select(0, chosen))  # `[chosen]` goes byte by byte
         # Both views share the centre of the contrast: they are one picture in two sizes.
         center = self.gray_means(resized) if views.centers is None else self.send(views.centers)
         images = self.transform(resized, flip, factor, center, self.mean, self.std)

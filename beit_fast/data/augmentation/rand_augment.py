@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -154,7 +153,7 @@ class Augmenter:
 
     def apply(self, views: Tensor, plan: AugmentPlan) -> Tensor:
         """Augments `views` in place and returns them."""
-        size = views.shape[1]
+        size, pixels = views.shape[1], views.numpy()  # NumPy copies whole rows, torch indexes byte by byte
         for layer in range(plan.operations.shape[1]):
             rows = np.flatnonzero(plan.operations[:, layer] >= 0)
             if not len(rows):
@@ -165,8 +164,7 @@ class Augmenter:
                     plan.operations[rows, layer], plan.levels[rows, layer], plan.signs[rows, layer], strict=True
                 )
             ]
-            index = torch.from_numpy(rows)
-            views[index] = torch.from_numpy(self._run(views[index].numpy(), chosen, len(views)))
+            pixels[rows] = self._run(pixels[rows], chosen, len(views))
         return views
 
     def _run(self, views: NDArray[np.uint8], chosen: list[_Parameters], capacity: int) -> NDArray[np.uint8]:
