@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from beit_fast.kernels.backend import select
-from beit_fast.kernels.registration import fused_op
+from beit_fast.kernels.registration import fused_op, is_traced
 from beit_fast.kernels.residual_norm import cpu, reference
 
 
@@ -28,13 +28,14 @@ def residual_add(
         gamma: (D,) LayerScale (Touvron et al. 2021, eq. 4), or None.
         drop_path: (B,) 0 or 1/keep per sample (Huang et al. 2016), or None; gets no gradient.
         branch_bias: (D,) bias of the linear layer that gave `branch`, where that layer did not add it, or None.
-        kept: (K,) int64, ascending: the samples that `branch` has, where it lacks some that `drop_path` makes 0.
+        kept: (K,) int64, ascending: the samples that `branch` has, where it lacks some that `drop_path` makes 0; for
+            these it counts as 0.
 
     Returns:
         (B, N, D) of the dtype of x.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or `kept` is not ascending (seen on a CPU only).
     """
     _check(x, branch, gamma, drop_path, kept, branch_bias)
     backend = select("residual_add", x)
@@ -67,13 +68,14 @@ def residual_layer_norm(
         bias: (D,) of the LayerNorm.
         eps: added to the variance.
         branch_bias: (D,) bias of the linear layer that gave `branch`, where that layer did not add it, or None.
-        kept: (K,) int64, ascending: the samples that `branch` has, where it lacks some that `drop_path` makes 0.
+        kept: (K,) int64, ascending: the samples that `branch` has, where it lacks some that `drop_path` makes 0; for
+            these it counts as 0.
 
     Returns:
         sum (B, N, D) of the dtype of x, and LayerNorm(sum) (B, N, D) of the dtype of branch.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or `kept` is not ascending (seen on a CPU only).
 
     Examples:
         >>> import torch
@@ -109,6 +111,10 @@ def _check(
         )
     if kept is not None and drop_path is None:
         raise ValueError("kept says which samples drop_path keeps: pass drop_path, too")
+    if kept is not None and kept.device.type == "cpu" and not is_traced(kept):  # elsewhere it would be a host sync
+        samples_kept = kept.tolist()
+        if samples_kept != sorted(set(samples_kept).intersection(range(x.shape[0]))):
+            raise ValueError(f"kept must be ascending indices of the {x.shape[0]} samples, got {samples_kept}")
     if drop_path is not None and drop_path.shape != x.shape[:1]:
         raise ValueError(f"drop_path must be (B,) = ({x.shape[0]},), got {tuple(drop_path.shape)}")
     for vector in (gamma, *vectors):

@@ -241,6 +241,9 @@ def test_wrong_shapes_are_named() -> None:
     kept = torch.tensor([1])
     with pytest.raises(ValueError, match="where kept is"):
         residual_add(i["x"], i["branch"], None, i["drop_path"], None, kept)
+    for wrong in ([1, 0], [0, 0], [0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="ascending indices of the 2 samples, got"):
+            residual_add(i["x"], i["branch"], None, i["drop_path"], None, torch.tensor(wrong))
     with pytest.raises(ValueError, match="pass drop_path, too"):
         residual_add(i["x"], i["branch"][:1], None, None, None, kept)
 
