@@ -101,9 +101,12 @@ def residual_norm_backward(
             grad_branch = wide_grad.to(branch_dtype)
     if need_gamma or need_branch_bias:
         factors = grad.new_ones(grad.shape[0]) if drop_path is None else drop_path.to(grad.dtype)
-        columns, grad_gamma = _weighted_sums(grad, factors, branch if need_gamma else None, kept)
-        if need_gamma and branch_bias is not None:
-            grad_gamma += columns * branch_bias
+        columns = grad.new_empty(0) if branch_bias is None else _weighted_sum(grad, factors)
+        if need_gamma:
+            assert branch is not None
+            grad_gamma = _weighted_sum_of_products(grad, branch, factors, kept)
+            if branch_bias is not None:
+                grad_gamma += columns * branch_bias
         if need_branch_bias:
             grad_branch_bias = columns if gamma is None else columns * gamma
     return [
@@ -128,32 +131,33 @@ def _runs(kept: Tensor | None, batch: int) -> list[tuple[slice, slice | None]]:
     if kept is None:
         return [(slice(0, batch), slice(0, batch))]
     runs: list[tuple[slice, slice | None]] = []
-    row = 0
+    sample = row = 0
     for has, group in itertools.groupby(range(batch), set(kept.tolist()).__contains__):
-        samples = list(group)
-        runs.append((slice(samples[0], samples[-1] + 1), slice(row, row + len(samples)) if has else None))
-        row += len(samples) * has
+        count = len(list(group))
+        runs.append((slice(sample, sample + count), slice(row, row + count) if has else None))
+        sample, row = sample + count, row + count if has else row
     return runs
 
 
-def _weighted_sums(grad: Tensor, factors: Tensor, branch: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The sums over samples and tokens of factors * grad, and of factors * grad * branch: (D,), the latter or empty.
+def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
+    """The sum over samples and tokens of factors (B,) * grad (B, N, D): (D,).
 
-    Each is summed over a sample's tokens first, so that its rounding does not grow with the batch. A few rows are
-    summed together, as earlier versions did, whose small runs go on bit by bit.
+    It is summed over a sample's tokens first, so that its rounding does not grow with the batch; a few rows at once, as
+    earlier versions did, whose small runs go on bit by bit.
     """
+    if grad.shape[:2].numel() <= _FEW_ROWS:
+        return column_sums(grad.flatten(0, 1), factors.repeat_interleave(grad.shape[1]))
+    return factors @ grad.sum(1)
+
+
+def _weighted_sum_of_products(grad: Tensor, branch: Tensor, factors: Tensor, kept: Tensor | None) -> Tensor:
+    """The same of factors * grad * branch, the products of some samples at a time, as the cache holds."""
     batch, num_tokens, width = grad.shape
     if batch * num_tokens <= _FEW_ROWS and kept is None:
-        rows, of_rows = grad.flatten(0, 1), factors.repeat_interleave(num_tokens)
-        if branch is None:
-            return column_sums(rows, of_rows), grad.new_empty(0)
         # the weight gradient of a LayerNorm of mean 0 and 1/std `factors`
+        rows, of_rows = grad.flatten(0, 1), factors.repeat_interleave(num_tokens)
         given = (rows, branch.flatten(0, 1).to(grad.dtype), [width], torch.zeros_like(of_rows), of_rows)
-        gradients = torch.ops.aten.native_layer_norm_backward(*given, rows.new_ones(width), None, [False, True, False])
-        return column_sums(rows, of_rows), gradients[1]
-    columns = factors @ grad.sum(1)
-    if branch is None:
-        return columns, grad.new_empty(0)
+        return torch.ops.aten.native_layer_norm_backward(*given, rows.new_ones(width), None, [False, True, False])[1]
     most = max(1, _CACHED_BYTES // max(1, num_tokens * width * grad.itemsize))
     products, sums = grad.new_empty(min(most, batch), num_tokens, width), grad.new_zeros(batch, width)
     for samples, rows_of_branch in _runs(kept, batch):
@@ -165,4 +169,4 @@ def _weighted_sums(grad: Tensor, factors: Tensor, branch: Tensor | None, kept: T
             part = products[: some.stop - first]
             torch.mul(grad[some], branch[row : row + len(part)], out=part)
             torch.sum(part, 1, out=sums[some])
-    return columns, factors @ sums
+    return factors @ sums
