@@ -1,4 +1,5 @@
-"""The compiled module (csrc/): samplers keyed by (seed, epoch, sample) through Philox, and the CPU view transform.
+"""The compiled module (csrc/): samplers keyed by (seed, epoch, sample) through Philox, the CPU view transform, and CPU
+kernels for `beit_fast.kernels`.
 
 Every draw is a function of (seed, epoch, sample): the same for any batch split, rank, thread count and machine.
 `seed` is in [0, 2**64), `epoch` in [0, 2**32), sample indices are non-negative. Integer arguments take any array or
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 def sample_masks(
     out: NDArray[np.uint8] | NDArray[np.bool_],
@@ -80,3 +82,83 @@ def gray_means(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
     """One block of the generator: four 32-bit words from a counter of four and a key of two."""
+
+# The kernels behind `beit_fast.kernels` take contiguous float32 tensors on a CPU, or None where a call has none, and a
+# number of OpenMP threads, which changes no result. ValueError names a tensor of another kind or size.
+
+HAS_THREADS: bool
+"""Whether the module was compiled with OpenMP; without it the kernels below run on one thread."""
+ROWS_PER_SUM: int
+"""Rows of one piece of the sums that the gradients give: pieces = ceil(rows / ROWS_PER_SUM)."""
+
+def bias_gelu(x: Tensor, bias: Tensor | None, value: Tensor, derivative: Tensor, threads: int) -> None:
+    """Writes the exact GELU of x (..., D) + bias (D,) into `value`, and its derivative there into `derivative`.
+
+    Either may be x itself.
+    """
+
+def bias_gelu_backward(grad: Tensor, derivative: Tensor, grad_x: Tensor, sums: Tensor | None, threads: int) -> None:
+    """Writes grad * derivative (..., D) into `grad_x`, and its sums over the rows into `sums` (pieces, D)."""
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    drop_path: Tensor | None,
+    branch_bias: Tensor | None,
+    kept: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    total: Tensor,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    threads: int,
+) -> None:
+    """Writes the results of `residual_layer_norm` and each row's mean and 1/std (B, N).
+
+    Without `weight` it is `residual_add`, and the last three are empty. `kept` is int64.
+    """
+
+def residual_norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    total: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    weight: Tensor | None,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    drop_path: Tensor | None,
+    kept: Tensor | None,
+    grad_x: Tensor,
+    grad_branch: Tensor | None,
+    sums: Tensor,
+    threads: int,
+) -> None:
+    """Writes the gradients of x and branch, and `sums` (4, pieces, D) over the rows of four products.
+
+    They are grad_normed times the normalised total, grad_normed, drop_path * grad_x * branch and drop_path * grad_x.
+    Without `grad_normed` there is no LayerNorm: `grad_total` takes the place of `grad_x`, which is then empty. Without
+    `branch` the third sums are 0.
+    """
+
+def biased_softmax(scores: Tensor, bias: Tensor | None, threads: int) -> None:
+    """softmax(scores + bias) over the last dimension, in place: (B, H, N, N), bias (H, N, N)."""
+
+def softmax_backward(
+    grad: Tensor,
+    weights: Tensor,
+    bias_sum: Tensor | None,
+    group_sum: Tensor | None,
+    first: int,
+    batch: int,
+    group: int,
+    threads: int,
+) -> None:
+    """The gradient of the scores in place of that of the weights, (B, H, N, N), and added up into `bias_sum`.
+
+    The samples, of which `first` of `batch` is the first here, are summed in groups: in `group_sum` (H, N, N), zero at
+    first, up to each multiple of `group` and the last.
+    """

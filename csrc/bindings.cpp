@@ -13,6 +13,7 @@
 #include "philox.h"
 #include "view_sampler.h"
 #include "color_jitter.h"
+#include "kernel_bindings.h"
 
 namespace py = pybind11;
 using namespace beit_fast;
@@ -344,4 +345,5 @@ PYBIND11_MODULE(_C, module) {
              py::arg("centers"), py::arg("mean"), py::arg("std"), py::arg("out") = py::none(), py::arg("threads") = 1);
   module.def("gray_means", &py_gray_means, py::arg("crops"));
   module.def("philox4x32_10", &py_philox, py::arg("counter"), py::arg("key"));
+  bind_kernels(module);
 }

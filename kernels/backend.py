@@ -1,4 +1,4 @@
-"""Which implementation runs: the one place that probes Triton, xformers and the device.
+"""Which implementation runs: the one place that probes Triton, xformers, the compiled module and the device.
 
 `auto` (the default) lets every op take its fastest implementation for the tensor's device. The other names force one:
 `reference` the plain formulas everywhere, `triton` our kernels, `sdpa`, `xformers` and `flex` another attention
@@ -13,9 +13,14 @@ import os
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+try:
+    from beit_fast import _C
+except ImportError:  # installed without it: BEIT_FAST_BUILD=0
+    _C = None  # type: ignore[assignment]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +28,11 @@ R = TypeVar("R")
 BACKENDS = ("auto", "reference", "triton", "sdpa", "xformers", "flex")
 MAX_HEAD_DIM = 128  # of our attention kernels
 _MINIMUM_CAPABILITY = (8, 0)  # older tensor cores: Triton emits no matrix instructions for them
+
+_FEW_ELEMENTS = 1 << 15  # up to here a compiled kernel saves nothing; small runs of earlier versions go on bit by bit
+
+compiled_module: Any = _C
+"""`beit_fast._C`, whose CPU kernels run where `compiled_serves`; None where it is not there."""
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -106,6 +116,22 @@ def select(op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, head
     if device.type == "cuda" and fits and not obstacle(device.index or 0):
         return "triton"
     return "sdpa" if attention else "torch"
+
+
+def compiled_serves(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the CPU kernels of `csrc/` may take these tensors: contiguous, fp32, and the first one not too small."""
+    if (
+        compiled_module is None
+        or first.numel() <= _FEW_ELEMENTS
+        or not (compiled_module.HAS_THREADS or torch.get_num_threads() == 1)
+    ):
+        return False
+    for tensor in (first, *others):
+        if tensor is None:
+            continue
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return False
+    return True
 
 
 @constant_in_graphs

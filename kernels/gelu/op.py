@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from beit_fast.kernels.backend import select
+from beit_fast.kernels import compiled
+from beit_fast.kernels.backend import compiled_serves, select
 from beit_fast.kernels.gelu import cpu, reference
 from beit_fast.kernels.registration import fused_op, is_traced
 
@@ -39,58 +39,61 @@ def bias_gelu(x: Tensor, bias: Tensor | None, may_overwrite: bool = False) -> Te
     backend = select("bias_gelu", x)
     if backend == "reference":
         return reference.bias_gelu(x, bias)
-    if backend == "cpu" and not is_traced(x) and (bias is None or bias.dtype == x.dtype):
-        overwrite = may_overwrite and x.is_contiguous() and not (x.is_leaf and x.requires_grad)
-        if overwrite and bias is not None and not torch.is_grad_enabled():
-            return torch.ops.aten.gelu_(x.add_(bias))  # a new block of memory costs more than the GELU itself
-        if bias is None or x.nbytes <= cpu.MAPPED_ANEW_BYTES:  # pieces save nothing
-            if bias is not None:
-                x = x.add_(bias) if overwrite else x + bias
-            return F.gelu(x)
-    return _bias_gelu(x, bias, backend)
+    traced = is_traced(x)
+    overwrite = may_overwrite and not traced and x.is_contiguous() and not (x.is_leaf and x.requires_grad)
+    saves = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if backend == "triton" or (saves and backend == "cpu" and not traced and compiled_serves(x, bias)):
+        return _bias_gelu(x, bias, overwrite, backend)[0]
+    return cpu.bias_gelu(x, bias, overwrite)
 
 
-def _fake(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(x: Tensor, bias: Tensor | None, overwrite: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape if backend == "cpu" else 0)
 
 
 @fused_op("beit_fast::bias_gelu", fake=_fake)
-def _bias_gelu(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _bias_gelu(x: Tensor, bias: Tensor | None, overwrite: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """The result and, on a CPU, the derivative, which the gradient wants kept instead of x; on a GPU nothing."""
     if backend == "triton":
         from beit_fast.kernels.gelu import kernel
 
-        return kernel.bias_gelu(x.contiguous(), bias)
-    return cpu.bias_gelu(x.contiguous(), bias)
+        return kernel.bias_gelu(x.contiguous(), bias), x.new_empty(0)
+    return compiled.bias_gelu(x, bias, overwrite)
 
 
 def _backward_fake(
-    grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool, backend: str
+    grad: Tensor, x: Tensor | None, bias: Tensor | None, derivative: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if need_bias else 0, dtype=wide)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.new_empty(grad.shape), grad.new_empty(grad.shape[-1] if need_bias else 0, dtype=wide)
 
 
 @fused_op("beit_fast::bias_gelu_backward", fake=_backward_fake)
 def _bias_gelu_backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, need_bias: bool, backend: str
+    grad: Tensor, x: Tensor | None, bias: Tensor | None, derivative: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and, if `need_bias`, of the bias: (D,) in at least fp32, or empty."""
-    grad, x = grad.contiguous(), x.contiguous()
-    if backend == "triton":
-        from beit_fast.kernels.gelu import kernel
+    if derivative is not None:
+        return compiled.bias_gelu_backward(grad, derivative, need_bias)
+    from beit_fast.kernels.gelu import kernel
 
-        return kernel.bias_gelu_backward(grad, x, bias, need_bias)
-    return cpu.bias_gelu_backward(grad, x, bias, need_bias)
+    assert x is not None
+    return kernel.bias_gelu_backward(grad.contiguous(), x.contiguous(), bias, need_bias)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, ctx.backend = inputs
-    ctx.save_for_backward(x, bias)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, bias, _, backend = inputs
+    derivative = output[1]
+    ctx.mark_non_differentiable(derivative)
+    ctx.set_materialize_grads(False)  # no zeros for the derivative
+    ctx.save_for_backward(*((x, bias, None) if backend == "triton" else (None, bias, derivative)))
 
 
 @_bias_gelu.backward(_save)
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x, bias = ctx.saved_tensors
+def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    x, bias, derivative = ctx.saved_tensors
     need_bias = bias is not None and ctx.needs_input_grad[1]
-    grad_x, grad_bias = _bias_gelu_backward(grad, x, bias, need_bias, ctx.backend)
-    return grad_x, grad_bias.to(bias.dtype) if need_bias else None, None
+    grad_x, grad_bias = _bias_gelu_backward(grad, x, bias, derivative, need_bias)
+    return grad_x, grad_bias.to(bias.dtype) if need_bias else None, None, None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from beit_fast.kernels.matmul import column_sums
 
-_FEW_ROWS = 128
-_CACHED_BYTES = 1 * 2**20  # of products that are made and summed at once
+_PIECE = 128
+"""Rows of one weighted sum: few enough for its rounding not to show, many enough for a call to cost little."""
 
 
 def residual_norm(
@@ -25,23 +23,18 @@ def residual_norm(
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum, normed (B, N, D), mean, 1/std (B, N, 1) in at least fp32; the last three empty where weight is None."""
+    if kept is not None:
+        branch = whole(x, branch, kept)
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale, wide_x, wide_branch = _scale(gamma, drop_path), x.contiguous().to(wide), branch.contiguous().to(wide)
+    scale = gamma if drop_path is None else _scale(gamma, drop_path)
+    wide_x, wide_branch = x.contiguous().to(wide), branch.contiguous().to(wide)
     if scale is None:
         total = wide_x + wide_branch
         if branch_bias is not None:
             total += branch_bias
     else:
         scale = scale.to(wide)
-        if kept is None:
-            total = torch.addcmul(wide_x, wide_branch, scale)
-        else:
-            total = torch.empty_like(wide_x)
-            for samples, rows in _runs(kept, len(x)):
-                if rows is None:
-                    total[samples].copy_(wide_x[samples])
-                else:
-                    torch.addcmul(wide_x[samples], wide_branch[rows], scale[samples], out=total[samples])
+        total = torch.addcmul(wide_x, wide_branch, scale)
         if branch_bias is not None:
             total += scale * branch_bias  # (B, 1, D) at the most: cheaper than adding it to the branch
     total = total.to(x.dtype)
@@ -88,23 +81,23 @@ def residual_norm_backward(
         grad_x = grad.to(total.dtype)
     grad_branch, grad_gamma, grad_branch_bias = (grad.new_empty(0, dtype=t) for t in (branch_dtype, None, None))
     if need_branch:
-        scale = _scale(gamma, drop_path)
-        if scale is None:
-            grad_branch = grad.to(branch_dtype, copy=True)
-        elif kept is None:
-            grad_branch = (grad * scale).to(branch_dtype)
-        else:
-            wide_grad = grad.new_empty(len(kept), *grad.shape[1:])
-            for samples, rows in _runs(kept, len(grad)):
-                if rows is not None:
-                    torch.mul(grad[samples], scale[samples], out=wide_grad[rows])
-            grad_branch = wide_grad.to(branch_dtype)
+        scale = gamma if drop_path is None else _scale(gamma, drop_path)
+        grad_branch = grad.to(branch_dtype, copy=True) if scale is None else (grad * scale).to(branch_dtype)
+        if kept is not None:
+            grad_branch = grad_branch.index_select(0, kept)
     if need_gamma or need_branch_bias:
-        factors = grad.new_ones(grad.shape[0]) if drop_path is None else drop_path.to(grad.dtype)
-        columns = grad.new_empty(0) if branch_bias is None else _weighted_sum(grad, factors)
+        factors = grad.new_ones(grad.shape[:2].numel())
+        if drop_path is not None:
+            factors = drop_path.to(grad.dtype).repeat_interleave(grad.shape[1])
+        rows = grad.flatten(0, 1)
+        columns = grad.new_empty(0)
+        if branch_bias is not None:
+            columns = column_sums(rows, factors)
         if need_gamma:
             assert branch is not None
-            grad_gamma = _weighted_sum_of_products(grad, branch, factors, kept)
+            if kept is not None:
+                branch = whole(grad, branch, kept)
+            grad_gamma = _weighted_column_sum(rows, branch.flatten(0, 1).to(grad.dtype), factors)
             if branch_bias is not None:
                 grad_gamma += columns * branch_bias
         if need_branch_bias:
@@ -119,54 +112,28 @@ def residual_norm_backward(
     ]
 
 
-def _scale(gamma: Tensor | None, drop_path: Tensor | None) -> Tensor | None:
+def whole(x: Tensor, branch: Tensor, kept: Tensor) -> Tensor:
+    """The branch (K, N, D) of the samples `kept`, with zeros for the others: (B, N, D)."""
+    return branch.new_zeros(x.shape).index_copy(0, kept, branch)
+
+
+def _scale(gamma: Tensor | None, drop_path: Tensor) -> Tensor:
     """drop_path * gamma, of a shape that broadcasts against (B, N, D)."""
-    if drop_path is None:
-        return gamma
     return drop_path[:, None, None] if gamma is None else drop_path[:, None, None] * gamma
 
 
-def _runs(kept: Tensor | None, batch: int) -> list[tuple[slice, slice | None]]:
-    """The batch in runs of samples that the branch has, with its rows, or that it has not, with None."""
-    if kept is None:
-        return [(slice(0, batch), slice(0, batch))]
-    runs: list[tuple[slice, slice | None]] = []
-    sample = row = 0
-    for has, group in itertools.groupby(range(batch), set(kept.tolist()).__contains__):
-        count = len(list(group))
-        runs.append((slice(sample, sample + count), slice(row, row + count) if has else None))
-        sample, row = sample + count, row + count if has else row
-    return runs
+def _weighted_column_sum(grad: Tensor, branch: Tensor, factors: Tensor) -> Tensor:
+    """The sum over rows of factors * grad * branch, all (R, D), without a temporary of their size.
 
-
-def _weighted_sum(grad: Tensor, factors: Tensor) -> Tensor:
-    """The sum over samples and tokens of factors (B,) * grad (B, N, D): (D,).
-
-    It is summed over a sample's tokens first, so that its rounding does not grow with the batch; a few rows at once, as
-    earlier versions did, whose small runs go on bit by bit.
+    It is the weight gradient of a LayerNorm of mean 0 and 1/std `factors`, which torch reduces in one pass: a pass for
+    each piece of the rows, whose sums are added pairwise.
     """
-    if grad.shape[:2].numel() <= _FEW_ROWS:
-        return column_sums(grad.flatten(0, 1), factors.repeat_interleave(grad.shape[1]))
-    return factors @ grad.sum(1)
-
-
-def _weighted_sum_of_products(grad: Tensor, branch: Tensor, factors: Tensor, kept: Tensor | None) -> Tensor:
-    """The same of factors * grad * branch, the products of some samples at a time, as the cache holds."""
-    batch, num_tokens, width = grad.shape
-    if batch * num_tokens <= _FEW_ROWS and kept is None:
-        # the weight gradient of a LayerNorm of mean 0 and 1/std `factors`
-        rows, of_rows = grad.flatten(0, 1), factors.repeat_interleave(num_tokens)
-        given = (rows, branch.flatten(0, 1).to(grad.dtype), [width], torch.zeros_like(of_rows), of_rows)
-        return torch.ops.aten.native_layer_norm_backward(*given, rows.new_ones(width), None, [False, True, False])[1]
-    most = max(1, _CACHED_BYTES // max(1, num_tokens * width * grad.itemsize))
-    products, sums = grad.new_empty(min(most, batch), num_tokens, width), grad.new_zeros(batch, width)
-    for samples, rows_of_branch in _runs(kept, batch):
-        if rows_of_branch is None:
-            continue
-        for first in range(samples.start, samples.stop, most):
-            some = slice(first, min(first + most, samples.stop))
-            row = rows_of_branch.start + first - samples.start
-            part = products[: some.stop - first]
-            torch.mul(grad[some], branch[row : row + len(part)], out=part)
-            torch.sum(part, 1, out=sums[some])
-    return factors @ sums
+    width = grad.shape[-1]
+    zeros, weight = torch.zeros_like(factors), grad.new_ones(width)
+    sums = [
+        torch.ops.aten.native_layer_norm_backward(*piece[:2], [width], *piece[2:], weight, None, [False, True, False])[
+            1
+        ]
+        for piece in zip(*(tensor.split(_PIECE) for tensor in (grad, branch, zeros, factors)), strict=True)
+    ]
+    return torch.stack(sums).sum(0)

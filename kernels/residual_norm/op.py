@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit_fast.kernels.backend import select
+from beit_fast.kernels import compiled
+from beit_fast.kernels.backend import compiled_serves, select
 from beit_fast.kernels.registration import fused_op, is_traced
 from beit_fast.kernels.residual_norm import cpu, reference
 
@@ -40,7 +41,7 @@ def residual_add(
     _check(x, branch, gamma, drop_path, kept, branch_bias)
     backend = select("residual_add", x)
     if kept is not None and backend != "cpu":
-        branch, kept = _whole(x, branch, kept), None
+        branch, kept = cpu.whole(x, branch, kept), None
     if backend == "reference":
         return reference.residual_add(x, branch, gamma, drop_path, branch_bias)
     return _residual_norm(x, branch, gamma, drop_path, None, None, 0.0, branch_bias, kept, backend)[0]
@@ -88,7 +89,7 @@ def residual_layer_norm(
     _check(x, branch, gamma, drop_path, kept, branch_bias, weight, bias)
     backend = select("residual_layer_norm", x)
     if kept is not None and backend != "cpu":
-        branch, kept = _whole(x, branch, kept), None
+        branch, kept = cpu.whole(x, branch, kept), None
     if backend == "reference":
         return reference.residual_layer_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
     total, normed, _, _ = _residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias, kept, backend)
@@ -124,11 +125,6 @@ def _check(
             )
 
 
-def _whole(x: Tensor, branch: Tensor, kept: Tensor) -> Tensor:
-    """The branch with zeros for the samples that are not `kept`, for backends that add whole branches only."""
-    return branch.new_zeros(x.shape).index_copy(0, kept, branch)
-
-
 def _fake(
     x: Tensor, branch: Tensor, gamma: Tensor | None, drop_path: Tensor | None, weight: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -156,7 +152,8 @@ def _residual_norm(
         from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias)
-    return cpu.residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias, kept)
+    on_cpu = compiled if compiled_serves(x, branch, gamma, drop_path, weight, bias, branch_bias) else cpu
+    return on_cpu.residual_norm(x, branch, gamma, drop_path, weight, bias, eps, branch_bias, kept)
 
 
 def _backward_fake(grad_total: Tensor, grad_normed: Tensor | None, total: Tensor, *others: Any) -> list[Tensor]:
@@ -200,6 +197,11 @@ def _residual_norm_backward(
         from beit_fast.kernels.residual_norm import kernel
 
         return kernel.residual_norm_backward(*given, branch_dtype, needs)
+    stream = grad_total if grad_normed is None else grad_normed
+    assert stream is not None
+    others = (grad_total, total, weight, branch, gamma, drop_path, branch_bias)
+    if branch_dtype is torch.float32 and compiled_serves(stream, *others):
+        return compiled.residual_norm_backward(*given, kept, needs)
     return cpu.residual_norm_backward(*given, kept, branch_dtype, needs)
 
 
@@ -223,21 +225,26 @@ def _gradients(
         return (None,) * 10
     if grad_normed is None and weight is not None:  # nothing downstream read the norm
         grad_normed = total.new_zeros(total.shape, dtype=ctx.branch_dtype)
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 4, 5, 7)]
+    need = ctx.needs_input_grad
+    needs = [need[0], need[1], need[2], need[4], need[5], need[7]]
     # with neither LayerScale nor stochastic depth the sum passes one gradient to both its terms
     stream = (grad_total if weight is None else total).dtype  # type: ignore[union-attr]
     shared = gamma is None and drop_path is None and ctx.branch_dtype == stream
     asked = [needs[0], needs[1] and not shared, *needs[2:]]
-    grads: list[Tensor | None] = [None] * 6
+    grads: list[Any] = [None] * 6
     if weight is not None or any(asked[1:]):
         saved = (total, mean, rstd, weight, branch, gamma, drop_path, branch_bias, kept)
         grads[:] = _residual_norm_backward(grad_total, grad_normed, *saved, ctx.branch_dtype, asked, ctx.backend)
     grad_x = grad_total if weight is None else grads[0]
-    inputs = (None, None, gamma, weight, bias, branch_bias)
-    dgamma, dweight, dbias, dbranch_bias = (
-        None if grad is None or parameter is None or not need else grad.to(parameter.dtype)
-        for grad, parameter, need in list(zip(grads, inputs, needs, strict=True))[2:]
+    return (
+        grad_x if needs[0] else None,
+        (grad_x if shared else grads[1]) if needs[1] else None,
+        grads[2].to(gamma.dtype) if needs[2] else None,
+        None,
+        grads[3].to(weight.dtype) if needs[3] else None,
+        grads[4].to(bias.dtype) if needs[4] else None,
+        None,
+        grads[5].to(branch_bias.dtype) if needs[5] else None,
+        None,
+        None,
     )
-    dbranch = grad_x if shared else grads[1]
-    dx, dbranch = grad_x if needs[0] else None, dbranch if needs[1] else None
-    return dx, dbranch, dgamma, None, dweight, dbias, None, dbranch_bias, None, None

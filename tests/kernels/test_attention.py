@@ -84,6 +84,35 @@ def test_how_many_samples_share_the_cache_changes_nothing(kept: int, monkeypatch
         torch.testing.assert_close(five, one, rtol=1e-5, atol=1e-6)
 
 
+def test_the_bias_gradient_is_summed_over_more_samples_than_a_group(dirty_memory: None, assert_accurate: Check) -> None:
+    """Nineteen: two groups of eight and a part, a few samples at once."""
+    inputs = inputs_of(19, 50, 3, 16, torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(compare(assert_accurate, *inputs)[2])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_positions_that_a_bias_hides() -> None:
+    """Where the bias is minus infinity, the weight is exactly 0, whatever the value there; NaN comes through."""
+    qkv, bias, grad = inputs_of(3, 61, 4, 16, torch.float32)
+    bias[:, :, 7] = float("-inf")
+    qkv[:, 7, 2] = 1e30
+    out, d_qkv, _ = run(packed_attention, qkv, bias, grad)
+    exact = run(by_definition, qkv.double(), bias.double(), grad.double())
+    torch.testing.assert_close(out.double(), exact[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_qkv.double()[:, :, :2], exact[1][:, :, :2], rtol=1e-4, atol=1e-5)
+    qkv[1, 3, 0] = float("nan")
+    out = run(packed_attention, qkv, bias, grad)[0]
+    assert out[1, 3].isnan().all()
+    assert out[0].isfinite().all()
+
+
 @pytest.mark.parametrize("tokens", [197, 257, 577, 1025])
 def test_accuracy_at_image_sizes(tokens: int, assert_accurate: Check) -> None:
     compare(assert_accurate, *inputs_of(2, tokens, 2, 64, torch.float32))

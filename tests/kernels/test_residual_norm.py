@@ -214,15 +214,42 @@ def test_left_out_samples(kept: list[int], norm: bool, gamma: bool, backend: str
         torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
 
 
-def test_left_out_samples_of_many_tokens(assert_accurate: Check) -> None:
-    """So many that gamma's gradient is summed one sample at a time, and two together."""
-    for tokens in (1500, 900):
-        inputs = cast(make(6, tokens, 144, True, True, True), *[torch.float32] * 3)
-        whole, few = drop_rows(inputs, [0, 1, 2, 4, 5])
-        with use_backend("reference"):
-            eager, exact = (run(cast(whole, *[dtype] * 3))["d gamma"] for dtype in (torch.float32, torch.float64))
-        for given in (whole, few):
-            assert_accurate("d gamma", run(given)["d gamma"], eager, exact)
+@pytest.mark.parametrize("kept", [[], [0], [4], [1, 2], [0, 1, 2, 3, 4]], ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["add", "norm"])
+@pytest.mark.parametrize("gamma", [False, True], ids=["plain", "plus"])
+def test_left_out_samples_in_the_compiled_kernel(
+    kept: list[int], norm: bool, gamma: bool, dirty_memory: None, assert_accurate: Check
+) -> None:
+    """Widths that are no whole vectors, pieces of rows that end within a sample."""
+    whole, few = drop_rows(cast(make(5, 61, 137, gamma, True, True), *[torch.float32] * 3), kept)
+    with use_backend("reference"):
+        eager, exact = (run(cast(whole, *[dtype] * 3), norm=norm) for dtype in (torch.float32, torch.float64))
+    found = run(few, norm=norm)
+    assert found.keys() == exact.keys()
+    for of in (eager, exact):
+        of["d branch"] = of["d branch"][torch.tensor(kept, dtype=torch.int64)]
+    for name, value in found.items():
+        assert_accurate(name, value, eager[name], exact[name])
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    inputs, before = cast(make(3, 97, 140, True, True, True), *[torch.float32] * 3), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(run(inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+
+
+def test_sums_do_not_lose_digits_over_many_rows(assert_accurate: Check) -> None:
+    inputs = cast(make(6, 1500, 144, True, True, True), *[torch.float32] * 3)
+    with use_backend("reference"):
+        eager, exact = (run(cast(inputs, *[dtype] * 3)) for dtype in (torch.float32, torch.float64))
+    for name, value in run(inputs).items():
+        assert_accurate(name, value, eager[name], exact[name])
 
 
 def test_twice_the_same_bits() -> None:
