@@ -86,6 +86,8 @@ def philox4x32_10(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int,
 # The kernels behind `beit_fast.kernels` take contiguous float32 tensors on a CPU, or None where a call has none, and a
 # number of OpenMP threads, which changes no result. ValueError names a tensor of another kind or size.
 
+HAS_VECTORS: bool
+"""Whether the kernels below are compiled for AVX2 and FMA, too, or the machine is no x86-64: else torch is faster."""
 HAS_THREADS: bool
 """Whether the module was compiled with OpenMP; without it the kernels below run on one thread."""
 ROWS_PER_SUM: int
@@ -97,7 +99,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, value: Tensor, derivative: Tensor,
     Either may be x itself.
     """
 
-def bias_gelu_backward(grad: Tensor, derivative: Tensor, grad_x: Tensor, sums: Tensor | None, threads: int) -> None:
+def bias_gelu_backward(grad: Tensor, derivative: Tensor, grad_x: Tensor, sums: Tensor, threads: int) -> None:
     """Writes grad * derivative (..., D) into `grad_x`, and its sums over the rows into `sums` (pieces, D)."""
 
 def residual_norm(
@@ -159,6 +161,6 @@ def softmax_backward(
 ) -> None:
     """The gradient of the scores in place of that of the weights, (B, H, N, N), and added up into `bias_sum`.
 
-    The samples, of which `first` of `batch` is the first here, are summed in groups: in `group_sum` (H, N, N), zero at
-    first, up to each multiple of `group` and the last.
+    The samples, of which `first` of `batch` is the first here, are summed in groups: in `group_sum` (H, N, N) up to
+    each multiple of `group` and the last. Sample 0 starts both sums.
     """

@@ -55,6 +55,15 @@ void add_row(const float* __restrict row, std::int64_t width, float* __restrict 
   for (std::int64_t j = 0; j < width; ++j) sum[j] += row[j];
 }
 
+// The first row is the sum so far.
+void sum_up(const float* row, std::int64_t width, float* sum, bool first) {
+  if (first) {
+    std::copy(row, row + width, sum);
+  } else {
+    add_row(row, width, sum);
+  }
+}
+
 }  // namespace
 
 void biased_softmax(float* scores, const float* bias, std::int64_t samples, std::int64_t heads, std::int64_t tokens,
@@ -78,11 +87,10 @@ void softmax_backward(float* grad, const float* weights, float* bias_sum, float*
         gradient_row(grad + at, weights + at, tokens);
         if (!bias_sum) continue;
         float* of_group = group_sum + row * tokens;
-        add_row(grad + at, tokens, of_group);
-        const std::int64_t done = first_sample + sample + 1;
-        if (done % group == 0 || done == batch) {
-          add_row(of_group, tokens, bias_sum + row * tokens);
-          std::fill(of_group, of_group + tokens, 0.0f);
+        const std::int64_t number = first_sample + sample;
+        sum_up(grad + at, tokens, of_group, number % group == 0);
+        if ((number + 1) % group == 0 || number + 1 == batch) {
+          sum_up(of_group, tokens, bias_sum + row * tokens, number < group);
         }
       }
     }

@@ -50,11 +50,11 @@ void bias_gelu_backward(const float* grad, const float* derivative, std::int64_t
                         float* grad_x, float* sums, std::int64_t threads) {
   in_parallel(pieces_of(rows), threads, [=](std::int64_t first, std::int64_t last) {
     for (std::int64_t piece = first; piece < last; ++piece) {
-      float* sum = sums ? sums + piece * width : nullptr;
-      if (sum) std::fill(sum, sum + width, 0.0f);
+      float* sum = sums + piece * width;
+      std::fill(sum, sum + width, 0.0f);
       for (std::int64_t row = piece * kRowsPerSum; row < std::min(rows, (piece + 1) * kRowsPerSum); ++row) {
         gradient_row(grad + row * width, derivative + row * width, width, grad_x + row * width);
-        if (sum) add_row(grad_x + row * width, width, sum);
+        add_row(grad_x + row * width, width, sum);
       }
     }
   });

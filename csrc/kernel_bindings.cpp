@@ -7,6 +7,7 @@
 
 #include "attention_scores.h"
 #include "gelu.h"
+#include "multiversion.h"
 #include "parallel.h"
 #include "residual_norm.h"
 #include "row_pieces.h"
@@ -17,6 +18,12 @@ namespace beit_fast {
 namespace {
 
 using Size = std::int64_t;
+
+#if defined(__x86_64__)
+constexpr bool kHasVectors = BEIT_FAST_HAS_VERSIONS;  // the plain build has SSE2 only
+#else
+constexpr bool kHasVectors = true;
+#endif
 
 // The memory of a tensor of `count` elements, null for None.
 template <typename Element>
@@ -130,6 +137,7 @@ void py_softmax_backward(const py::object& grad, const py::object& weights, cons
 
 void bind_kernels(py::module_& module) {
   module.attr("HAS_THREADS") = kHasThreads;
+  module.attr("HAS_VECTORS") = kHasVectors;
   module.attr("ROWS_PER_SUM") = kRowsPerSum;
   module.def("bias_gelu", &py_bias_gelu);
   module.def("bias_gelu_backward", &py_bias_gelu_backward);

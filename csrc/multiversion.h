@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__)
 #define BEIT_FAST_VERSIONS(...) __attribute__((target_clones(__VA_ARGS__, "default"), flatten))
+#define BEIT_FAST_HAS_VERSIONS true
 #else
 #define BEIT_FAST_VERSIONS(...)
+#define BEIT_FAST_HAS_VERSIONS false
 #endif

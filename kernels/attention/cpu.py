@@ -107,10 +107,13 @@ def backward(
     batch, num_tokens, num_heads, head_dim = q.shape
     compute = torch.promote_types(q.dtype, torch.float32)
     grad_qkv = q.new_empty(batch, num_tokens, 3, num_heads, head_dim)
-    grad_bias = q.new_zeros((num_heads, num_tokens, num_tokens) if need_bias else 0, dtype=compute)
-    group = torch.zeros_like(grad_bias)  # the sum of some samples, so that rounding does not grow with the batch
-    added = None if bias is None else bias.to(compute)
     in_one_pass, threads = compiled_serves(saved), torch.get_num_threads()
+    new = q.new_empty if in_one_pass else q.new_zeros  # the compiled kernel starts the sums itself
+    grad_bias = new((num_heads, num_tokens, num_tokens) if need_bias else 0, dtype=compute)
+    group = new(
+        grad_bias.shape, dtype=compute
+    )  # the sum of some samples, so that rounding does not grow with the batch
+    added = None if bias is None else bias.to(compute)
     samples = _samples_at_once(q)
     step = max(1, min(num_heads, _SCRATCH_BYTES // (num_tokens * num_tokens * compute.itemsize)))
     operands = q.new_empty(5, samples * step, num_tokens, head_dim, dtype=compute)
