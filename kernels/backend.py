@@ -31,8 +31,8 @@ _MINIMUM_CAPABILITY = (8, 0)  # older tensor cores: Triton emits no matrix instr
 
 _FEW_ELEMENTS = 1 << 15  # up to here a compiled kernel saves nothing; small runs of earlier versions go on bit by bit
 
-compiled_module: Any = _C if _C is not None and _C.HAS_VECTORS else None
-"""`beit_fast._C`, whose CPU kernels run where `compiled_serves`; None where it is not there, or slower than torch."""
+compiled_module: Any = _C if getattr(_C, "HAS_VECTORS", False) else None
+"""`beit_fast._C`, whose CPU kernels run where `compiled_serves`; None where there is none, or an old or slow one."""
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 

@@ -43,7 +43,10 @@ def _apex() -> str:
 
 
 REQUIRED: dict[str, tuple[Callable[[], str], str]] = {
-    "beit_fast._C": (_compiled, "training needs it: a C++20 compiler and `pip install .`"),
+    "beit_fast._C": (
+        _compiled,
+        "training needs it, and on a CPU is faster by it: a C++20 compiler and `pip install .`",
+    ),
     "DALI": (_dali, "images are then decoded by Pillow, more slowly: pip install '.[train]'"),
     "tyro": (_version("tyro", "tyro"), "recipes need it: pip install '.[train]'"),
     "rich": (_version("rich", "rich"), "recipes need it: pip install '.[train]'"),
