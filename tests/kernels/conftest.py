@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit_fast.kernels import use_backend
+from beit_fast.kernels import backend, use_backend
 from beit_fast.kernels.backend import interpreting
 
 FLOORS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4, torch.float32: 2e-6}
@@ -23,6 +23,13 @@ def triton_device(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("TRITON_INTERPRET=1 keeps the kernels off the GPU")
     with use_backend("triton"):
         yield request.param
+
+
+@pytest.fixture
+def compiled_kernels() -> None:
+    """For tests of what the CPU kernels of `csrc/` do and torch's operators do not."""
+    if backend.compiled_module is None:
+        pytest.skip("beit_fast._C is not built")
 
 
 @pytest.fixture

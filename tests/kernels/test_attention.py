@@ -84,6 +84,7 @@ def test_how_many_samples_share_the_cache_changes_nothing(kept: int, monkeypatch
         torch.testing.assert_close(five, one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_the_bias_gradient_is_summed_over_more_samples_than_a_group(dirty_memory: None, assert_accurate: Check) -> None:
     """Nineteen: two groups of eight and a part, a few samples at once."""
     inputs = inputs_of(19, 50, 3, 16, torch.float32)

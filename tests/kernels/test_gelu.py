@@ -60,6 +60,7 @@ def test_accuracy_on_cpu(bias: bool, dtype: torch.dtype, parameters: torch.dtype
     compare(make((3, 331, 35), bias), dtype, parameters, assert_accurate)  # more than a compiled kernel leaves alone
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 def test_compiled_kernel_in_fp32(bias: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +86,7 @@ def test_compiled_kernel_in_fp32(bias: bool, threads: int, monkeypatch: pytest.M
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_what_is_not_finite_stays_so() -> None:
     x = torch.zeros(130, 300)
     x[0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
@@ -99,6 +101,7 @@ def test_what_is_not_finite_stays_so() -> None:
     assert torch.equal(x.grad[1:], torch.full((129, 300), 0.5))
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_dispatch() -> None:
     x, b = (t.float().requires_grad_() for t in make((2, 3, 8), True))  # type: ignore[union-attr]
     many = torch.randn(4100, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -232,6 +232,7 @@ def test_left_out_samples_in_the_compiled_kernel(
         assert_accurate(name, value, eager[name], exact[name])
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_the_number_of_threads_changes_no_bit() -> None:
     inputs, before = cast(make(3, 97, 140, True, True, True), *[torch.float32] * 3), torch.get_num_threads()
     found = []
