@@ -17,11 +17,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-try:
-    from beit_fast import _C
-except ImportError:  # installed without it: BEIT_FAST_BUILD=0
-    _C = None  # type: ignore[assignment]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -30,9 +25,6 @@ MAX_HEAD_DIM = 128  # of our attention kernels
 _MINIMUM_CAPABILITY = (8, 0)  # older tensor cores: Triton emits no matrix instructions for them
 
 _FEW_ELEMENTS = 1 << 15  # up to here a compiled kernel saves nothing; small runs of earlier versions go on bit by bit
-
-compiled_module: Any = _C if getattr(_C, "HAS_VECTORS", False) else None
-"""`beit_fast._C`, whose CPU kernels run where `compiled_serves`; None where there is none, or an old or slow one."""
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -118,13 +110,20 @@ def select(op: str, tensor: torch.Tensor, dtype: torch.dtype | None = None, head
     return "sdpa" if attention else "torch"
 
 
+@functools.cache
+def compiled_module() -> Any:
+    """`beit_fast._C`, whose CPU kernels run where `compiled_serves`; None where it is missing, old or slow."""
+    try:
+        from beit_fast import _C
+    except ImportError:  # installed without it: BEIT_FAST_BUILD=0
+        return None
+    return _C if getattr(_C, "HAS_VECTORS", False) else None
+
+
 def compiled_serves(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the CPU kernels of `csrc/` may take these tensors: contiguous, fp32, and the first one not too small."""
-    if (
-        compiled_module is None
-        or first.numel() <= _FEW_ELEMENTS
-        or not (compiled_module.HAS_THREADS or torch.get_num_threads() == 1)
-    ):
+    module = compiled_module()
+    if module is None or first.numel() <= _FEW_ELEMENTS or not (module.HAS_THREADS or torch.get_num_threads() == 1):
         return False
     for tensor in (first, *others):
         if tensor is None:

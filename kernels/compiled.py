@@ -14,13 +14,13 @@ from beit_fast.kernels.backend import compiled_module
 def _sums(x: Tensor, count: int) -> Tensor:
     """Memory for `count` sums over the rows of x (..., D): (count, pieces, D)."""
     rows = x.numel() // x.shape[-1]
-    return x.new_empty(count, -(-rows // compiled_module.ROWS_PER_SUM), x.shape[-1])
+    return x.new_empty(count, -(-rows // compiled_module().ROWS_PER_SUM), x.shape[-1])
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, overwrite: bool) -> tuple[Tensor, Tensor]:
     """x (..., D), bias (D,) or None -> GELU (..., D), and the derivative there, in the memory of x with `overwrite`."""
     value, derivative = torch.empty_like(x), x.detach() if overwrite else torch.empty_like(x)
-    compiled_module.bias_gelu(x, bias, value, derivative, torch.get_num_threads())
+    compiled_module().bias_gelu(x, bias, value, derivative, torch.get_num_threads())
     if overwrite:
         torch.autograd.graph.increment_version(x)  # so that autograd finds out where another op has saved x
     return value, derivative
@@ -30,7 +30,7 @@ def bias_gelu_backward(grad: Tensor, derivative: Tensor, need_bias: bool) -> tup
     """Gradients of x (..., D) and of the bias (D,), the latter empty unless `need_bias`."""
     grad = grad.contiguous()
     grad_x, sums = torch.empty_like(grad), _sums(grad, 1)
-    compiled_module.bias_gelu_backward(grad, derivative, grad_x, sums, torch.get_num_threads())
+    compiled_module().bias_gelu_backward(grad, derivative, grad_x, sums, torch.get_num_threads())
     return grad_x, sums.sum((0, 1)) if need_bias else grad.new_empty(0)
 
 
@@ -51,7 +51,7 @@ def residual_norm(
     mean, rstd = x.new_empty(rows), x.new_empty(rows)
     kept = None if kept is None else kept.contiguous()
     inputs = (x, branch, gamma, drop_path, branch_bias, kept, weight, bias)
-    compiled_module.residual_norm(*inputs, eps, total, normed, mean, rstd, torch.get_num_threads())
+    compiled_module().residual_norm(*inputs, eps, total, normed, mean, rstd, torch.get_num_threads())
     return total, normed, mean, rstd
 
 
@@ -80,7 +80,7 @@ def residual_norm_backward(
     kept = None if kept is None else kept.contiguous()
     inputs = (grad_total, grad_normed, total, mean, rstd, weight, branch, gamma, drop_path, kept)
     outputs = (grad_x, grad_branch if need_branch else None, sums)
-    compiled_module.residual_norm_backward(*inputs, *outputs, torch.get_num_threads())
+    compiled_module().residual_norm_backward(*inputs, *outputs, torch.get_num_threads())
     # an op's results share no memory: four sums, not the rows of one
     grad_weight = sums[0].sum(0) if need_weight else nothing
     grad_bias = sums[1].sum(0) if need_bias else nothing

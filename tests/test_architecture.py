@@ -54,6 +54,7 @@ LAZY = {
                            "beit_fast.kernels.tune"},
     "beit_fast.cli.train": {"beit_fast.cli.plan", "beit_fast.cli.replay"},
     "beit_fast.data.sampling": {"beit_fast._C"},
+    "beit_fast.kernels.backend": {"beit_fast._C"},
     "beit_fast.tokenizers.load": {"beit_fast.tokenizers.vqkd"},
     "beit_fast.train.run_log": {"beit_fast.visualize.run_report"},
 }  # fmt: skip
@@ -191,10 +192,10 @@ def test_imports_inside_functions_are_few_and_known():
     assert {module: targets for module, targets in lazy.items() if targets} == {}
 
 
-def test_in_kernels_only_triton_text_is_imported_late():
+def test_in_kernels_only_triton_text_and_the_compiled_module_are_imported_late():
     late = {found.module for module, entries in all_imports().items() if layer(module) == "kernels" for found in entries
             if found.lazy}  # fmt: skip
-    known = ("kernel", "forward", "backward", "bias", "one_pass", "tiles")
+    known = ("_C", "kernel", "forward", "backward", "bias", "one_pass", "tiles")
     assert {module for module in late if module.rsplit(".", 1)[-1] not in known} == set()
 
 
@@ -208,6 +209,7 @@ def test_importing_the_package_takes_none_of_the_heavy_ones():
         "tyro",
         "rich",
         "matplotlib",
+        "beit_fast._C",
     )
     code = f"import sys, beit_fast; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

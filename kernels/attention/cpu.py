@@ -72,7 +72,7 @@ def forward_train(
         scores = kept[some].flatten(0, 1)
         torch.baddbmm(scores, queries, keys.transpose(1, 2), beta=0, alpha=scale, out=scores)
         if in_one_pass:
-            compiled_module.biased_softmax(kept[some], added, threads)
+            compiled_module().biased_softmax(kept[some], added, threads)
         else:
             if added is not None:
                 kept[some].add_(added)
@@ -144,7 +144,7 @@ def backward(
             if in_one_pass:
                 in_place = (grad_scores.unflatten(0, shape), weights.unflatten(0, shape))
                 sums = (grad_bias[heads], group[heads]) if need_bias else (None, None)
-                compiled_module.softmax_backward(*in_place, *sums, first, batch, _GROUP, threads)
+                compiled_module().softmax_backward(*in_place, *sums, first, batch, _GROUP, threads)
             else:
                 torch.ops.aten._softmax_backward_data.out(grad_scores, weights, -1, compute, grad_input=grad_scores)
                 of_samples = grad_scores.unflatten(0, shape) if need_bias else ()
